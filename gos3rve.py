@@ -1,0 +1,6346 @@
+#!/usr/bin/env python3
+"""gos3rve: an S3 server for a directory tree, in one file.
+
+Run ``python3 gos3rve.py`` and the directories under ``./buckets/`` are S3
+buckets: files put there by hand are objects at once, objects put over S3
+are plain files at once.  Standard library only, Python 3.8 to 3.14.
+
+The rooms of this file, in order.  A room uses only rooms above it.
+
+    1. Constants and errors
+    2. Names, dates, ranges and headers
+    3. XML
+    4. Signatures
+    5. Bodies and checksums
+    6. Storage
+    7. Access
+    8. Operations
+    9. HTTP
+    10. Server
+    11. Configuration and command line
+
+A request is read by 9, given its operation by 8, its account by 4, its
+permission by 7, carried out by 8 on the bodies of 5 and the files of 6,
+and sent by 9.  In a test, ``with gos3rve.serve() as s3:`` runs a server
+on a free port over a temporary directory.
+"""
+
+import argparse
+import base64
+import binascii
+import bisect
+import calendar
+import collections
+import contextlib
+import email.utils
+import errno
+import functools
+import hashlib
+import heapq
+import hmac
+import http.server
+import io
+import json
+import mimetypes
+import os
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import string
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.parse
+import uuid
+import xml.etree.ElementTree as ElementTree
+import xml.parsers.expat
+import zlib
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+try:
+    import fcntl                # absent on Windows: locks hold in-process
+except ImportError:
+    fcntl = None
+
+__version__ = "1.0.0"
+__all__ = ["serve", "main", "S3Error", "Store", "Account"]
+
+
+###############################################################################
+# 1. Constants and errors
+###############################################################################
+#
+# What S3 fixes and what we bound, each with its source; then every error
+# this server can answer.  Knows nothing of the rest of the file.
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+# docs.aws.amazon.com/AmazonS3/latest/userguide/object-keys.html
+MAX_KEY_BYTES = 1024
+# .../userguide/UsingMetadata.html: 2 KB of user-defined metadata
+MAX_USER_METADATA_BYTES = 2 * KIB
+# .../userguide/qfacts.html (multipart limits) and upload-objects.html
+MAX_PART_NUMBER = 10000
+MIN_PART_BYTES = 5 * MIB
+MAX_PUT_BYTES = 5 * GIB
+# .../API/API_DeleteObjects.html, API_ListObjectsV2.html, API_ListBuckets.html
+MAX_DELETE_KEYS = 1000
+MAX_LIST_KEYS = 1000
+MAX_LIST_BUCKETS = 10000
+# .../API/sigv4-query-string-auth.html
+MAX_EXPIRES_SECONDS = 7 * 24 * 3600
+# .../API/RESTAuthentication.html#RESTAuthenticationTimeStamp
+MAX_SKEW_SECONDS = 15 * 60
+
+# Ours.  AWS bounds a request header at 8 KB; presigned URLs that carry
+# session tokens and percent-encoded keys need more than that in one line.
+MAX_HEAD_BYTES = 64 * KIB
+MAX_HEADERS = 200
+# 1,000 keys of 1,024 bytes, every byte written as an entity, in a Delete
+MAX_XML_BYTES = 8 * MIB
+MAX_XML_DEPTH = 32
+MAX_LINE_BYTES = 8 * KIB            # a chunk header or trailer line
+BLOCK_BYTES = 256 * KIB             # unit of every large read and write
+MAX_FILE_NAME_BYTES = 255           # NAME_MAX of every common file system
+MAX_PATH_BYTES = 4000               # PATH_MAX, less room for `.gos3rve/...`
+
+# hashlib's MD5 is refused in FIPS mode unless it says that it guards
+# nothing; the keyword is new in 3.9.
+if sys.version_info >= (3, 9):
+    new_md5 = functools.partial(hashlib.md5, usedforsecurity=False)
+    new_sha1 = functools.partial(hashlib.sha1, usedforsecurity=False)
+else:
+    new_md5, new_sha1 = hashlib.md5, hashlib.sha1
+
+EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
+
+# S3's code -> (HTTP status, message).  Codes and messages are those of
+# docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html where AWS
+# has the code.
+ERRORS = {
+    "AccessDenied": (403, "Access Denied"),
+    "AuthorizationHeaderMalformed": (
+        400, "The authorization header you provided is invalid."),
+    "AuthorizationQueryParametersError": (
+        400, "The authorization query parameters you provided are invalid."),
+    "BadDigest": (
+        400, "The Content-MD5 or checksum value that you specified did not "
+             "match what the server received."),
+    "BadRequest": (400, "Bad Request"),
+    "BucketAlreadyExists": (
+        409, "The requested bucket name is not available. The bucket "
+             "namespace is shared by all users of the system. Select a "
+             "different name and try again."),
+    "BucketAlreadyOwnedByYou": (
+        409, "The bucket that you tried to create already exists, and you "
+             "own it."),
+    "BucketNotEmpty": (409, "The bucket you tried to delete is not empty."),
+    "EntityTooLarge": (
+        400, "Your proposed upload exceeds the maximum allowed object "
+             "size."),
+    "EntityTooSmall": (
+        400, "Your proposed upload is smaller than the minimum allowed "
+             "object size."),
+    "IllegalLocationConstraintException": (
+        400, "The specified location constraint is incompatible with the "
+             "region specific endpoint this request was sent to."),
+    "IncompleteBody": (
+        400, "You did not provide the number of bytes specified by the "
+             "Content-Length HTTP header."),
+    "InsufficientStorage": (
+        507, "There is no room left to store what you sent."),
+    "InternalError": (
+        500, "We encountered an internal error. Please try again."),
+    "InvalidAccessKeyId": (
+        403, "The AWS Access Key Id you provided does not exist in our "
+             "records."),
+    "InvalidArgument": (400, "Invalid Argument"),
+    "InvalidBucketName": (400, "The specified bucket is not valid."),
+    "InvalidBucketState": (
+        409, "The request is not valid with the current state of the "
+             "bucket."),
+    "InvalidDigest": (
+        400, "The Content-MD5 or checksum value that you specified is not "
+             "valid."),
+    "InvalidLocationConstraint": (
+        400, "The specified location (Region) constraint is not valid."),
+    "InvalidPart": (
+        400, "One or more of the specified parts could not be found. The "
+             "part might not have been uploaded, or the specified entity "
+             "tag might not have matched the part's entity tag."),
+    "InvalidPartNumber": (
+        416, "The requested partnumber is not satisfiable"),
+    "InvalidPartOrder": (
+        400, "The list of parts was not in ascending order. Parts must be "
+             "ordered by part number."),
+    "InvalidRange": (416, "The requested range is not satisfiable"),
+    "InvalidRequest": (400, "Invalid Request"),
+    "InvalidStorageClass": (
+        400, "The storage class you specified is not valid."),
+    "InvalidToken": (
+        400, "The provided token is malformed or otherwise not valid."),
+    "InvalidURI": (400, "Couldn't parse the specified URI."),
+    "KeyTooLongError": (400, "Your key is too long."),
+    "MalformedXML": (
+        400, "The XML you provided was not well-formed or did not validate "
+             "against our published schema."),
+    "MaxMessageLengthExceeded": (400, "Your request was too large."),
+    "MetadataTooLarge": (
+        400, "Your metadata headers exceed the maximum allowed metadata "
+             "size."),
+    "MalformedTrailerError": (
+        400, "The request contained trailing data that was not well-formed "
+             "or did not conform to our published schema."),
+    "MethodNotAllowed": (
+        405, "The specified method is not allowed against this resource."),
+    "MissingContentLength": (
+        411, "You must provide the Content-Length HTTP header."),
+    "MissingRequestBodyError": (400, "Request Body is empty."),
+    "MissingSecurityHeader": (
+        400, "Your request was missing a required header."),
+    "NoSuchBucket": (404, "The specified bucket does not exist."),
+    "NoSuchBucketPolicy": (404, "The bucket policy does not exist"),
+    "NoSuchCORSConfiguration": (
+        404, "The CORS configuration does not exist"),
+    "NoSuchConfiguration": (
+        404, "The specified configuration does not exist."),
+    "NoSuchKey": (404, "The specified key does not exist."),
+    "NoSuchLifecycleConfiguration": (
+        404, "The lifecycle configuration does not exist"),
+    "NoSuchPublicAccessBlockConfiguration": (
+        404, "The public access block configuration was not found"),
+    "NoSuchTagSet": (404, "The TagSet does not exist"),
+    "NoSuchUpload": (
+        404, "The specified upload does not exist. The upload ID may be "
+             "invalid, or the upload may have been aborted or completed."),
+    "NoSuchVersion": (404, "The specified version does not exist."),
+    "NoSuchWebsiteConfiguration": (
+        404, "The specified bucket does not have a website configuration"),
+    "NotImplemented": (
+        501, "A header you provided implies functionality that is not "
+             "implemented."),
+    "NotModified": (304, "Not Modified"),
+    "ObjectLockConfigurationNotFoundError": (
+        404, "Object Lock configuration does not exist for this bucket"),
+    "OperationAborted": (
+        409, "A conflicting conditional operation is currently in progress "
+             "against this resource. Try again."),
+    "OwnershipControlsNotFoundError": (
+        404, "The bucket ownership controls were not found"),
+    "PreconditionFailed": (
+        412, "At least one of the pre-conditions you specified did not "
+             "hold"),
+    "ReplicationConfigurationNotFoundError": (
+        404, "The replication configuration was not found"),
+    "RequestHeaderSectionTooLarge": (
+        400, "Your request header section exceeds the maximum allowed "
+             "size."),
+    "RequestTimeTooSkewed": (
+        403, "The difference between the request time and the server's "
+             "time is too large."),
+    "RequestTimeout": (
+        400, "Your socket connection to the server was not read from or "
+             "written to within the timeout period."),
+    "ServerSideEncryptionConfigurationNotFoundError": (
+        404, "The server side encryption configuration was not found"),
+    "SignatureDoesNotMatch": (
+        403, "The request signature we calculated does not match the "
+             "signature you provided. Check your key and signing method."),
+    "SlowDown": (503, "Please reduce your request rate."),
+    "UnsupportedHTTPVersion": (
+        505, "The HTTP version of the request is not supported."),
+    "XAmzContentSHA256Mismatch": (
+        400, "The provided 'x-amz-content-sha256' header does not match "
+             "what was computed."),
+}
+
+
+class S3Error(Exception):
+    """An answer other than success, raised where the fault is seen.
+
+    `code` is a key of ERRORS; `fields` are further elements of the
+    <Error> document by name; `headers` go out with the answer.
+    """
+
+    def __init__(self, code, message=None, headers=None, **fields):
+        self.code = code
+        self.status, default = ERRORS[code]
+        self.message = default if message is None else message
+        self.headers = headers or {}
+        self.fields = fields
+        super().__init__("%s: %s" % (code, self.message))
+
+
+###############################################################################
+# 2. Names, dates, ranges and headers
+###############################################################################
+#
+# Pure parsers of what stands in a request line and its headers: text in,
+# plain values or S3Error out.  No files, no sockets, and no clock: the
+# time is an argument.  Safe from any thread.
+
+# docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
+_BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
+_BUCKET_BAD = re.compile(
+    r"xn--|sthree-|amzn-s3-demo-|\d+\.\d+\.\d+\.\d+\Z"
+    r"|.*(?:\.\.|-s3alias\Z|--ol-s3\Z|\.mrap\Z|--x-s3\Z|--table-s3\Z)")
+# A directory made by hand may bear any name that is one plain segment.
+_BUCKET_DIRECTORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}\Z")
+
+
+def valid_bucket_name(name):
+    """True when CreateBucket may make a bucket of this name."""
+    return bool(_BUCKET_NAME.match(name)) and not _BUCKET_BAD.match(name)
+
+
+def usable_bucket_name(name):
+    """True when a directory of this name can be served as a bucket."""
+    return bool(_BUCKET_DIRECTORY.match(name))
+
+
+def valid_region(name):
+    """True when `name` has the shape of an AWS region or location."""
+    return bool(re.match(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}\Z", name))
+
+
+# --- targets, paths and queries ---
+
+_UNRESERVED = re.compile(r"[A-Za-z0-9._~/-]*\Z")
+
+
+def uri_encode(text, safe="-_.~"):
+    """Percent-encode as SigV4 and encoding-type=url do.
+
+    Every byte of the UTF-8 form except A-Z a-z 0-9 and `safe`.
+    """
+    return urllib.parse.quote(text, safe=safe)
+
+
+def uri_decode(raw):
+    """The text that a percent-encoded string names; InvalidURI if none."""
+    if "%" not in raw and raw.isascii():
+        return raw
+    try:
+        # the header block was decoded as latin-1: give the bytes back
+        raw = raw.encode("latin-1")
+        return urllib.parse.unquote_to_bytes(raw).decode("utf-8")
+    except UnicodeError:
+        raise S3Error("InvalidURI") from None
+
+
+def canonical_path(raw_path):
+    """The canonical URI of SigV4 for a path as it stood on the wire."""
+    if _UNRESERVED.match(raw_path):
+        return raw_path
+    return uri_encode(uri_decode(raw_path), "/-_.~")
+
+
+def split_target(target):
+    """The raw (path, query) of a request target, RFC 9112 section 3.2."""
+    if not target.startswith("/"):
+        scheme, separator, rest = target.partition("://")
+        if not separator or scheme.lower() not in ("http", "https"):
+            raise S3Error("InvalidURI")
+        slash = rest.find("/")
+        target = rest[slash:] if slash >= 0 else "/"
+    path, _, query = target.partition("?")
+    return path, query
+
+
+def parse_query(raw_query):
+    """The (name, value) pairs of a raw query, decoded, in their order."""
+    pairs = []
+    for item in raw_query.split("&"):
+        if item:
+            name, _, value = item.replace("+", " ").partition("=")
+            pairs.append((uri_decode(name), uri_decode(value)))
+    return pairs
+
+
+def split_path(raw_path):
+    """The (bucket, key) that a path-style raw path names; "" for none."""
+    bucket, _, key = raw_path[1:].partition("/")
+    if not bucket and key:
+        raise S3Error("InvalidBucketName")
+    return uri_decode(bucket), checked_key(uri_decode(key))
+
+
+def checked_key(key):
+    """`key` itself when S3 allows its length, else KeyTooLongError."""
+    if len(key) * 4 > MAX_KEY_BYTES:        # the cheap bound comes first
+        size = len(key.encode("utf-8", "surrogatepass"))
+        if size > MAX_KEY_BYTES:
+            raise S3Error("KeyTooLongError", Size=size,
+                          MaxSizeAllowed=MAX_KEY_BYTES)
+    return key
+
+
+def host_bucket(host, domains):
+    """The bucket that a Host header names, or "" (path style).
+
+    Only below one of `domains` and below `localhost`: never for an IP
+    address or a foreign name, so that a proxy's own name stays path style.
+    """
+    name = host.rpartition(":")[0] if host[-1:].isdigit() else host
+    name = (name or host).lower().rstrip(".")
+    for domain in domains:
+        if name.endswith("." + domain):
+            return name[:-len(domain) - 1]
+    return name[:-10] if name.endswith(".localhost") else ""
+
+
+def parse_copy_source(value):
+    """The (bucket, key, version_id or None) of x-amz-copy-source."""
+    raw, _, version = value.partition("?versionId=")
+    path = uri_decode(raw)
+    bucket, _, key = path[path.startswith("/"):].partition("/")
+    if not bucket or not key:
+        raise S3Error(
+            "InvalidArgument",
+            "Copy Source must mention the source bucket and key: "
+            "sourcebucket/sourcekey",
+            ArgumentName="x-amz-copy-source", ArgumentValue=value)
+    return bucket, checked_key(key), version or None
+
+
+# --- dates ---
+
+@functools.lru_cache(maxsize=1024)
+def http_date(seconds):
+    """The RFC 9110 form of a time in whole seconds since the epoch."""
+    return email.utils.formatdate(seconds, usegmt=True)
+
+
+def iso_date(time_ns):
+    """The ISO 8601 form, with milliseconds and Z, that S3's XML uses."""
+    seconds, rest = divmod(time_ns, 1000000000)
+    return "%s.%03dZ" % (_iso_seconds(seconds), rest // 1000000)
+
+
+@functools.lru_cache(maxsize=4096)
+def _iso_seconds(seconds):
+    return "%d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(seconds)[:6]
+
+
+@functools.lru_cache(maxsize=256)
+def parse_amz_date(text):
+    """Seconds since the epoch of `YYYYMMDD'T'HHMMSS'Z'`, or None."""
+    if len(text) != 16 or text[8] != "T" or text[15] != "Z":
+        return None
+    digits = text[:8] + text[9:15]
+    if not (digits.isascii() and digits.isdigit()):
+        return None
+    return _timegm(*(int(digits[i:j]) for i, j in (
+        (0, 4), (4, 6), (6, 8), (8, 10), (10, 12), (12, 14))))
+
+
+def _timegm(year, month, day, hour, minute, second):
+    """As calendar.timegm, but None for a field out of its range."""
+    if not (1970 <= year and 1 <= month <= 12 and 1 <= day <= 31
+            and hour <= 23 and minute <= 59 and second <= 60):
+        return None
+    return calendar.timegm((year, month, day, hour, minute, second))
+
+
+def parse_http_date(text):
+    """Seconds since the epoch of an HTTP date, or None.
+
+    The three forms of RFC 9110 section 5.6.7, and ISO 8601 as some
+    clients send it in x-amz-date.
+    """
+    fields = email.utils.parsedate_tz(text)
+    if fields is None:
+        match = re.match(r"(\d{4})-?(\d\d)-?(\d\d)T(\d\d):?(\d\d):?(\d\d)"
+                         r"(?:\.\d{1,9})?Z\Z", text, re.ASCII)
+        return match and _timegm(*map(int, match.groups()))
+    try:
+        return email.utils.mktime_tz(fields)
+    except (ValueError, OverflowError):
+        return None
+
+
+# --- ranges, entity tags and preconditions ---
+
+def parse_range(value, size):
+    """The (start, stop) that a Range header asks of `size` bytes.
+
+    None when the header is to be ignored, as RFC 9110 section 14.2 asks
+    for a malformed one and S3 does for several ranges (AWS: GetObject).
+    InvalidRange when nothing in the object answers it.
+    """
+    match = re.match(r"\s*bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*\Z", value,
+                     re.ASCII | re.IGNORECASE)
+    if not match or len(value) > 64:
+        return None
+    first, last = match.groups()
+    if first:
+        start = int(first)
+        stop = min(int(last) + 1, size) if last else size
+        if last and int(last) < start:
+            return None
+    elif last:
+        start, stop = max(0, size - int(last)), size
+    else:
+        return None
+    if start >= size or start >= stop:
+        raise S3Error("InvalidRange",
+                      headers={"Content-Range": "bytes */%d" % size},
+                      RangeRequested=value, ActualObjectSize=size)
+    return start, stop
+
+
+def etag_matches(header, etag):
+    """True when an If-Match or If-None-Match list names this ETag.
+
+    `etag` is bare; the list's may be quoted, bare or weak.
+    """
+    for item in header.split(","):
+        item = item.strip()
+        if item.startswith("W/"):
+            item = item[2:]
+        if item == "*" or item.strip('"') == etag:
+            return True
+    return False
+
+
+def check_read_conditions(headers, etag, mtime, prefix=""):
+    """Raise NotModified or PreconditionFailed as RFC 9110 13.2.2 orders.
+
+    `mtime` is in whole seconds.  With the prefix `x-amz-copy-source-` the
+    conditions are those of a copy, whose answer is 412 for all of them.
+    """
+    unchanged = "PreconditionFailed" if prefix else "NotModified"
+    match = headers.get(prefix + "if-match")
+    if match is not None:
+        if not etag_matches(match, etag):
+            raise S3Error("PreconditionFailed", Condition="If-Match")
+    else:
+        limit = _condition_date(headers, prefix + "if-unmodified-since")
+        if limit is not None and mtime > limit:
+            raise S3Error("PreconditionFailed",
+                          Condition="If-Unmodified-Since")
+    none_match = headers.get(prefix + "if-none-match")
+    if none_match is not None:
+        if etag_matches(none_match, etag):
+            raise S3Error(unchanged, Condition="If-None-Match")
+    else:
+        limit = _condition_date(headers, prefix + "if-modified-since")
+        if limit is not None and mtime <= limit:
+            raise S3Error(unchanged, Condition="If-Modified-Since")
+
+
+def _condition_date(headers, name):
+    value = headers.get(name)
+    return parse_http_date(value) if value is not None else None
+
+
+class WriteConditions(NamedTuple):
+    """What must hold of the current object when a write is published.
+
+    if_match: an ETag list, or None.  if_none_match: True for `*`.
+    size, mtime: of the object, for DeleteObject's own headers, or None.
+    """
+    if_match: Optional[str] = None
+    if_none_match: bool = False
+    size: Optional[int] = None
+    mtime: Optional[int] = None
+
+    def check(self, info):
+        """Raise unless they hold; `info` is the object's Info or None.
+
+        An If-Match on a key that is absent answers 404, not 412:
+        userguide/conditional-writes.html.
+        """
+        if self.if_none_match and info is not None:
+            raise S3Error("PreconditionFailed", Condition="If-None-Match")
+        if self == WriteConditions() or self.if_none_match:
+            return
+        if info is None:
+            raise S3Error("NoSuchKey")
+        if self.if_match is not None and not etag_matches(
+                self.if_match, info.etag):
+            raise S3Error("PreconditionFailed", Condition="If-Match")
+        if self.size is not None and self.size != info.size:
+            raise S3Error("PreconditionFailed",
+                          Condition="x-amz-if-match-size")
+        if self.mtime is not None and self.mtime != info.mtime:
+            raise S3Error("PreconditionFailed",
+                          Condition="x-amz-if-match-last-modified-time")
+
+
+def write_conditions(headers):
+    """The WriteConditions that a PUT, Complete or copy asks for."""
+    none_match = headers.get("if-none-match")
+    if none_match is not None and none_match.strip() != "*":
+        raise S3Error("NotImplemented", Header="If-None-Match",
+                      additionalMessage="If-None-Match takes only *")
+    if none_match is not None and "if-match" in headers:
+        raise S3Error("NotImplemented",
+                      "If-Match and If-None-Match cannot be used together")
+    return WriteConditions(headers.get("if-match"), none_match is not None)
+
+
+def delete_conditions(if_match=None, size=None, mtime=None):
+    """The WriteConditions of a delete, from header or element texts."""
+    if size is not None:
+        size = parse_int("Size", size, 0)
+    if mtime is not None:
+        mtime = parse_http_date(mtime)
+        if mtime is None:
+            raise S3Error("InvalidArgument",
+                          "The last modified time is not a date")
+    return WriteConditions(if_match, False, size, mtime)
+
+
+# --- headers ---
+
+def parse_int(name, text, low, high=1 << 62):
+    """The integer in `text`, or InvalidArgument naming the parameter."""
+    try:
+        if not re.match(r"-?\d{1,19}\Z", text, re.ASCII):
+            raise ValueError
+        value = int(text)
+        if value < low:
+            raise ValueError
+    except ValueError:
+        raise S3Error("InvalidArgument",
+                      "Provided %s not an integer or within integer range"
+                      % name, ArgumentName=name,
+                      ArgumentValue=text) from None
+    return min(value, high)
+
+
+# What a client may set, S3 keeps, and GET and HEAD give back.
+KEPT_HEADERS = ("Content-Type", "Cache-Control", "Content-Disposition",
+                "Content-Encoding", "Content-Language", "Expires",
+                "x-amz-website-redirect-location")
+
+# botocore's enum StorageClass, less the ones of other services' buckets
+STORAGE_CLASSES = frozenset((
+    "STANDARD", "REDUCED_REDUNDANCY", "STANDARD_IA", "ONEZONE_IA",
+    "INTELLIGENT_TIERING", "GLACIER", "DEEP_ARCHIVE", "GLACIER_IR",
+    "EXPRESS_ONEZONE", "OUTPOSTS", "SNOW", "FSX_OPENZFS", "FSX_ONTAP"))
+
+
+def kept_headers(headers):
+    """The descriptive headers to store, by their standard names.
+
+    `aws-chunked` is a transfer coding in disguise and is not kept
+    (API/sigv4-streaming.html).
+    """
+    kept = {}
+    for name in KEPT_HEADERS:
+        value = headers.get(name.lower())
+        if value:
+            kept[name] = value
+    encoding = kept.get("Content-Encoding")
+    if encoding and "aws-chunked" in encoding:
+        codings = [c.strip() for c in encoding.split(",")]
+        kept["Content-Encoding"] = ",".join(
+            c for c in codings if c not in ("aws-chunked", ""))
+        if not kept["Content-Encoding"]:
+            del kept["Content-Encoding"]
+    return kept
+
+
+def user_metadata(headers):
+    """The x-amz-meta-* headers: lower-case names without the prefix."""
+    meta = {name[11:]: _from_wire(value) for name, value in headers.items()
+            if name.startswith("x-amz-meta-")}
+    size = sum(len(n.encode()) + len(v.encode()) for n, v in meta.items())
+    if size > MAX_USER_METADATA_BYTES:
+        raise S3Error("MetadataTooLarge", Size=size,
+                      MaxSizeAllowed=MAX_USER_METADATA_BYTES)
+    return meta
+
+
+def _from_wire(value):
+    """A header's text: UTF-8 when its bytes are that, else latin-1."""
+    if value.isascii():
+        return value
+    try:
+        return value.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return value
+
+
+def metadata_header(value):
+    """A user metadata value for the wire: RFC 2047 when not ASCII."""
+    if value.isascii() and value.isprintable():
+        return value
+    encoded = base64.b64encode(value.encode("utf-8")).decode()
+    return "=?UTF-8?B?%s?=" % encoded
+
+
+def storage_class(headers):
+    """The storage class asked for, or None for the default."""
+    name = headers.get("x-amz-storage-class")
+    if name is None or name == "STANDARD":
+        return None
+    if name not in STORAGE_CLASSES:
+        raise S3Error("InvalidStorageClass")
+    return name
+
+
+###############################################################################
+# 3. XML
+###############################################################################
+#
+# Documents out and in.  Knows nothing of S3's rules.  Documents are written
+# here and not by xml.etree, which writes a carriage return or a control
+# character of a key as it is: a parser would give another key back, or
+# refuse the document.  Documents are read by expat into xml.etree's tree.
+
+XMLNS = "http://s3.amazonaws.com/doc/2006-03-01/"
+XSI = "http://www.w3.org/2001/XMLSchema-instance"
+_XML_SPECIAL = re.compile("[&<>\"\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_XML_NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;",
+              "\t": "\t", "\n": "\n"}
+
+
+class Markup(str):
+    """Text that is XML already."""
+
+
+def xml_escape(text):
+    """`text` as character data.  C0 controls become references, as AWS
+    writes them (they need encoding-type=url to be read by most parsers).
+    """
+    if _XML_SPECIAL.search(text) is None:
+        return text
+    return _XML_SPECIAL.sub(
+        lambda m: _XML_NAMED.get(m[0]) or "&#%d;" % ord(m[0]), text)
+
+
+def xml_fragment(children):
+    """The XML of (tag, value) pairs, as Markup.
+
+    A value is None (no element), text, a number, a bool, Markup, or a
+    list of pairs.  A tag may carry attributes: `Grantee a="b"`.
+    """
+    parts = []
+    for tag, value in children:
+        if value is None:
+            continue
+        if value is True or value is False:
+            value = "true" if value else "false"
+        elif isinstance(value, (list, tuple)):
+            value = xml_fragment(value)
+        elif not isinstance(value, Markup):
+            value = xml_escape(str(value))
+        name = tag.partition(" ")[0]
+        parts.append("<%s>%s</%s>" % (tag, value, name))
+    return Markup("".join(parts))
+
+
+def xml_document(tag, children, xmlns=XMLNS):
+    """A whole document as bytes; `children` as in xml_fragment."""
+    root = '%s xmlns="%s"' % (tag, xmlns) if xmlns else tag
+    text = '<?xml version="1.0" encoding="UTF-8"?>\n%s' % (
+        xml_fragment([(root, xml_fragment(children))]))
+    return text.encode("utf-8", "replace")
+
+
+def parse_xml(data, root=None):
+    """The root Element of a document, its namespaces dropped.
+
+    MalformedXML when it is not well-formed, has a DTD, nests deeper than
+    MAX_XML_DEPTH, or has another root than `root`.
+    """
+    builder = ElementTree.TreeBuilder()
+    depth = 0
+
+    def start(tag, attributes):
+        nonlocal depth
+        depth += 1
+        if depth > MAX_XML_DEPTH:
+            raise S3Error("MalformedXML")
+        builder.start(tag.rpartition("}")[2], {
+            name.rpartition("}")[2]: value
+            for name, value in attributes.items()})
+
+    def end(tag):
+        nonlocal depth
+        depth -= 1
+        builder.end(tag.rpartition("}")[2])
+
+    def refuse(*_):
+        raise S3Error("MalformedXML")
+
+    parser = xml.parsers.expat.ParserCreate(namespace_separator="}")
+    parser.buffer_text = True
+    parser.StartElementHandler = start
+    parser.EndElementHandler = end
+    parser.CharacterDataHandler = builder.data
+    parser.StartDoctypeDeclHandler = refuse
+    try:
+        parser.Parse(data, True)
+        element = builder.close()
+    except (xml.parsers.expat.ExpatError, ValueError, LookupError):
+        raise S3Error("MalformedXML") from None
+    if root is not None and element.tag != root:
+        raise S3Error("MalformedXML")
+    return element
+
+
+def xml_text(element, tag, default=None):
+    """The stripped text of a child, `default` when there is none."""
+    child = element.find(tag)
+    if child is None:
+        return default
+    return (child.text or "").strip()
+
+
+###############################################################################
+# 4. Signatures
+###############################################################################
+#
+# Who is asking: SigV4 and SigV2, in the header and presigned, and the
+# chain of chunk signatures of a streaming body.  Works on a request's
+# method, raw path, query and headers as they stood on the wire; `now` is
+# an argument.  Any object with these attributes will do as `request`:
+# method, raw_path, pairs (decoded query, in order), query (a dict of the
+# first ones), headers (lower-case names), host_bucket ("" for path style).
+#
+# API/sig-v4-header-based-auth.html, sigv4-query-string-auth.html,
+# sigv4-streaming.html, RESTAuthentication.html (SigV2).
+
+V4 = "AWS4-HMAC-SHA256"
+UNSIGNED = "UNSIGNED-PAYLOAD"
+STREAMING_SIGNED = ("STREAMING-AWS4-HMAC-SHA256-PAYLOAD",
+                    "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER")
+STREAMING_UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
+_HEX_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+
+# botocore's HmacV1Auth.QSAOfInterest: what SigV2 signs of a query
+_V2_SIGNED = frozenset((
+    "accelerate", "acl", "analytics", "cors", "defaultObjectAcl", "delete",
+    "inventory", "lifecycle", "location", "logging", "metrics",
+    "notification", "object-lock", "partNumber", "policy", "replication",
+    "requestPayment", "response-cache-control",
+    "response-content-disposition", "response-content-encoding",
+    "response-content-language", "response-content-type",
+    "response-expires", "restore", "select", "select-type", "storageClass",
+    "tagging", "torrent", "uploadId", "uploads", "versionId", "versioning",
+    "versions", "website"))
+
+
+class Account(NamedTuple):
+    """Somebody with a key pair.  `user_id` is the canonical user id."""
+    key_id: str
+    secret: str
+    user_id: str
+    user_name: str
+    email: str = ""
+
+
+class Identity(NamedTuple):
+    """Who sent a request, and how its body is vouched for.
+
+    account: None for an unsigned request.  payload: the value of
+    x-amz-content-sha256, or UNSIGNED-PAYLOAD.  chain: the ChunkChain of a
+    body whose chunks are signed, else None.
+    """
+    account: Optional[Account]
+    payload: str = UNSIGNED
+    chain: Any = None
+
+
+class Scope(NamedTuple):
+    """A SigV4 credential: who, and for which day, region and service."""
+    key_id: str
+    date: str
+    region: str
+    service: str
+
+    def __str__(self):
+        return "%s/%s/%s/aws4_request" % self[1:]
+
+
+def hmac_sha256(key, text):
+    """The HMAC-SHA256 of a text, as bytes."""
+    return hmac.digest(key, text.encode("utf-8", "surrogateescape"),
+                       "sha256")
+
+
+@functools.lru_cache(maxsize=256)
+def signing_key(secret, date, region, service):
+    """The derived key of SigV4; it changes once a day, hence the cache."""
+    key = hmac_sha256(("AWS4" + secret).encode(), date)
+    for part in (region, service, "aws4_request"):
+        key = hmac_sha256(key, part)
+    return key
+
+
+def canonical_query(pairs):
+    """The canonical query string of decoded pairs."""
+    return "&".join(sorted(
+        "%s=%s" % (uri_encode(name), uri_encode(value))
+        for name, value in pairs))
+
+
+def canonical_request(request, signed_headers, payload, host=None):
+    """The canonical request as text; `host` replaces the Host header."""
+    lines = [request.method, canonical_path(request.raw_path),
+             canonical_query([p for p in request.pairs
+                              if p[0] != "X-Amz-Signature"])
+             if request.pairs else ""]
+    headers = request.headers
+    for name in signed_headers:
+        value = headers.get(name, "")
+        if name == "host" and host is not None:
+            value = host
+        elif "  " in value:
+            value = " ".join(value.split())
+        lines.append("%s:%s" % (name, value.strip()))
+    return "\n".join(lines) + "\n\n%s\n%s" % (
+        ";".join(signed_headers), payload)
+
+
+def string_to_sign(amz_date, scope, canonical):
+    """The string to sign of a canonical request."""
+    # latin-1 is how the wire was decoded: this gives its bytes back
+    data = canonical.encode("latin-1", "replace")
+    return "\n".join((V4, amz_date, str(scope),
+                      hashlib.sha256(data).hexdigest()))
+
+
+class ChunkChain:
+    """The chunk signatures of one streaming body, each over the last."""
+
+    def __init__(self, key, amz_date, scope, seed):
+        self._key, self._previous = key, seed
+        self._prefix = "%s\n%s\n" % (amz_date, scope)
+
+    def check(self, signature, sha256_hex):
+        """Take the next chunk's signature, or raise."""
+        self._next(signature, "%s-PAYLOAD\n%s%s\n%s\n%s" % (
+            V4, self._prefix, self._previous, EMPTY_SHA256, sha256_hex))
+
+    def check_trailer(self, signature, trailer):
+        """Take the signature over the trailer's canonical bytes."""
+        self._next(signature, "%s-TRAILER\n%s%s\n%s" % (
+            V4, self._prefix, self._previous,
+            hashlib.sha256(trailer).hexdigest()))
+
+    def _next(self, signature, text):
+        expected = hmac_sha256(self._key, text).hex()
+        if not hmac.compare_digest(expected, _ascii(signature)):
+            raise S3Error("SignatureDoesNotMatch", StringToSign=text,
+                          SignatureProvided=signature)
+        self._previous = expected
+
+
+def _ascii(text):
+    """compare_digest refuses other text; no signature has it anyway."""
+    return text if text.isascii() else ""
+
+
+def authenticate(request, accounts, now, region=None, hosts=()):
+    """The Identity behind a request, or the S3Error that AWS would give.
+
+    accounts: key id -> Account.  now: seconds since the epoch.  region:
+    the only one a scope may name, None for any.  hosts: further names
+    under which a client may have signed (behind a proxy).
+    """
+    authorization = request.headers.get("authorization")
+    query = request.query
+    if authorization is not None:
+        if "X-Amz-Signature" in query or "Signature" in query:
+            raise S3Error("InvalidArgument",
+                          "Only one auth mechanism allowed; only the "
+                          "X-Amz-Algorithm query parameter, Signature "
+                          "query string parameter or the Authorization "
+                          "header should be specified")
+        if authorization.startswith(V4):
+            return _v4_header(request, accounts, now, region, hosts)
+        if authorization.startswith("AWS "):
+            return _v2_header(request, accounts, now)
+        raise S3Error("InvalidArgument", "Unsupported Authorization Type",
+                      ArgumentName="Authorization")
+    if "X-Amz-Signature" in query or "X-Amz-Algorithm" in query:
+        return _v4_query(request, accounts, now, region, hosts)
+    if "Signature" in query and "AWSAccessKeyId" in query:
+        return _v2_query(request, accounts, now)
+    payload = request.headers.get("x-amz-content-sha256", UNSIGNED)
+    return Identity(None, payload)
+
+
+# --- SigV4 ---
+
+def _v4_header(request, accounts, now, region, hosts):
+    """SigV4 in the Authorization header."""
+    headers = request.headers
+    scope, signed_headers, signature = _v4_authorization(
+        headers["authorization"])
+    payload = headers.get("x-amz-content-sha256")
+    if payload is None:
+        raise S3Error("InvalidRequest", "Missing required header for this "
+                      "request: x-amz-content-sha256")
+    amz_date = headers.get("x-amz-date")
+    if amz_date is None:
+        amz_date = _amz_date(headers.get("date", ""))
+    then = parse_amz_date(amz_date)
+    if then is None:
+        raise S3Error("AccessDenied", "AWS authentication requires a valid "
+                      "Date or x-amz-date header")
+    _check_scope(scope, amz_date, region, "AuthorizationHeaderMalformed",
+                 "The authorization header is malformed; ")
+    account = _account(accounts, scope.key_id)
+    _check_skew(then, now, amz_date)
+    _check_token(headers.get("x-amz-security-token"))
+    return _v4_verify(request, account, scope, signed_headers, signature,
+                      amz_date, _checked_payload(payload), hosts)
+
+
+def _amz_date(date):
+    """An x-amz-date for a Date header; "" when it is none."""
+    seconds = parse_http_date(date)
+    if seconds is None:
+        return ""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(seconds))
+
+
+def _v4_authorization(header):
+    """The (Scope, signed header names, signature) of the header."""
+    fields = {}
+    for item in header[len(V4):].split(","):
+        name, _, value = item.strip().partition("=")
+        fields[name] = value
+    for name in ("Credential", "SignedHeaders", "Signature"):
+        if not fields.get(name):
+            raise S3Error(
+                "AuthorizationHeaderMalformed",
+                "The authorization header is malformed; the authorization "
+                "header requires three components: Credential, "
+                "SignedHeaders, and Signature.")
+    scope = _scope(fields["Credential"], "AuthorizationHeaderMalformed",
+                   "The authorization header is malformed; ")
+    return scope, fields["SignedHeaders"].split(";"), fields["Signature"]
+
+
+def _scope(credential, code, prefix):
+    """The Scope of a credential text."""
+    parts = credential.rsplit("/", 4)
+    if len(parts) != 5 or not parts[0] or parts[4] != "aws4_request":
+        raise S3Error(code, prefix + "the Credential is mal-formed; "
+                      "expecting \"<YOUR-AKID>/YYYYMMDD/REGION/SERVICE/"
+                      "aws4_request\".")
+    return Scope(*parts[:4])
+
+
+def _check_scope(scope, amz_date, region, code, prefix):
+    """Raise `code` when day, region or service are not the right ones."""
+    if scope.service != "s3":
+        raise S3Error(code, prefix + "incorrect service \"%s\". This "
+                      "endpoint belongs to \"s3\"." % scope.service)
+    if region is not None and scope.region != region:
+        raise S3Error(code, prefix + "the region '%s' is wrong; expecting "
+                      "'%s'" % (scope.region, region), Region=region)
+    if scope.date != amz_date[:8]:
+        raise S3Error(code, prefix + "Invalid credential date \"%s\". This "
+                      "date is not the same as X-Amz-Date: \"%s\"."
+                      % (scope.date, amz_date[:8]))
+
+
+def _account(accounts, key_id):
+    account = accounts.get(key_id)
+    if account is None:
+        raise S3Error("InvalidAccessKeyId", AWSAccessKeyId=key_id)
+    return account
+
+
+def _check_token(token):
+    """No key pair here has a session token."""
+    if token:
+        raise S3Error("InvalidToken", **{"Token-0": token})
+
+
+def _check_skew(then, now, text):
+    if abs(now - then) > MAX_SKEW_SECONDS:
+        raise S3Error("RequestTimeTooSkewed", RequestTime=text,
+                      ServerTime=iso_date(int(now) * 1000000000),
+                      MaxAllowedSkewMilliseconds=MAX_SKEW_SECONDS * 1000)
+
+
+def _checked_payload(payload):
+    """x-amz-content-sha256 itself, when it is one of the known forms."""
+    if (_HEX_SHA256.match(payload) or payload == UNSIGNED
+            or payload == STREAMING_UNSIGNED or payload in STREAMING_SIGNED):
+        return payload
+    if payload.startswith("STREAMING-AWS4-ECDSA"):
+        raise S3Error("NotImplemented", "SigV4A payloads are not "
+                      "implemented", Header="x-amz-content-sha256")
+    raise S3Error(
+        "InvalidArgument", "x-amz-content-sha256 must be UNSIGNED-PAYLOAD, "
+        "STREAMING-UNSIGNED-PAYLOAD-TRAILER, "
+        "STREAMING-AWS4-HMAC-SHA256-PAYLOAD, "
+        "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER or a valid sha256 "
+        "value.", ArgumentName="x-amz-content-sha256",
+        ArgumentValue=payload)
+
+
+def _v4_verify(request, account, scope, signed_headers, signature,
+               amz_date, payload, hosts):
+    """Compare the signature; the Identity when it is right."""
+    _check_signed_headers(request.headers, signed_headers)
+    key = signing_key(account.secret, scope.date, scope.region,
+                      scope.service)
+    signature = _ascii(signature)
+    first = None
+    for host in (None,) + tuple(hosts):
+        canonical = canonical_request(request, signed_headers, payload,
+                                      host)
+        text = string_to_sign(amz_date, scope, canonical)
+        if hmac.compare_digest(hmac_sha256(key, text).hex(), signature):
+            chain = None
+            if payload in STREAMING_SIGNED:
+                chain = ChunkChain(key, amz_date, scope, signature)
+            return Identity(account, payload, chain)
+        first = first or (canonical, text)
+    canonical, text = first
+    raise S3Error("SignatureDoesNotMatch", AWSAccessKeyId=account.key_id,
+                  StringToSign=text, SignatureProvided=signature,
+                  StringToSignBytes=_hex_bytes(text),
+                  CanonicalRequest=canonical,
+                  CanonicalRequestBytes=_hex_bytes(canonical))
+
+
+def _hex_bytes(text):
+    return text.encode("latin-1", "replace").hex(" ") \
+        if sys.version_info >= (3, 8) else ""
+
+
+def _check_signed_headers(headers, signed_headers):
+    """Host and every x-amz- header must be under the signature."""
+    if "host" not in signed_headers:
+        raise S3Error("AccessDenied", "There were headers present in the "
+                      "request which were not signed",
+                      HeadersNotSigned="host")
+    unsigned = [name for name in headers if name.startswith("x-amz-")
+                and name not in signed_headers]
+    if unsigned:
+        raise S3Error("AccessDenied", "There were headers present in the "
+                      "request which were not signed",
+                      HeadersNotSigned=", ".join(unsigned))
+
+
+def _v4_query(request, accounts, now, region, hosts):
+    """A URL presigned with SigV4."""
+    code, query = "AuthorizationQueryParametersError", request.query
+    for name in ("X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-Signature",
+                 "X-Amz-Date", "X-Amz-SignedHeaders", "X-Amz-Expires"):
+        if not query.get(name):
+            raise S3Error(code, "Query-string authentication version 4 "
+                          "requires the X-Amz-Algorithm, X-Amz-Credential, "
+                          "X-Amz-Signature, X-Amz-Date, X-Amz-SignedHeaders,"
+                          " and X-Amz-Expires parameters.")
+    if query["X-Amz-Algorithm"] != V4:
+        raise S3Error(code, "X-Amz-Algorithm only supports "
+                      "\"AWS4-HMAC-SHA256\"")
+    prefix = "Error parsing the X-Amz-Credential parameter; "
+    scope = _scope(query["X-Amz-Credential"], code, prefix)
+    amz_date = query["X-Amz-Date"]
+    then = parse_amz_date(amz_date)
+    if then is None:
+        raise S3Error(code, "X-Amz-Date must be in the ISO8601 Long Format "
+                      "\"yyyyMMdd'T'HHmmss'Z'\"")
+    _check_scope(scope, amz_date, region, code, prefix)
+    account = _account(accounts, scope.key_id)
+    _check_expiry(query["X-Amz-Expires"], then, now, code)
+    _check_token(query.get("X-Amz-Security-Token"))
+    payload = (query.get("X-Amz-Content-Sha256")
+               or request.headers.get("x-amz-content-sha256") or UNSIGNED)
+    return _v4_verify(
+        request, account, scope, query["X-Amz-SignedHeaders"].split(";"),
+        query["X-Amz-Signature"], amz_date, _checked_payload(payload),
+        hosts)
+
+
+def _check_expiry(expires, then, now, code):
+    """Raise unless a presigned URL made at `then` is valid at `now`."""
+    if not re.match(r"-?\d{1,12}\Z", expires, re.ASCII):
+        raise S3Error(code, "X-Amz-Expires should be a number")
+    seconds = int(expires)
+    if seconds < 0:
+        raise S3Error(code, "X-Amz-Expires must be non-negative")
+    if seconds > MAX_EXPIRES_SECONDS:
+        raise S3Error(code, "X-Amz-Expires must be less than a week (in "
+                      "seconds); that is, the given X-Amz-Expires must be "
+                      "less than 604800 seconds")
+    if then - now > MAX_SKEW_SECONDS:
+        raise S3Error("AccessDenied", "Request is not valid yet",
+                      ServerTime=iso_date(int(now) * 1000000000))
+    _check_expired(then + seconds, now, expires)
+
+
+def _check_expired(end, now, expires):
+    if now > end:
+        raise S3Error("AccessDenied", "Request has expired",
+                      **{"X-Amz-Expires": expires,
+                         "Expires": iso_date(end * 1000000000),
+                         "ServerTime": iso_date(int(now) * 1000000000)})
+
+
+# --- SigV2 ---
+
+def _v2_header(request, accounts, now):
+    """SigV2 in the Authorization header: `AWS key_id:signature`."""
+    headers = request.headers
+    key_id, separator, signature = headers["authorization"][4:] \
+        .strip().rpartition(":")
+    if not separator or not key_id:
+        raise S3Error("InvalidArgument", "AWS authorization header is "
+                      "invalid.  Expected AwsAccessKeyId:signature",
+                      ArgumentName="Authorization")
+    account = _account(accounts, key_id)
+    text = headers.get("x-amz-date") or headers.get("date", "")
+    then = parse_http_date(text)
+    if then is None:
+        raise S3Error("AccessDenied", "AWS authentication requires a valid "
+                      "Date or x-amz-date header")
+    _check_skew(then, now, text)
+    date = "" if "x-amz-date" in headers else headers.get("date", "")
+    return _v2_verify(request, account, date, signature)
+
+
+def _v2_query(request, accounts, now):
+    """A URL presigned with SigV2."""
+    query = request.query
+    account = _account(accounts, query["AWSAccessKeyId"])
+    expires = query.get("Expires", "")
+    if not re.match(r"\d{1,12}\Z", expires, re.ASCII):
+        raise S3Error("AccessDenied", "Invalid date (should be seconds "
+                      "since epoch): %s" % expires)
+    _check_expired(int(expires), now, expires)
+    return _v2_verify(request, account, expires, query["Signature"])
+
+
+def _v2_verify(request, account, date, signature):
+    """Compare a SigV2 signature; the Identity when it is right."""
+    headers = request.headers
+    _check_token(headers.get("x-amz-security-token"))
+    lines = [request.method, headers.get("content-md5", ""),
+             headers.get("content-type", ""), date]
+    lines += ["%s:%s" % (name, " ".join(headers[name].split()))
+              for name in sorted(headers) if name.startswith("x-amz-")]
+    text = "\n".join(lines + [_v2_resource(request)])
+    expected = base64.b64encode(hmac.digest(
+        account.secret.encode(), text.encode("latin-1", "replace"), "sha1"))
+    if not hmac.compare_digest(expected.decode(), _ascii(signature)):
+        raise S3Error("SignatureDoesNotMatch", StringToSign=text,
+                      AWSAccessKeyId=account.key_id,
+                      SignatureProvided=signature,
+                      StringToSignBytes=_hex_bytes(text))
+    payload = headers.get("x-amz-content-sha256", UNSIGNED)
+    if payload in STREAMING_SIGNED:
+        raise S3Error("InvalidRequest", "A streaming payload needs an "
+                      "AWS4-HMAC-SHA256 signature")
+    return Identity(account, _checked_payload(payload))
+
+
+def _v2_resource(request):
+    """The CanonicalizedResource of RESTAuthentication.html."""
+    resource = request.raw_path
+    if request.host_bucket:
+        resource = "/%s%s" % (request.host_bucket, resource)
+    signed = sorted(p for p in request.pairs if p[0] in _V2_SIGNED)
+    if signed:
+        resource += "?" + "&".join(
+            "%s=%s" % pair if pair[1] else pair[0] for pair in signed)
+    return resource
+
+
+###############################################################################
+# 5. Bodies and checksums
+###############################################################################
+#
+# From the bytes on the wire to the bytes of an object.  Readers take a
+# `source` with read(n) -> 1 to n bytes, b"" at its end, and
+# readline(limit); they give bytes, hold one block at most, and say
+# IncompleteBody when the source ends too soon.  No files, no sockets.
+
+# --- digests ---
+
+# CRC-32C and CRC-64/NVME have no C code in the standard library.  A CRC is
+# a remainder of polynomials over GF(2), and int.from_bytes(data, "little")
+# is the data as such a polynomial: bit 0 is the highest power, one bit to
+# the left divides by x.  Python's integers shift and XOR long runs of bits
+# at the speed of C, so the first k bits of a message are folded onto the
+# bits after them by a few shifts, as x^k == product of (1 + x^-s + ...)
+# modulo the CRC's polynomial (a sparse multiple of it).  The multiples were
+# found offline: CRC-32C's by a meet in the middle on the XORs of two halves
+# of the shifts, CRC-64's by adding discrete logarithms of the factors
+# (2^64-1 is smooth) until the sum is a small k.  Squaring an equation
+# doubles k and all the shifts, so that each stands for a ladder of them.
+
+class Crc:
+    """A reflected CRC whose initial and final XOR are all ones."""
+
+    def __init__(self, width, polynomial, largest, multiples):
+        self.width, self.ones = width, (1 << width) - 1
+        self.table = []
+        for value in range(256):
+            for _ in range(8):
+                value = value >> 1 ^ (polynomial if value & 1 else 0)
+            self.table.append(value)
+        self.powers = [1 << width - 9]          # x^8, its square, ...
+        for _ in range(63):
+            self.powers.append(self._multiply(*self.powers[-1:] * 2))
+        self.steps = self._ladder(largest, multiples)
+
+    @staticmethod
+    def _ladder(largest, multiples):
+        """All (least bits, bits folded, their mask, factors), long first."""
+        steps, limit = [], largest
+        for bits, factors in sorted(multiples, reverse=True):
+            scale, rungs = 1, []
+            while bits * scale <= limit:
+                scaled = [tuple(s * scale for s in f) for f in factors]
+                k, reach = bits * scale, sum(map(max, scaled))
+                rungs.append((2 * k + reach, k, (1 << k) - 1, scaled))
+                scale *= 2
+            steps += rungs[::-1]
+            limit = bits - 1
+        return steps
+
+    @staticmethod
+    def _fold(message, step):
+        """The message without its first bits, which are folded onto it."""
+        _, bits, mask, factors = step
+        low = message & mask
+        for shifts in factors:
+            total = low
+            for shift in shifts:
+                total ^= low << shift
+            low = total
+        return message >> bits ^ low
+
+    def update(self, data, value=0):
+        """The CRC of data, or of more data after that of `value`."""
+        fold, view = self._fold, memoryview(data).cast('B')
+        left, start = 8 * view.nbytes, 0
+        message = value ^ self.ones
+        least, bits = self.steps[0][:2]
+        while left >= least:                    # in pieces the caches hold
+            end = start + bits // 8
+            message ^= int.from_bytes(view[start:end], 'little')
+            message = fold(message, self.steps[0])
+            start, left = end, left - bits
+        message ^= int.from_bytes(view[start:], 'little')
+        for step in self.steps:
+            while left >= step[0]:
+                message = fold(message, step)
+                left -= step[1]
+        return self._remainder(message, left) ^ self.ones
+
+    def _remainder(self, message, bits):
+        """The register after the first bits of the message, bytewise."""
+        table, crc, count = self.table, 0, bits // 8
+        for byte in (message & (1 << bits) - 1).to_bytes(count, 'little'):
+            crc = table[(crc ^ byte) & 255] ^ crc >> 8
+        return crc ^ message >> bits
+
+    def _multiply(self, a, b):
+        """a * b modulo the polynomial."""
+        product = 0
+        while a:
+            bit = a & -a
+            product ^= b * bit
+            a ^= bit
+        return self._remainder(product << 1, self.width)
+
+    def combine(self, first, second, length):
+        """The CRC of two parts, from theirs and the second one's length."""
+        for n in range(length.bit_length()):
+            if length >> n & 1:
+                first = self._multiply(first, self.powers[n])
+        return first ^ second
+
+
+CRC32 = Crc(32, 0xEDB88320, 0, [])        # to combine; zlib has update
+CRC32C = Crc(32, 0x82F63B78, 1 << 18, [
+    (176, [(13, 21, 28, 29, 44, 68)]),
+    (1224, [(9, 23, 84, 119)]),
+    (29024, [(625, 1120)])])
+CRC64NVME = Crc(64, 0x9A6C9329AC4BC9B5, 1 << 18, [
+    (256, [(4, 63), (17, 34), (33, 110), (1, 38), (82, 87), (18, 33)]),
+    (7376, [(115, 147), (87, 340), (8, 254), (124, 278)]),
+    (129168, [(6902,), (4279,), (3135,), (16352,)])])
+
+
+class CrcDigest:
+    """A Crc with hashlib's manner: update(data), digest()."""
+
+    def __init__(self, crc, data=b""):
+        self._crc, self._value = crc, 0
+        self.update(data)
+
+    def update(self, data):
+        """Take more data."""
+        if self._crc is CRC32:
+            self._value = zlib.crc32(data, self._value)
+        else:
+            self._value = self._crc.update(data, self._value)
+
+    def digest(self):
+        """The big-endian bytes, as S3 encodes them."""
+        return self._value.to_bytes(self._crc.width // 8, "big")
+
+
+class Algorithm(NamedTuple):
+    """A digest that S3 knows: its maker, its bytes, its Crc or None."""
+    new: Callable
+    size: int
+    crc: Any = None
+
+
+DIGESTS = {
+    "MD5": Algorithm(new_md5, 16),
+    "SHA1": Algorithm(new_sha1, 20),
+    "SHA256": Algorithm(hashlib.sha256, 32),
+    "SHA512": Algorithm(hashlib.sha512, 64),
+    "CRC32": Algorithm(functools.partial(CrcDigest, CRC32), 4, CRC32),
+    "CRC32C": Algorithm(functools.partial(CrcDigest, CRC32C), 4, CRC32C),
+    "CRC64NVME": Algorithm(functools.partial(CrcDigest, CRC64NVME), 8,
+                           CRC64NVME),
+}
+# userguide/checking-object-integrity.html.  botocore names three more,
+# XXHASH64, XXHASH3 and XXHASH128: the standard library has none of them.
+CHECKSUMS = ("CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256", "SHA512",
+             "MD5")
+CHECKSUM_HEADERS = {"x-amz-checksum-" + name.lower(): name
+                    for name in CHECKSUMS}
+_CHECKSUM_WORDS = frozenset((
+    "x-amz-checksum-algorithm", "x-amz-checksum-mode",
+    "x-amz-checksum-type"))
+
+
+def checksum_algorithm(name):
+    """`name` in S3's spelling; raise when it is unknown or not done."""
+    upper = name.upper()
+    if upper in CHECKSUMS:
+        return upper
+    if upper in ("XXHASH64", "XXHASH3", "XXHASH128"):
+        raise S3Error("NotImplemented",
+                      "The checksum algorithm %s is not implemented" % upper)
+    raise S3Error("InvalidRequest", "Checksum algorithm provided is "
+                  "unsupported. Please try again with any of the valid "
+                  "types: [%s]" % ", ".join(CHECKSUMS))
+
+
+def composite_checksum(name, digests):
+    """S3's checksum of checksums, as `base64-N`."""
+    data = DIGESTS[name].new(b"".join(digests)).digest()
+    return "%s-%d" % (base64.b64encode(data).decode(), len(digests))
+
+
+def combined_crc(name, parts):
+    """The base64 CRC of a whole from its parts' (digest, size)."""
+    crc, value = DIGESTS[name].crc, 0
+    for digest, size in parts:
+        value = crc.combine(value, int.from_bytes(digest, "big"), size)
+    return base64.b64encode(value.to_bytes(
+        DIGESTS[name].size, "big")).decode()
+
+
+def decode_digest(text, size):
+    """The bytes of a base64 digest of `size` bytes, or None."""
+    try:
+        data = base64.b64decode(text.encode("ascii"), validate=True)
+    except (UnicodeError, binascii.Error):
+        return None
+    return data if len(data) == size else None
+
+
+# --- readers ---
+
+class LengthReader:
+    """`length` bytes of a source."""
+
+    def __init__(self, source, length):
+        self._source, self.left = source, length
+
+    def read(self, size):
+        """1 to `size` bytes, b"" at the end."""
+        if not self.left:
+            return b""
+        data = self._source.read(min(size, self.left))
+        if not data:
+            raise S3Error("IncompleteBody")
+        self.left -= len(data)
+        return data
+
+
+class LineReader:
+    """read and readline over a reader that has only read."""
+
+    def __init__(self, reader):
+        self._reader, self._buffer = reader, b""
+
+    def read(self, size):
+        """1 to `size` bytes, b"" at the end."""
+        data = self._buffer
+        if not data:
+            return self._reader.read(size)
+        self._buffer = data[size:]
+        return data[:size]
+
+    def readline(self, limit):
+        """A line with its end, or what there is up to `limit` bytes."""
+        line = self._buffer
+        while b"\n" not in line and len(line) < limit:
+            data = self._reader.read(limit)
+            if not data:
+                break
+            line += data
+        end = line.find(b"\n") + 1 or min(limit, len(line))
+        self._buffer = line[end:]
+        return line[:end]
+
+
+def read_line(source):
+    """A CRLF line without its end; raise when there is none."""
+    line = source.readline(MAX_LINE_BYTES)
+    if not line.endswith(b"\r\n"):
+        if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
+            raise S3Error("IncompleteBody")
+        raise S3Error("InvalidRequest", "A line of the chunked body is "
+                      "malformed")
+    return line[:-2]
+
+
+def chunk_size(text):
+    """The number that a chunk header's hexadecimal digits say."""
+    if not re.match(rb"[0-9A-Fa-f]{1,15}\Z", text):
+        raise S3Error("InvalidRequest", "A chunk size of the body is "
+                      "malformed")
+    return int(text, 16)
+
+
+class ChunkedReader:
+    """Transfer-Encoding: chunked, RFC 9112 section 7.1."""
+
+    def __init__(self, source):
+        self._source = source
+        self._chunk = None              # bytes left in this chunk
+        self.left = None                # unknown; 0 after the last chunk
+
+    def read(self, size):
+        """1 to `size` bytes, b"" at the end."""
+        if self.left == 0:
+            return b""
+        if self._chunk is None:
+            header = read_line(self._source)
+            self._chunk = chunk_size(header.partition(b";")[0].rstrip())
+            if self._chunk == 0:
+                self._trailer()
+                return b""
+        data = self._source.read(min(size, self._chunk))
+        if not data:
+            raise S3Error("IncompleteBody")
+        self._chunk -= len(data)
+        if self._chunk == 0:
+            if read_line(self._source):
+                raise S3Error("InvalidRequest", "A chunk of the body is "
+                              "longer than its size")
+            self._chunk = None
+        return data
+
+    def _trailer(self):
+        for _ in range(MAX_HEADERS):
+            if not read_line(self._source):
+                self.left = 0
+                return
+        raise S3Error("RequestHeaderSectionTooLarge")
+
+
+class AwsChunkedReader:
+    """The aws-chunked coding, API/sigv4-streaming.html and -trailers.
+
+    chain: a ChunkChain when the chunks are signed.  trailers: the names
+    that x-amz-trailer promised; after the end they stand in `trailer`.
+    """
+
+    def __init__(self, source, chain=None, trailers=(), signed_trailer=False):
+        self._source, self._chain = source, chain
+        self._promised, self._signed_trailer = trailers, signed_trailer
+        self._chunk, self._sha256, self._signature = None, None, ""
+        self._ended = False
+        self.trailer = {}
+
+    def read(self, size):
+        """1 to `size` bytes, b"" at the end."""
+        if self._ended:
+            return b""
+        if self._chunk is None:
+            self._header()
+            if self._chunk == 0:
+                self._finish_chunk()
+                self._read_trailer()
+                self._ended = True
+                return b""
+        data = self._source.read(min(size, self._chunk))
+        if not data:
+            raise S3Error("IncompleteBody")
+        self._chunk -= len(data)
+        if self._chain:
+            self._sha256.update(data)
+        if self._chunk == 0:
+            self._finish_chunk()
+            if read_line(self._source):
+                raise S3Error("InvalidRequest", "A chunk of the body is "
+                              "longer than its size")
+            self._chunk = None
+        return data
+
+    def _header(self):
+        size, _, rest = read_line(self._source).partition(b";")
+        self._chunk = chunk_size(size)
+        if self._chain:
+            name, _, value = rest.partition(b"=")
+            if name != b"chunk-signature":
+                raise S3Error("InvalidRequest",
+                              "A chunk of the body has no signature")
+            self._signature = value.decode("latin-1")
+            self._sha256 = hashlib.sha256()
+
+    def _finish_chunk(self):
+        if self._chain:
+            self._chain.check(self._signature, self._sha256.hexdigest())
+
+    def _read_trailer(self):
+        """Trailer lines up to the empty one (or the end of the body)."""
+        canonical, signature = b"", None
+        for _ in range(MAX_HEADERS):
+            line = self._trailer_line()
+            if not line:
+                break
+            name, separator, value = line.partition(b":")
+            name = name.strip().lower().decode("latin-1")
+            value = value.strip()
+            if not separator:
+                raise S3Error("MalformedTrailerError")
+            if name == "x-amz-trailer-signature":
+                signature = value.decode("latin-1")
+                continue
+            self.trailer[name] = value.decode("latin-1")
+            canonical += b"%s:%s\n" % (name.encode("latin-1"), value)
+        if any(name not in self.trailer for name in self._promised):
+            raise S3Error("MalformedTrailerError")
+        if self._chain and self._signed_trailer:
+            if signature is None:
+                raise S3Error("MalformedTrailerError")
+            self._chain.check_trailer(signature, canonical)
+
+    def _trailer_line(self):
+        # Some SDKs end the trailer with the body and not with an empty
+        # line, or the line before it with a bare LF (minio-go's notes).
+        line = self._source.readline(MAX_LINE_BYTES)
+        if len(line) >= MAX_LINE_BYTES:
+            raise S3Error("MalformedTrailerError")
+        return line.rstrip(b"\r\n")
+
+
+# --- bodies ---
+
+class Claim(NamedTuple):
+    """What the client says a digest of the body is.
+
+    expected: the digest's bytes, or None when the trailer tells.
+    header: the name that said so.
+    """
+    algorithm: str
+    expected: Optional[bytes]
+    header: str
+
+
+class Body:
+    """The payload of one request: read once, verified before its end.
+
+    length: the bytes to come, None when unknown.  claims: the Claims to
+    verify.  checksum: the name of the x-amz-checksum algorithm that the
+    client uses, or None.
+    """
+
+    def __init__(self, reader, length, claims=(), checksum=None):
+        self._reader, self.length = reader, length
+        self._claims, self.checksum = claims, checksum
+        self._hashes = {claim.algorithm: DIGESTS[claim.algorithm].new()
+                        for claim in claims}
+        self.received = 0
+
+    def want(self, *algorithms):
+        """Compute these digests too; before the first block."""
+        for name in algorithms:
+            if name and name not in self._hashes:
+                self._hashes[name] = DIGESTS[name].new()
+
+    def digest(self, algorithm):
+        """A digest of the whole body, as bytes; after the last block."""
+        return self._hashes[algorithm].digest()
+
+    def blocks(self, size=BLOCK_BYTES):
+        """The body in blocks of `size` bytes, the last one shorter.
+
+        The last block comes only once every claim about the body has held:
+        what fits one block is never seen unverified.
+        """
+        block = self._block(size)
+        while block:
+            following = self._block(size) if len(block) == size else b""
+            if not following:
+                self._verify()
+            yield block
+            block = following
+        if not self.received:
+            self._verify()
+
+    def _block(self, size):
+        """`size` bytes, fewer at the end; digested."""
+        data = self._reader.read(size)
+        if 0 < len(data) < size and self.received + len(data) != self.length:
+            pieces, have = [data], len(data)
+            while have < size:
+                data = self._reader.read(size - have)
+                if not data:
+                    break
+                pieces.append(data)
+                have += len(data)
+            data = b"".join(pieces)
+        self.received += len(data)
+        for digest in self._hashes.values():
+            digest.update(data)
+        return data
+
+    def read_all(self, limit=MAX_XML_BYTES):
+        """The whole verified body, or MaxMessageLengthExceeded."""
+        if self.length is not None and self.length > limit:
+            raise S3Error("MaxMessageLengthExceeded", MaxSizeAllowed=limit)
+        parts = []
+        for block in self.blocks():
+            parts.append(block)
+            if self.received > limit:
+                raise S3Error("MaxMessageLengthExceeded",
+                              MaxSizeAllowed=limit)
+        return b"".join(parts)
+
+    def _verify(self):
+        """Raise unless length, trailer and claims hold."""
+        if self._reader.read(1) or (self.length is not None
+                                    and self.received != self.length):
+            raise S3Error("IncompleteBody")
+        trailer = getattr(self._reader, "trailer", {})
+        for name, expected, header in self._claims:
+            actual = self._hashes[name].digest()
+            if expected is None:
+                expected = decode_digest(trailer.get(header, ""),
+                                         DIGESTS[name].size)
+            if expected != actual:
+                raise _mismatch(name, expected, actual, header)
+
+
+def _mismatch(name, expected, actual, header):
+    """The S3Error for a digest that is not what the client claimed."""
+    if header == "x-amz-content-sha256":
+        return S3Error("XAmzContentSHA256Mismatch",
+                       ClientComputedContentSHA256=expected.hex(),
+                       S3ComputedContentSHA256=actual.hex())
+    encoded = base64.b64encode(actual).decode()
+    if header == "content-md5":
+        return S3Error("BadDigest", "The Content-MD5 you specified did not "
+                       "match what we received.",
+                       ExpectedDigest=base64.b64encode(expected).decode(),
+                       CalculatedDigest=encoded)
+    if expected is None:
+        return S3Error("InvalidRequest",
+                       "Value for %s trailing header is invalid." % header)
+    return S3Error("BadDigest", "The %s you specified did not match the "
+                   "calculated checksum." % name, CalculatedDigest=encoded)
+
+
+def body_claims(headers, payload):
+    """The (claims, checksum algorithm or None) that the headers make."""
+    claims = []
+    if len(payload) == 64:
+        claims.append(Claim("SHA256", bytes.fromhex(payload),
+                            "x-amz-content-sha256"))
+    md5 = headers.get("content-md5")
+    if md5 is not None:
+        expected = decode_digest(md5, 16)
+        if expected is None:
+            raise S3Error("InvalidDigest", "The Content-MD5 you specified "
+                          "was invalid.")
+        claims.append(Claim("MD5", expected, "content-md5"))
+    claim = _checksum_claim(headers)
+    if claim:
+        claims.append(claim)
+        return claims, claim.algorithm
+    return claims, None
+
+
+def _checksum_claim(headers):
+    """The Claim of an x-amz-checksum- header or promised trailer."""
+    found = [name for name in headers if name.startswith("x-amz-checksum-")
+             and name not in _CHECKSUM_WORDS]
+    promised = [name for name in trailer_names(headers)
+                if name.startswith("x-amz-checksum-")]
+    if len(found) + len(promised) > 1:
+        raise S3Error("InvalidRequest", "Expecting a single x-amz-checksum- "
+                      "header. Multiple checksum Types are not allowed.")
+    if not found and not promised:
+        if "x-amz-sdk-checksum-algorithm" in headers:
+            checksum_algorithm(headers["x-amz-sdk-checksum-algorithm"])
+        return None
+    header = (found or promised)[0]
+    name = CHECKSUM_HEADERS.get(header)
+    if name is None:
+        name = checksum_algorithm(header[15:])
+    if promised:
+        return Claim(name, None, header)
+    expected = decode_digest(headers[header], DIGESTS[name].size)
+    if expected is None:
+        raise S3Error("InvalidRequest",
+                      "Value for %s header is invalid." % header)
+    return Claim(name, expected, header)
+
+
+def trailer_names(headers):
+    """The names that x-amz-trailer promises, in lower case."""
+    return [name.strip().lower() for name in
+            headers.get("x-amz-trailer", "").split(",") if name.strip()]
+
+
+def open_body(frame, headers, identity):
+    """The Body of a request.
+
+    frame: the LengthReader or ChunkedReader of its HTTP framing.
+    """
+    payload, reader, length = identity.payload, frame, frame.left
+    claims, checksum = body_claims(headers, payload)
+    if payload.startswith("STREAMING-") or _is_aws_chunked(headers):
+        decoded = headers.get("x-amz-decoded-content-length")
+        length = decoded if decoded is None else parse_int(
+            "x-amz-decoded-content-length", decoded, 0)
+        reader = AwsChunkedReader(
+            LineReader(reader), identity.chain, trailer_names(headers),
+            payload == STREAMING_SIGNED[1])
+    return Body(reader, length, claims, checksum)
+
+
+def _is_aws_chunked(headers):
+    """True for an aws-chunked body under UNSIGNED-PAYLOAD (SigV2, and
+    presigned URLs of some SDKs)."""
+    return ("x-amz-decoded-content-length" in headers
+            and "aws-chunked" in headers.get("content-encoding", ""))
+
+
+###############################################################################
+# 6. Storage
+###############################################################################
+#
+# Buckets, objects and uploads as directories and files.  Speaks S3 (names,
+# keys, records, S3Error), not HTTP, XML or identities.  Every method may be
+# called from any thread of any number of processes on one file system: what
+# changes a key holds that key's lock (a striped flock), and only to publish.
+# Publishing is one rename; a crash leaves the old object or the new one,
+# and at most a file in tmp/ that the next sweep removes.
+#
+#     <bucket>/<key as a path>       the object, a plain file
+#     <bucket>/.gos3rve/bucket.json  what S3 knows of the bucket
+#                       tmp/         drafts: not visible yet
+#                       meta/        records that no xattr can hold
+#                       odd/         objects whose key is no path here
+#                       locks/       one empty file a stripe
+#     <uploads>/<bucket>/<id>/       a multipart upload: upload.json, 00001
+
+STATE = ".gos3rve"
+XATTR = "user.gos3rve"
+LOCK_STRIPES = 32
+MAX_ODD_NAME = 140                  # longer encoded keys are hashed
+MAX_RETRIES = 100                   # of a step that another writer undid
+# Names kept by the listing cache, over all directories: about 100 bytes
+# each, so 100 MB at the most, and that only below a million-key bucket.
+MAX_CACHED_NAMES = 1000000
+# A directory's mtime is trusted once it is older than its clock's tick: 10
+# ms on Linux (HZ=100), 2 s where the stamp has whole seconds (FAT, ext3).
+TICK_NS, COARSE_TICK_NS = 50000000, 2500000000
+SWEEP_GRACE_SECONDS = 60            # between making a file and locking it
+
+_HAVE_DIR_FD = (os.open in os.supports_dir_fd
+                and os.rename in os.supports_dir_fd
+                and os.unlink in os.supports_dir_fd
+                and os.mkdir in os.supports_dir_fd
+                and hasattr(os, "O_DIRECTORY"))
+_HAVE_XATTR = hasattr(os, "getxattr")
+_OPEN_READ = (os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+              | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
+              | getattr(os, "O_BINARY", 0))
+_OPEN_NEW = (os.O_RDWR | os.O_CREAT | os.O_EXCL
+             | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+_OPEN_DIRECTORY = (os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
+                   | getattr(os, "O_CLOEXEC", 0))
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# what a path that names no regular file answers to open(2), besides these
+_ABSENT_ERRNO = frozenset((errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG,
+                           errno.ENODEV))
+_WINDOWS_BAD = re.compile(
+    r"[<>:\"\\|?*\x00-\x1f]|[. ]\Z|(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|\Z)",
+    re.IGNORECASE)
+
+
+def storage_error(error):
+    """The S3Error to answer for an OSError of this room."""
+    code = error.errno
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return S3Error("InsufficientStorage")
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return S3Error("AccessDenied", "The server may not do this to its "
+                       "files")
+    if code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
+        return S3Error("SlowDown")
+    return S3Error("InternalError")
+
+
+# --- keys and paths ---
+
+def is_natural(key):
+    """True when a key can be a relative path as it is."""
+    if not key or key[0] == "/" or key[-1] == "/" or "\0" in key:
+        return False
+    segments = key.split("/")
+    for segment in segments:
+        if not segment or segment == "." or segment == "..":
+            return False
+        if len(segment) > 63 and len(segment.encode()) > MAX_FILE_NAME_BYTES:
+            return False
+        if os.name == "nt" and _WINDOWS_BAD.search(segment):
+            return False
+    return segments[0].lower() != STATE
+
+
+def odd_name(key):
+    """The file name under odd/ of a key: itself encoded, or its hash."""
+    name = "k" + urllib.parse.quote(key, safe="")
+    if len(name) <= MAX_ODD_NAME:
+        return name
+    return "h" + hashlib.sha256(key.encode()).hexdigest()
+
+
+# --- records ---
+
+# The fields of a record that describe the content and not the object: they
+# hold only while size and mtime_ns are those of the file.
+_CONTENT_FIELDS = ("etag", "checksums", "checksum_type", "parts",
+                   "part_checksums", "upload_id")
+_RECORD_TYPES = {"size": int, "mtime_ns": int, "etag": str, "headers": dict,
+                 "meta": dict, "class": str, "checksums": dict, "key": str,
+                 "checksum_type": str, "parts": list, "upload_id": str,
+                 "part_checksums": list}
+
+
+def load_record(data):
+    """The record in some JSON bytes; {} when it is damaged."""
+    try:
+        record = json.loads(data)
+    except ValueError:
+        return {}
+    if not isinstance(record, dict):
+        return {}
+    for name, value in record.items():
+        if not isinstance(value, _RECORD_TYPES.get(name, object)):
+            return {}
+    return record
+
+
+def dump_record(record):
+    """A record as compact JSON bytes."""
+    return json.dumps(record, separators=(",", ":")).encode()
+
+
+class Info:
+    """What HEAD tells of an object.
+
+    key; size in bytes; mtime_ns; etag without quotes; record: headers,
+    meta, class, checksums, parts and the like, as far as they hold.
+    """
+
+    __slots__ = ("key", "size", "mtime_ns", "etag", "record")
+
+    def __init__(self, key, status, record):
+        self.key = key
+        self.size = status.st_size
+        self.mtime_ns = status.st_mtime_ns
+        if (record.get("mtime_ns") != self.mtime_ns
+                or record.get("size") != self.size):
+            record = {name: value for name, value in record.items()
+                      if name not in _CONTENT_FIELDS}
+        self.record = record
+        self.etag = record.get("etag") or _stat_etag(status)
+
+    @property
+    def mtime(self):
+        """Whole seconds since the epoch, as HTTP's headers have it."""
+        return self.mtime_ns // 1000000000
+
+
+def _stat_etag(status):
+    """An ETag for content that nobody hashed: changes with the file, and
+    has a `-` so that no client takes it for an MD5."""
+    text = "%d:%d:%d" % (status.st_ino, status.st_size, status.st_mtime_ns)
+    return new_md5(text.encode()).hexdigest() + "-0"
+
+
+class Part(NamedTuple):
+    """One part of an upload.  checksums: algorithm -> base64 digest."""
+    number: int
+    size: int
+    mtime_ns: int
+    etag: str
+    checksums: Dict[str, str]
+    path: str
+
+
+class InTheWay(Exception):
+    """A file stands where a key needs a directory; `key` is the file's."""
+
+    def __init__(self, key):
+        super().__init__(key)
+        self.key = key
+
+
+# --- drafts ---
+
+class Draft:
+    """Content in flight: a file in a tmp/ directory, locked as long as its
+    writer lives, so that no sweep takes it.  Made at the first write.
+    Close it in the end, published or not.
+    """
+
+    def __init__(self, directory):
+        self._directory = directory
+        self.path = self.fd = None
+        self.size = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def open(self):
+        """Make the file, once."""
+        if self.fd is not None:
+            return
+        path = os.path.join(self._directory, "t" + secrets.token_hex(12))
+        try:
+            self.fd = os.open(path, _OPEN_NEW, 0o666)
+        except FileNotFoundError:
+            os.makedirs(self._directory, exist_ok=True)
+            self.fd = os.open(path, _OPEN_NEW, 0o666)
+        self.path = path
+        if fcntl:
+            fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def write(self, data):
+        """Append bytes."""
+        self.open()
+        view = memoryview(data)
+        while view:
+            done = os.write(self.fd, view)
+            self.size += done
+            view = view[done:]
+
+    def copy(self, source, offset, length):
+        """Append `length` bytes of a file descriptor from `offset` on, in
+        the kernel (by reflink where the file system can)."""
+        self.open()
+        end = offset + length
+        for copy in (_copy_range, _copy_plain):
+            try:
+                while offset < end:
+                    done = copy(source, self.fd, offset, end - offset)
+                    if not done:
+                        raise S3Error("OperationAborted", "The source "
+                                      "changed while it was read")
+                    offset += done
+                    self.size += done
+                return
+            except OSError as error:
+                if copy is _copy_plain or error.errno not in _NO_COPY_RANGE:
+                    raise
+
+    def seal(self, record):
+        """Put size and time into the record: the content is complete.
+
+        The time is set, not left to the kernel, whose clock ticks too
+        slowly to tell a later edit from this write.
+        """
+        self.open()
+        now = time.time_ns()
+        os.utime(self.fd if os.utime in os.supports_fd else self.path,
+                 ns=(now, now))
+        status = os.fstat(self.fd)
+        record["size"] = status.st_size
+        record["mtime_ns"] = status.st_mtime_ns
+        return status
+
+    def close(self):
+        """Let go of the file, and remove it unless it was published."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+        if self.path is not None:
+            _unlink(self.path)
+            self.path = None
+
+
+_NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP,
+                  errno.EBADF, errno.EPERM, errno.ETXTBSY)
+
+
+def _copy_range(source, target, offset, length):
+    if not hasattr(os, "copy_file_range"):
+        raise OSError(errno.ENOSYS, "no copy_file_range")
+    return os.copy_file_range(source, target, min(length, GIB), offset)
+
+
+def _copy_plain(source, target, offset, length):
+    data = _pread(source, min(length, BLOCK_BYTES), offset)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(target, view):]
+    return len(data)
+
+
+def _pread(fd, length, offset):
+    """As os.pread, which Windows lacks."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, length, offset)
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.read(fd, length)
+
+
+def read_blocks(fd, offset, length, size=BLOCK_BYTES):
+    """`length` bytes of a file from `offset` on, in blocks.
+
+    OperationAborted when the file ends before them.
+    """
+    while length:
+        block = _pread(fd, min(size, length), offset)
+        if not block:
+            raise S3Error("OperationAborted", "The source changed while it "
+                          "was read")
+        yield block
+        offset += len(block)
+        length -= len(block)
+
+
+def _unlink(path):
+    try:
+        os.unlink(path)
+        return True
+    except _ABSENT:
+        return False
+
+
+def write_json(path, value, sync=False):
+    """Replace a small JSON state file by one rename; mode 0600."""
+    directory = os.path.dirname(path)
+    with Draft(directory) as draft:
+        draft.write(json.dumps(value, indent=1).encode())
+        draft.seal({})
+        if hasattr(os, "fchmod"):
+            os.fchmod(draft.fd, 0o600)
+        if sync:
+            os.fsync(draft.fd)
+        os.replace(draft.path, path)
+        draft.path = None
+    if sync:
+        sync_directory(directory)
+
+
+def sync_directory(path):
+    """Make the entries of a directory durable, where it can be opened."""
+    try:
+        fd = os.open(path, _OPEN_DIRECTORY)
+    except PermissionError:             # Windows
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# --- buckets ---
+
+class Bucket:
+    """One bucket's directory: where its keys lie, its locks, its record.
+
+    Holds no S3 state that the disk does not; made anew when the directory
+    is replaced.
+    """
+
+    def __init__(self, name, root, store, identity):
+        self.name, self.root = name, root
+        self.identity = identity
+        self._sync, self._follow = store.sync, store.follow_symlinks
+        self._xattrs = store.xattrs
+        self._report = store.report
+        self._real = os.path.realpath(root)
+        self._real_slash = os.path.join(self._real, "")
+        self._state = os.path.join(root, STATE)
+        self._odd = os.path.join(self._state, "odd")
+        self._meta = os.path.join(self._state, "meta")
+        self._threads = [threading.Lock() for _ in range(LOCK_STRIPES)]
+        self._config = (None, {})
+
+    # what S3 knows of the bucket
+
+    @property
+    def config(self):
+        """bucket.json as a dict, read again whenever it was replaced."""
+        path = os.path.join(self._state, "bucket.json")
+        try:
+            status = os.stat(path)
+        except _ABSENT:
+            return {}
+        stamp = status.st_ino, status.st_mtime_ns, status.st_size
+        known, config = self._config
+        if known != stamp:
+            with open(path, "rb") as file:
+                data = file.read()
+            try:
+                config = json.loads(data)
+                if not isinstance(config, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                self._report("%s is damaged and taken as absent: %s"
+                             % (path, error))
+                config = {}
+            self._config = stamp, config
+        return config
+
+    @property
+    def owner(self):
+        """The user id of the owner; None for a directory made by hand."""
+        return self.config.get("owner")
+
+    @property
+    def region(self):
+        """The location the bucket was created with."""
+        return self.config.get("region") or "us-east-1"
+
+    @property
+    def created_ns(self):
+        """When the bucket was created, as far as the disk tells."""
+        created = self.config.get("created_ns")
+        return created or os.stat(self.root).st_mtime_ns
+
+    # where things lie
+
+    def draft(self):
+        """A Draft on the bucket's own file system."""
+        return Draft(os.path.join(self._state, "tmp"))
+
+    def _fits(self, key):
+        """True when a natural key's whole path can be named."""
+        return len(self.root) + len(key) < MAX_PATH_BYTES // 4 or len(
+            os.fsencode(self.root)) + len(key.encode()) < MAX_PATH_BYTES
+
+    def _path(self, key):
+        """The natural path of a key, or None."""
+        if is_natural(key) and self._fits(key):
+            return os.path.join(self.root, key)
+        return None
+
+    def _odd_path(self, key):
+        return os.path.join(self._odd, odd_name(key))
+
+    def _is_inside(self, real):
+        """True for a real path in the bucket and not in its state."""
+        if not real.startswith(self._real_slash):
+            return real == self._real
+        rest = real[len(self._real_slash):]
+        return rest != STATE and not rest.startswith(STATE + os.sep)
+
+    def _check_inside(self, fd, path):
+        """Raise FileNotFoundError when an open file lies elsewhere.
+
+        The kernel tells where the descriptor is: nothing can be swapped
+        between the check and the use.
+        """
+        if self._follow:
+            return
+        try:
+            real = os.readlink("/proc/self/fd/%d" % fd)
+        except OSError:
+            real = os.path.realpath(path)
+        if not self._is_inside(real):
+            raise FileNotFoundError(errno.ENOENT, "leads out", path)
+
+    def resolve_inside(self, path):
+        """The real path of a symlink that may be followed, or None."""
+        real = os.path.realpath(path)
+        return real if self._follow or self._is_inside(real) else None
+
+    # reading
+
+    def _open_path(self, path, check):
+        """(fd, status) of a regular file, or one of _ABSENT."""
+        try:
+            fd = os.open(path, _OPEN_READ)
+        except OSError as error:
+            if error.errno in _ABSENT_ERRNO:
+                raise FileNotFoundError(error.errno, "no file", path)
+            if os.name == "nt" and os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, "no file", path)
+            raise
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise FileNotFoundError(errno.ENOENT, "no file", path)
+            if check:
+                self._check_inside(fd, path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, status
+
+    def _open_key(self, key):
+        """(fd, status, path) of a key's file, or None.
+
+        The natural path first, then odd/; then once more, because a file
+        may have moved from the second to the first in between.
+        """
+        path = self._path(key)
+        odd = self._odd_path(key)
+        tries = ((odd, False),) if path is None else (
+            (path, True), (odd, False), (path, True))
+        for candidate, check in tries:
+            try:
+                return self._open_path(candidate, check) + (candidate,)
+            except _ABSENT:
+                continue
+        return None
+
+    def open(self, key):
+        """(Info, fd) of an object, or NoSuchKey.  The caller closes."""
+        found = self._open_key(key)
+        if found is None:
+            raise S3Error("NoSuchKey", Key=key)
+        fd, status, _ = found
+        try:
+            return Info(key, status, self._read_record(fd, status, key)), fd
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def find(self, key):
+        """The Info of an object, or None."""
+        found = self._open_key(key)
+        if found is None:
+            return None
+        fd, status, _ = found
+        try:
+            return Info(key, status, self._read_record(fd, status, key))
+        finally:
+            os.close(fd)
+
+    def glance(self, key):
+        """As find, for listings: by path, without opening the file."""
+        path = self._path(key)
+        if path is None:
+            return self.find(key)
+        try:
+            status = os.stat(path, follow_symlinks=False)
+        except OSError:
+            return self.find(key)
+        if not stat.S_ISREG(status.st_mode):
+            return self.find(key)
+        return Info(key, status, self._read_record(path, status, key))
+
+    # records
+
+    def _sidecar(self, key, inode):
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        return os.path.join(self._meta, "%s-%x" % (name, inode))
+
+    def _read_record(self, file, status, key):
+        """The record of a file (descriptor or path); {} for none.
+
+        A record that cannot be had never fails a read.
+        """
+        if self._xattrs:
+            try:
+                return self._loaded(os.getxattr(file, XATTR), key)
+            except OSError:
+                pass
+        try:
+            with open(self._sidecar(key, status.st_ino), "rb") as sidecar:
+                return self._loaded(sidecar.read(), key)
+        except OSError:
+            return {}
+
+    def _loaded(self, data, key):
+        record = load_record(data)
+        if not record:
+            self._report("the record of %s/%s is damaged and taken as absent"
+                         % (self.name, uri_encode(key, "/-_.~")))
+        return record
+
+    def _write_record(self, fd, status, key, record):
+        """Give a file its record; the sidecar's path if it took one."""
+        data = dump_record(record)
+        if self._xattrs:
+            try:
+                os.setxattr(fd, XATTR, data)
+                return None
+            except OSError as error:
+                if error.errno not in _NO_XATTR:
+                    raise
+        path = self._sidecar(key, status.st_ino)
+        with Draft(os.path.join(self._state, "tmp")) as draft:
+            draft.write(data)
+            if self._sync:
+                os.fsync(draft.fd)
+            os.makedirs(self._meta, exist_ok=True)
+            os.replace(draft.path, path)
+            draft.path = None
+        if self._sync:
+            sync_directory(self._meta)
+        return path
+
+    def _drop_sidecar(self, key, inode):
+        _unlink(self._sidecar(key, inode))
+
+    # locks
+
+    @contextlib.contextmanager
+    def lock(self, *keys):
+        """Hold the write locks of some keys, against every thread and
+        process; stripes in one order, so that no two wait in a ring."""
+        stripes = sorted({zlib.crc32(key.encode()) % LOCK_STRIPES
+                          for key in keys})
+        with contextlib.ExitStack() as stack:
+            for stripe in stripes:
+                stack.enter_context(self._threads[stripe])
+                stack.callback(os.close, self._flock(stripe))
+            yield
+
+    @contextlib.contextmanager
+    def lock_all(self):
+        """Hold every write lock of the bucket."""
+        with contextlib.ExitStack() as stack:
+            for stripe in range(LOCK_STRIPES):
+                stack.enter_context(self._threads[stripe])
+                stack.callback(os.close, self._flock(stripe))
+            yield
+
+    def _flock(self, stripe):
+        """A descriptor that holds a stripe's flock until it is closed."""
+        path = os.path.join(self._state, "locks", "%02d" % stripe)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+        try:
+            fd = os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            if not os.path.isdir(self.root):
+                raise S3Error("NoSuchBucket", BucketName=self.name) from None
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            fd = os.open(path, flags, 0o600)
+        if fcntl:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        return fd
+
+    # writing; the caller holds the key's lock
+
+    @contextlib.contextmanager
+    def _place(self, key, make=False):
+        """(dir_fd, name) of a natural key, its directory open and proved
+        to be inside; made first if `make`.  InTheWay when it cannot be."""
+        parent, _, name = key.rpartition("/")
+        path = os.path.join(self.root, parent) if parent else self.root
+        if not _HAVE_DIR_FD:
+            if make:
+                self._make_directories(parent)
+            if self.resolve_inside(path) is None:
+                raise FileNotFoundError(errno.ENOENT, "leads out", path)
+            yield None, os.path.join(path, name)
+            return
+        try:
+            fd = os.open(path, _OPEN_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            if not make:
+                raise
+            self._make_directories(parent)
+            fd = os.open(path, _OPEN_DIRECTORY)
+        try:
+            self._check_inside(fd, path)
+            yield fd, name
+        finally:
+            os.close(fd)
+
+    def _make_directories(self, parent):
+        """mkdir -p below the root, no step of it leading out."""
+        path, done = self.root, ""
+        for segment in parent.split("/") if parent else ():
+            above, path = path, os.path.join(path, segment)
+            done = done + "/" + segment if done else segment
+            try:
+                os.mkdir(path)
+                if self._sync:
+                    sync_directory(above)
+            except FileExistsError:
+                if self.resolve_inside(path) is None:
+                    raise S3Error("AccessDenied", "The key leads out of the "
+                                  "bucket through a symbolic link") from None
+                if not os.path.isdir(path):
+                    raise InTheWay(done) from None
+
+    def publish(self, draft, key, record):
+        """Make a sealed draft the object `key`, by one rename."""
+        status = os.fstat(draft.fd)
+        if odd_name(key)[0] == "h":
+            record["key"] = key
+        sidecar = self._write_record(draft.fd, status, key, record)
+        try:
+            if self._sync:
+                os.fsync(draft.fd)
+            replaced = self._inode(key)
+            self._move(draft.path, key)
+            draft.path = None
+        except BaseException:
+            if sidecar:
+                _unlink(sidecar)
+            raise
+        if replaced is not None and replaced != status.st_ino:
+            self._drop_sidecar(key, replaced)
+        return Info(key, status, record)
+
+    def _inode(self, key):
+        """The inode of a key's file when it may have a sidecar."""
+        if os.path.isdir(self._meta):
+            found = self._open_key(key)
+            if found:
+                os.close(found[0])
+                return found[1].st_ino
+        return None
+
+    def _move(self, source, key):
+        """Rename a file of this file system to where `key` lies."""
+        odd = self._odd_path(key)
+        if self._path(key) is not None and self._move_natural(source, key):
+            if _unlink(odd) and self._sync:
+                sync_directory(self._odd)
+            return
+        try:
+            os.replace(source, odd)
+        except FileNotFoundError:
+            os.makedirs(self._odd, exist_ok=True)
+            os.replace(source, odd)
+        if self._sync:
+            sync_directory(self._odd)
+        if key[-1] == "/" and is_natural(key[:-1]):
+            with contextlib.suppress(OSError, InTheWay, S3Error):
+                self._make_directories(key[:-1])
+
+    def _move_natural(self, source, key):
+        """Rename to the natural path; False when a directory is there."""
+        for _ in range(MAX_RETRIES):
+            try:
+                with self._place(key, make=True) as (fd, name):
+                    os.replace(source, name, dst_dir_fd=fd)
+                    if self._sync and fd is not None:
+                        os.fsync(fd)
+                    return True
+            except IsADirectoryError:
+                return False
+            except PermissionError:         # Windows, a directory there
+                if os.path.isdir(self._path(key)):
+                    return False
+                raise
+            except FileNotFoundError:
+                # a delete next to us pruned the directory: make it again
+                if not os.path.exists(source):
+                    raise S3Error("NoSuchBucket",
+                                  BucketName=self.name) from None
+        raise S3Error("OperationAborted")
+
+    def demote(self, key):
+        """Move a file out of the way of a directory of its name.
+
+        Readers look at odd/ after the natural path: none misses it.  The
+        caller holds the lock of `key`, and not of what needs the place.
+        """
+        found = self._open_key(key)
+        path = self._path(key)
+        if found is None or found[2] != path or os.path.islink(path):
+            if found:
+                os.close(found[0])
+            if os.path.lexists(path) and not os.path.isdir(path):
+                raise S3Error("AccessDenied", "Something that is no object "
+                              "stands in the way of this key")
+            return
+        fd, status, _ = found
+        try:
+            self._name_record(fd, status, key)
+        finally:
+            os.close(fd)
+        try:
+            os.replace(path, self._odd_path(key))
+        except FileNotFoundError:
+            os.makedirs(self._odd, exist_ok=True)
+            os.replace(path, self._odd_path(key))
+
+    def _name_record(self, fd, status, key, old_key=None):
+        """Write the record of a file anew when its name under odd/ will
+        not tell its key, or when its sidecar has to change its name."""
+        record = self._read_record(fd, status, old_key or key)
+        hashed = odd_name(key)[0] == "h"
+        renamed = old_key is not None and os.path.exists(
+            self._sidecar(old_key, status.st_ino))
+        if hashed or renamed:
+            record["key"] = key
+            self._write_record(fd, status, key, record)
+        return renamed
+
+    def remove(self, key):
+        """Remove an object's file; True when there was one."""
+        removed = False
+        for _ in range(2):                  # the natural one and its odd twin
+            found = self._open_key(key)
+            if found is None:
+                break
+            fd, status, path = found
+            os.close(fd)
+            self._unlink_key(key, path)
+            self._drop_sidecar(key, status.st_ino)
+            removed = True
+        return removed
+
+    def _unlink_key(self, key, path):
+        if path == self._odd_path(key):
+            os.unlink(path)
+            if self._sync:
+                sync_directory(self._odd)
+        else:
+            with self._place(key) as (fd, name):
+                os.unlink(name, dir_fd=fd)
+                if self._sync and fd is not None:
+                    os.fsync(fd)
+        self._prune(key)
+
+    def _prune(self, key):
+        """Remove the directories above a key that hold nothing more."""
+        parent = key.rstrip("/") + "/" if key.endswith("/") else key
+        parent = parent.rpartition("/")[0]
+        while parent and is_natural(parent):
+            if os.path.exists(self._odd_path(parent + "/")):
+                return
+            try:
+                os.rmdir(os.path.join(self.root, parent))
+            except OSError:
+                return
+            parent = parent.rpartition("/")[0]
+
+    def rename(self, source, key):
+        """Make the object `source` the object `key`, by one rename."""
+        found = self._open_key(source)
+        if found is None:
+            raise S3Error("NoSuchKey", Key=source)
+        fd, status, path = found
+        try:
+            replaced = self._inode(key)
+            renamed = self._name_record(fd, status, key, source)
+        finally:
+            os.close(fd)
+        self._move(path, key)
+        if renamed:
+            self._drop_sidecar(source, status.st_ino)
+        if replaced is not None:
+            self._drop_sidecar(key, replaced)
+        self._prune(source)
+
+    def retry(self, key, step, *others):
+        """Run step() under the key's lock, moving files that stand in the
+        way of a directory out of it, each under its own lock."""
+        for _ in range(MAX_RETRIES):
+            try:
+                with self.lock(key, *others):
+                    return step()
+            except InTheWay as obstacle:
+                with self.lock(obstacle.key):
+                    self.demote(obstacle.key)
+        raise S3Error("OperationAborted")
+
+    def is_empty(self):
+        """True when the directory holds no object and no other file."""
+        for path, directories, files in os.walk(self.root):
+            if path == self.root and STATE in directories:
+                directories.remove(STATE)
+            if files or any(os.path.islink(os.path.join(path, name))
+                            for name in directories):
+                return False
+        try:
+            return not os.listdir(self._odd)
+        except _ABSENT:
+            return True
+
+
+_NO_XATTR = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.E2BIG, errno.ENOSPC,
+             errno.ERANGE, errno.EPERM, errno.EACCES, errno.ENOSYS,
+             errno.EDQUOT)
+
+
+# --- listing ---
+
+class Names(NamedTuple):
+    """A directory as read: its entries in S3's order, directories with a
+    `/` at their end; `links`: those of them that are symlinks."""
+    stamp: Tuple[int, int, int]
+    entries: List[str]
+    links: frozenset
+
+
+class DirectoryCache:
+    """Sorted directory listings, each good while its mtime stands still.
+
+    The racily-clean rule of version control: a listing is kept only if the
+    directory's mtime was old enough, when it was read, that any later
+    change must show as another mtime.
+    """
+
+    def __init__(self, limit=MAX_CACHED_NAMES):
+        self._limit, self._count = limit, 0
+        self._lock = threading.Lock()
+        self._known = collections.OrderedDict()
+
+    def get(self, path, read):
+        """The Names of a directory; read(path, stamp) makes them anew."""
+        status = os.stat(path)
+        stamp = status.st_dev, status.st_ino, status.st_mtime_ns
+        with self._lock:
+            names = self._known.get(path)
+            if names is not None and names.stamp == stamp:
+                self._known.move_to_end(path)
+                return names
+        coarse = status.st_mtime_ns % 1000000000 == 0
+        age = time.time_ns() - status.st_mtime_ns
+        names = read(path, stamp)
+        if age > (COARSE_TICK_NS if coarse else TICK_NS) and not names.links:
+            self._keep(path, names)
+        return names
+
+    def _keep(self, path, names):
+        with self._lock:
+            old = self._known.pop(path, None)
+            if old is not None:
+                self._count -= len(old.entries) + 1
+            self._known[path] = names
+            self._count += len(names.entries) + 1
+            while self._count > self._limit and len(self._known) > 1:
+                _, old = self._known.popitem(last=False)
+                self._count -= len(old.entries) + 1
+
+
+class CommonPrefix(NamedTuple):
+    """Keys rolled up by a delimiter."""
+    key: str
+
+
+class Page(NamedTuple):
+    """entries: Info and CommonPrefix in order; truncated: there are more."""
+    entries: List[Any]
+    truncated: bool
+
+
+class Walker:
+    """One listing of one bucket: its keys in order from any point on."""
+
+    def __init__(self, bucket, cache):
+        self._bucket, self._cache = bucket, cache
+        self._seen = {}                 # read once a request
+
+    def keys(self, prefix, after):
+        """The keys that start with `prefix` and come after `after`."""
+        natural = self._natural(prefix, after)
+        odd = self._odd_keys()
+        if not odd:
+            return natural
+        start = bisect.bisect_left(odd, prefix)
+        if after:
+            start = max(start, bisect.bisect_right(odd, after))
+        stop = bisect.bisect_right(odd, prefix + "\U0010ffff") \
+            if prefix else len(odd)
+        return self._merge(natural, odd[start:stop], prefix)
+
+    @staticmethod
+    def _merge(natural, odd, prefix):
+        last = None
+        for key in heapq.merge(natural, odd):
+            if key != last and key.startswith(prefix):
+                yield key
+            last = key
+
+    def _odd_keys(self):
+        names = self._names(self._bucket._odd, self._read_odd)
+        return names.entries if names else ()
+
+    def odd_stamp(self):
+        """Changes whenever a file came to or left odd/."""
+        try:
+            return os.stat(self._bucket._odd).st_mtime_ns
+        except _ABSENT:
+            return None
+
+    def _read_odd(self, path, stamp):
+        keys = []
+        for name in os.listdir(path):
+            if name[:1] == "k":
+                keys.append(urllib.parse.unquote(name[1:]))
+            elif name[:1] == "h":
+                with contextlib.suppress(OSError):
+                    keys.append(self._hashed_key(os.path.join(path, name)))
+        return Names(stamp, sorted(filter(None, keys)), frozenset())
+
+    def _hashed_key(self, path):
+        """The key that a file's own record tells, or None."""
+        name = os.path.basename(path)
+        if self._bucket._xattrs:
+            with contextlib.suppress(OSError):
+                record = load_record(os.getxattr(path, XATTR))
+                if odd_name(record.get("key", "")) == name:
+                    return record["key"]
+        ending = "-%x" % os.stat(path).st_ino
+        for sidecar in os.listdir(self._bucket._meta):
+            if sidecar.endswith(ending) and sidecar[:32] == name[1:33]:
+                path = os.path.join(self._bucket._meta, sidecar)
+                with open(path, "rb") as file:
+                    return load_record(file.read()).get("key")
+        return None
+
+    def _names(self, path, read):
+        """The Names of a directory, None when it is none (any more)."""
+        if path not in self._seen:
+            try:
+                self._seen[path] = self._cache.get(path, read)
+            except (OSError, ValueError):
+                self._seen[path] = None
+        return self._seen[path]
+
+    def _natural(self, prefix, after):
+        """The keys that lie at their natural path."""
+        base = prefix.rpartition("/")[0]
+        real = self._bucket._real
+        if base:
+            if not is_natural(base):
+                return iter(())
+            real = self._bucket.resolve_inside(
+                os.path.join(self._bucket.root, base))
+            if real is None:
+                return iter(())
+            base += "/"
+        if after and after > base and not after.startswith(base):
+            return iter(())
+        return self._below(base, prefix, after, (real,))
+
+    def _below(self, base, prefix, after, chain):
+        """The keys below one directory.  `chain`: the real directories
+        that symlinks led through, the last one being this one's."""
+        path = os.path.join(self._bucket.root, base)
+        names = self._names(path, self._read)
+        if names is None:
+            return
+        entries = names.entries
+        tail = prefix[len(base):]
+        index = bisect.bisect_left(entries, tail) if tail else 0
+        if after.startswith(base):
+            index = max(index, _position(entries, after[len(base):]))
+        for index in range(index, len(entries)):
+            name = entries[index]
+            if tail and not name.startswith(tail):
+                return
+            key = base + name
+            if name[-1] != "/":
+                if len(key) < 256 or len(key.encode()) <= MAX_KEY_BYTES:
+                    yield key
+            else:
+                below = self._descend(path, name, names.links, chain)
+                if below:
+                    yield from self._below(key, prefix, after, below)
+
+    def _descend(self, path, name, links, chain):
+        """The chain below an entry; None for a link that leads back."""
+        real = os.path.join(chain[-1], name[:-1])
+        if name not in links:
+            return chain[:-1] + (real,)
+        real = self._bucket.resolve_inside(os.path.join(path, name[:-1]))
+        if real is None or any((link + "/").startswith(real + "/")
+                               for link in chain):
+            return None
+        return chain + (real,)
+
+    def _read(self, path, stamp):
+        """Read a directory of objects: files, directories and symlinks to
+        such; nothing else in it can be an object."""
+        entries, links = [], []
+        at_root = os.path.join(path, "") == os.path.join(
+            self._bucket.root, "")
+        with os.scandir(path) as found:
+            for entry in found:
+                name = entry.name
+                if not name.isascii() and not _is_utf8(name):
+                    continue
+                if at_root and name.lower() == STATE:
+                    continue
+                if entry.is_symlink():
+                    if self._bucket.resolve_inside(entry.path) is None:
+                        continue
+                    links.append(name + "/")
+                if entry.is_dir():
+                    entries.append(name + "/")
+                elif entry.is_file():
+                    entries.append(name)
+        entries.sort()
+        return Names(stamp, entries, frozenset(links))
+
+
+def _is_utf8(name):
+    try:
+        name.encode()
+        return True
+    except UnicodeError:
+        return False
+
+
+def _position(entries, rest):
+    """Where the keys after `rest` start among sorted entries: the entry
+    of a directory comes before the keys that lie in it."""
+    index = bisect.bisect_right(entries, rest)
+    if index and entries[index - 1][-1] == "/" and rest.startswith(
+            entries[index - 1]):
+        index -= 1
+    return index
+
+
+def collect_page(keys_after, look, prefix, delimiter, after, limit, skip=""):
+    """A Page from an ordered source of keys.
+
+    keys_after(key) -> iterator of the keys after it; look(key) -> Info or
+    None (gone).  `skip` is a common prefix not to give again.
+    """
+    entries, keys, last = [], keys_after(after), skip
+    while limit:
+        key = next(keys, None)
+        if key is None:
+            return Page(entries, False)
+        entry = None
+        cut = key.find(delimiter, len(prefix)) if delimiter else -1
+        if cut >= 0:
+            common = key[:cut + len(delimiter)]
+            if common != last:
+                entry = CommonPrefix(common)
+        else:
+            entry = look(key)
+        if entry is not None and len(entries) == limit:
+            return Page(entries, True)
+        if entry is not None:
+            entries.append(entry)
+        if cut >= 0 and entry is not None:
+            # never descend below what is rolled up: go on behind it
+            last = common
+            keys = keys_after(common + "\U0010ffff")
+    return Page(entries, False)
+
+
+# --- multipart uploads ---
+
+class Upload:
+    """A multipart upload: its directory, and upload.json as `record`."""
+
+    def __init__(self, upload_id, path, record):
+        self.upload_id, self.path, self.record = upload_id, path, record
+
+    @property
+    def key(self):
+        """The key that it will become."""
+        return self.record["key"]
+
+    @property
+    def initiated_ns(self):
+        """When it was created."""
+        return self.record["initiated_ns"]
+
+
+_UPLOAD_ID = re.compile(r"[0-9a-f]{48}\Z")
+_PART_NAME = re.compile(r"\d{5}\Z", re.ASCII)
+
+
+# --- the store ---
+
+class Store:
+    """All buckets and uploads.
+
+    dir_buckets, dir_uploads: directories.  mapped: bucket name -> further
+    directory served as that bucket.  sync: fsync before an answer.
+    xattrs: False keeps every record in a sidecar.  report: takes a line
+    for the operator.
+    """
+
+    def __init__(self, dir_buckets, dir_uploads, mapped=None, sync=False,
+                 follow_symlinks=False, xattrs=True, report=None):
+        self.dir_buckets = os.path.abspath(dir_buckets)
+        self.dir_uploads = os.path.abspath(dir_uploads)
+        self.mapped = {name: os.path.abspath(path)
+                       for name, path in (mapped or {}).items()}
+        self.sync, self.follow_symlinks = sync, follow_symlinks
+        self.xattrs = xattrs and _HAVE_XATTR
+        self.report = report or (lambda line: None)
+        self._cache = DirectoryCache()
+        self._buckets = {}
+
+    # buckets
+
+    def bucket(self, name):
+        """The Bucket of that name, or NoSuchBucket."""
+        root = self.mapped.get(name)
+        if root is None:
+            if not usable_bucket_name(name):
+                raise S3Error("NoSuchBucket", BucketName=name)
+            root = os.path.join(self.dir_buckets, name)
+        try:
+            status = os.stat(root)
+        except _ABSENT:
+            status = None
+        if status is None or not stat.S_ISDIR(status.st_mode):
+            self._buckets.pop(name, None)
+            raise S3Error("NoSuchBucket", BucketName=name)
+        identity = status.st_dev, status.st_ino
+        bucket = self._buckets.get(name)
+        if bucket is None or bucket.identity != identity:
+            bucket = Bucket(name, root, self, identity)
+            bucket = self._buckets[name] = bucket
+        return bucket
+
+    def list_buckets(self):
+        """Every Bucket, by name."""
+        names = set(self.mapped)
+        with contextlib.suppress(FileNotFoundError):
+            names.update(filter(usable_bucket_name,
+                                os.listdir(self.dir_buckets)))
+        found = []
+        for name in sorted(names):
+            with contextlib.suppress(S3Error, OSError):
+                found.append(self.bucket(name))
+        return found
+
+    def create_bucket(self, name, owner, region):
+        """Make a bucket with its record in it, by one rename.
+
+        BucketAlreadyExists when somebody made it first.
+        """
+        os.makedirs(self.dir_buckets, exist_ok=True)
+        path = os.path.join(self.dir_buckets,
+                            ".gos3rve-new-" + secrets.token_hex(8))
+        os.makedirs(os.path.join(path, STATE))
+        try:
+            write_json(os.path.join(path, STATE, "bucket.json"), {
+                "owner": owner, "region": region,
+                "created_ns": time.time_ns()}, self.sync)
+            os.rename(path, os.path.join(self.dir_buckets, name))
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST,
+                               errno.ENOTDIR):
+                raise S3Error("BucketAlreadyExists",
+                              BucketName=name) from None
+            raise
+        if self.sync:
+            sync_directory(self.dir_buckets)
+        return self.bucket(name)
+
+    def delete_bucket(self, bucket):
+        """Remove an empty bucket and its uploads, or BucketNotEmpty.
+
+        Whoever waits to publish into it meanwhile gets NoSuchBucket.
+        """
+        if bucket.name in self.mapped or os.path.islink(bucket.root) \
+                or os.path.ismount(bucket.root):
+            raise S3Error("AccessDenied", "This bucket is a directory that "
+                          "the server's operator set up")
+        aside = os.path.join(self.dir_buckets,
+                             ".gos3rve-old-" + secrets.token_hex(8))
+        with bucket.lock_all():
+            if not bucket.is_empty():
+                raise S3Error("BucketNotEmpty", BucketName=bucket.name)
+            os.rename(bucket.root, aside)
+        if self.sync:
+            sync_directory(self.dir_buckets)
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(os.path.join(self.dir_uploads, bucket.name),
+                      ignore_errors=True)
+
+    # objects
+
+    def put_object(self, bucket, key, draft, record, conditions):
+        """Publish a draft as an object; its Info.
+
+        Atomic: `conditions` (WriteConditions) are checked and the file
+        renamed under the key's lock.  Raises what they raise.
+        """
+        draft.seal(record)
+
+        def step():
+            if conditions != WriteConditions():
+                conditions.check(bucket.find(key))
+            return bucket.publish(draft, key, record)
+        return bucket.retry(key, step)
+
+    def delete_object(self, bucket, key, conditions=WriteConditions()):
+        """Remove an object; nothing happens when there is none."""
+        with bucket.lock(key):
+            if conditions != WriteConditions():
+                conditions.check(bucket.find(key))
+            return bucket.remove(key)
+
+    def rename_object(self, bucket, source, key, source_check, conditions):
+        """Rename atomically, replacing what `key` was.
+
+        source_check(info) may raise, as may the conditions on `key`.
+        """
+        def step():
+            info = bucket.find(source)
+            if info is None:
+                raise S3Error("NoSuchKey", Key=source)
+            source_check(info)
+            conditions.check(bucket.find(key))
+            if source != key:
+                bucket.rename(source, key)
+        bucket.retry(key, step, source)
+
+    def list_objects(self, bucket, prefix="", delimiter="", after="",
+                     limit=MAX_LIST_KEYS, skip=""):
+        """A Page of the objects after `after`, in UTF-8 order of keys."""
+        for _ in range(MAX_RETRIES):
+            walker = Walker(bucket, self._cache)
+            stamp = walker.odd_stamp()
+            page = collect_page(
+                lambda start: walker.keys(prefix, start), bucket.glance,
+                prefix, delimiter, after, limit, skip)
+            if walker.odd_stamp() == stamp:
+                break                   # nothing moved behind our back
+        return page
+
+    # uploads
+
+    def create_upload(self, bucket, key, record):
+        """Start an upload; its id.  `record` is kept and given back."""
+        now = time.time_ns()
+        upload_id = "%016x%s" % (now, secrets.token_hex(16))
+        path = os.path.join(self.dir_uploads, bucket.name, upload_id)
+        os.makedirs(path)
+        write_json(os.path.join(path, "upload.json"), dict(
+            record, key=key, initiated_ns=now), self.sync)
+        return upload_id
+
+    def upload(self, bucket, key, upload_id):
+        """The Upload, or NoSuchUpload."""
+        upload = None
+        if _UPLOAD_ID.match(upload_id):
+            upload = self._load_upload(os.path.join(
+                self.dir_uploads, bucket.name, upload_id))
+        if upload is None or upload.key != key:
+            raise S3Error("NoSuchUpload", UploadId=upload_id)
+        return upload
+
+    @staticmethod
+    def _load_upload(path):
+        try:
+            with open(os.path.join(path, "upload.json"), "rb") as file:
+                record = json.loads(file.read())
+            if isinstance(record["key"], str) and isinstance(
+                    record["initiated_ns"], int):
+                return Upload(os.path.basename(path), path, record)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+    def list_uploads(self, bucket):
+        """Every Upload of a bucket, by key and then by age."""
+        directory = os.path.join(self.dir_uploads, bucket.name)
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(directory):
+                if _UPLOAD_ID.match(name):
+                    found.append(self._load_upload(
+                        os.path.join(directory, name)))
+        return sorted(filter(None, found),
+                      key=lambda u: (u.key, u.initiated_ns, u.upload_id))
+
+    @contextlib.contextmanager
+    def locked_upload(self, upload):
+        """Hold an upload: one Complete, Abort or new part at a time."""
+        try:
+            fd = os.open(os.path.join(upload.path, "upload.json"),
+                         _OPEN_READ)
+        except _ABSENT:
+            raise S3Error("NoSuchUpload", UploadId=upload.upload_id) \
+                from None
+        try:
+            if fcntl:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if not os.path.exists(os.path.join(upload.path, "upload.json")):
+                raise S3Error("NoSuchUpload", UploadId=upload.upload_id)
+            yield
+        finally:
+            os.close(fd)
+
+    def put_part(self, upload, number, draft, record):
+        """Publish a draft (of part_draft) as a part of an upload."""
+        status = draft.seal(record)
+        path = os.path.join(upload.path, "%05d" % number)
+        sidecar = self._write_part_record(draft, path, status, record)
+        if self.sync:
+            os.fsync(draft.fd)
+        with self.locked_upload(upload):
+            os.replace(draft.path, path)
+            draft.path = None
+            self._drop_old_sidecars(path, sidecar)
+        if self.sync:
+            sync_directory(upload.path)
+
+    def _write_part_record(self, draft, path, status, record):
+        """As for an object; a sidecar lies beside the part."""
+        if self.xattrs:
+            try:
+                os.setxattr(draft.fd, XATTR, dump_record(record))
+                return None
+            except OSError as error:
+                if error.errno not in _NO_XATTR:
+                    raise
+        sidecar = "%s-%x.json" % (path, status.st_ino)
+        write_json(sidecar, record, self.sync)
+        return sidecar
+
+    @staticmethod
+    def _drop_old_sidecars(path, sidecar):
+        directory, number = os.path.split(path)
+        if sidecar is None:
+            return
+        for name in os.listdir(directory):
+            if name.startswith(number + "-") and name != os.path.basename(
+                    sidecar):
+                _unlink(os.path.join(directory, name))
+
+    @staticmethod
+    def part_draft(upload):
+        """A Draft beside the parts."""
+        return Draft(upload.path)
+
+    def list_parts(self, upload):
+        """Every Part, by number."""
+        try:
+            names = sorted(filter(_PART_NAME.match,
+                                  os.listdir(upload.path)))
+        except FileNotFoundError:
+            raise S3Error("NoSuchUpload", UploadId=upload.upload_id) \
+                from None
+        return [part for part in (self._part(upload, name)
+                                  for name in names) if part]
+
+    def _part(self, upload, name):
+        """The Part in a file, None when its record does not fit it."""
+        path = os.path.join(upload.path, name)
+        try:
+            status = os.stat(path)
+        except _ABSENT:
+            return None
+        record = {}
+        if self.xattrs:
+            with contextlib.suppress(OSError):
+                record = load_record(os.getxattr(path, XATTR))
+        if not record:
+            with contextlib.suppress(OSError):
+                sidecar = "%s-%x.json" % (path, status.st_ino)
+                with open(sidecar, "rb") as file:
+                    record = load_record(file.read())
+        if (record.get("size") != status.st_size
+                or record.get("mtime_ns") != status.st_mtime_ns
+                or "etag" not in record):
+            self.report("%s is damaged and left out" % path)
+            return None
+        return Part(int(name), status.st_size, status.st_mtime_ns,
+                    record["etag"], record.get("checksums", {}), path)
+
+    def complete_upload(self, bucket, upload, parts, record, conditions):
+        """Publish the parts, in their order, as the object; its Info.
+
+        The caller holds locked_upload.  The upload's directory goes last:
+        until then a second call does the same again.
+        """
+        with bucket.draft() as draft:
+            draft.open()
+            for part in parts:
+                fd = os.open(part.path, _OPEN_READ)
+                try:
+                    draft.copy(fd, 0, part.size)
+                finally:
+                    os.close(fd)
+            info = self.put_object(bucket, upload.key, draft, record,
+                                   conditions)
+        self.remove_upload(upload)
+        return info
+
+    def remove_upload(self, upload):
+        """Forget an upload and its parts.  The caller holds it."""
+        _unlink(os.path.join(upload.path, "upload.json"))
+        shutil.rmtree(upload.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(upload.path))
+
+    # housekeeping
+
+    def sweep(self, upload_ttl_seconds, now=None,
+              grace_seconds=SWEEP_GRACE_SECONDS):
+        """Remove what nobody will finish; how many things went.
+
+        Drafts that no live process holds, uploads without activity for
+        `upload_ttl_seconds` (0: never), half-made and half-removed buckets
+        and uploads, sidecars without their file.
+        """
+        now = time.time() if now is None else now
+        count = 0
+        for bucket in self.list_buckets():
+            tmp = os.path.join(bucket.root, STATE, "tmp")
+            count += _sweep_drafts(tmp, now - grace_seconds)
+            count += _sweep_drafts(os.path.dirname(tmp),
+                                   now - grace_seconds)
+            count += self._sweep_sidecars(bucket, now - grace_seconds)
+        for name in _listdir(self.dir_buckets):
+            if name.startswith((".gos3rve-new-", ".gos3rve-old-")):
+                path = os.path.join(self.dir_buckets, name)
+                if _modified(path) < now - grace_seconds:
+                    shutil.rmtree(path, ignore_errors=True)
+                    count += 1
+        for name in _listdir(self.dir_uploads):
+            count += self._sweep_uploads(
+                os.path.join(self.dir_uploads, name), now,
+                upload_ttl_seconds, grace_seconds)
+        return count
+
+    def _sweep_uploads(self, directory, now, ttl, grace):
+        count = 0
+        for name in filter(_UPLOAD_ID.match, _listdir(directory)):
+            path = os.path.join(directory, name)
+            upload = self._load_upload(path)
+            idle = now - _modified(path)
+            if upload is None and idle > grace:
+                shutil.rmtree(path, ignore_errors=True)
+                count += 1
+            elif upload is not None and ttl and idle > ttl:
+                with contextlib.suppress(S3Error), \
+                        self.locked_upload(upload):
+                    self.remove_upload(upload)
+                    count += 1
+            else:
+                count += _sweep_drafts(path, now - grace)
+        return count
+
+    @staticmethod
+    def _sweep_sidecars(bucket, before):
+        """Sidecars that describe no file of this bucket any more."""
+        meta = os.path.join(bucket.root, STATE, "meta")
+        names = _listdir(meta)
+        if not names:
+            return 0
+        alive = set()
+        for path, directories, files in os.walk(bucket.root):
+            if os.path.basename(path) == STATE:
+                directories[:] = [d for d in directories
+                                  if d in ("odd", "tmp")]
+            for name in files:
+                with contextlib.suppress(OSError):
+                    alive.add("-%x" % os.lstat(
+                        os.path.join(path, name)).st_ino)
+        count = 0
+        for name in names:
+            path = os.path.join(meta, name)
+            if name[32:] not in alive and _modified(path) < before:
+                count += _unlink(path)
+        return count
+
+
+def _listdir(path):
+    try:
+        return os.listdir(path)
+    except _ABSENT:
+        return []
+
+
+def _modified(path):
+    """The mtime in seconds; now when it is gone, so that it is spared."""
+    try:
+        return os.lstat(path).st_mtime
+    except OSError:
+        return time.time()
+
+
+def _sweep_drafts(directory, before):
+    """Remove the drafts of a directory that no process holds."""
+    count = 0
+    for name in _listdir(directory):
+        path = os.path.join(directory, name)
+        if not re.match(r"t[0-9a-f]{24}\Z", name) \
+                or _modified(path) >= before:
+            continue
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR)
+            try:
+                if fcntl:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                count += _unlink(path)
+            finally:
+                os.close(fd)
+    return count
+
+
+###############################################################################
+# 7. Access
+###############################################################################
+#
+# Who may do what.  Knows accounts and owners; no sockets, no bodies.  For
+# now: an account does everything with its own buckets and nothing with
+# others', and the unsigned may do nothing.
+
+class Accounts:
+    """Every account, by key id.
+
+    The first one owns what has no owner or one that is no account here.
+    lasting: False when its user id was made up for this run, and must not
+    be written down.
+    """
+
+    def __init__(self, accounts, lasting=True):
+        self.first, self._lasting = accounts[0], lasting
+        self.by_key_id = {account.key_id: account for account in accounts}
+        self._by_user_id = {account.user_id: account
+                            for account in reversed(accounts)}
+
+    def owner_id(self, bucket):
+        """The user id of a bucket's owner."""
+        owner = bucket.owner
+        return owner if owner in self._by_user_id else self.first.user_id
+
+    def lasting_id(self, account):
+        """The user id to write down as an owner; None for the first."""
+        if account == self.first and not self._lasting:
+            return None
+        return account.user_id
+
+    def name(self, user_id):
+        """The display name of a user id; "" for a stranger's."""
+        account = self._by_user_id.get(user_id)
+        return account.user_name if account else ""
+
+
+def authorize(identity, owner_id=None):
+    """Raise AccessDenied unless the identity may act on what `owner_id`
+    owns (None: on the service itself)."""
+    if identity.account is None:
+        raise S3Error("AccessDenied")
+    if owner_id is not None and identity.account.user_id != owner_id:
+        raise S3Error("AccessDenied")
+
+
+###############################################################################
+# 8. Operations
+###############################################################################
+#
+# One function per S3 operation, under S3's own name; its decorator row is
+# the one place that says how it is reached, under which permission, and
+# with which status it succeeds.  Takes a Request, gives a Response or what
+# as_response() makes into one.  No sockets, no paths.
+
+SERVICE, BUCKET, OBJECT = "service", "bucket", "object"
+DONE, STORED, REFUSED = "done", "stored", "refused"
+
+
+class Service(NamedTuple):
+    """What all requests share.
+
+    region: the only one that a scope or location may name, None for any.
+    domains: below them a Host names a bucket.  hosts: names under which
+    clients behind a proxy sign.
+    """
+    store: Store
+    accounts: Accounts
+    region: Optional[str] = None
+    domains: Tuple[str, ...] = ()
+    public_host: Optional[str] = None
+    public_url: Optional[str] = None
+    readonly: bool = False
+
+
+class Request:
+    """One S3 request: its target and headers as they came, and, once
+    respond() has got there, its operation, identity, bucket and body."""
+
+    __slots__ = ("service", "method", "raw_path", "pairs", "query",
+                 "headers", "host", "host_bucket", "bucket_name", "key",
+                 "frame", "now", "request_id", "operation", "identity",
+                 "bucket", "body", "scheme")
+
+    def __init__(self, service, method, target, headers, frame, now,
+                 request_id, scheme="http"):
+        self.service, self.method, self.headers = service, method, headers
+        self.frame, self.now, self.request_id = frame, now, request_id
+        self.scheme = scheme
+        self.operation = self.identity = self.bucket = self.body = None
+        self.raw_path, raw_query = split_target(target)
+        self.pairs = parse_query(raw_query) if raw_query else []
+        self.query = dict(reversed(self.pairs)) if raw_query else {}
+        self.host = headers.get("host", "")
+        self.bucket_name = self.key = ""
+        self.host_bucket = host_bucket(self.host, service.domains)
+        if self.host_bucket:
+            self.bucket_name = self.host_bucket
+            self.key = checked_key(uri_decode(self.raw_path[1:]))
+        else:
+            self.bucket_name, self.key = split_path(self.raw_path)
+
+    @property
+    def level(self):
+        """SERVICE, BUCKET or OBJECT, by what the target names."""
+        if self.key:
+            return OBJECT
+        return BUCKET if self.bucket_name else SERVICE
+
+    @property
+    def store(self):
+        """The Store."""
+        return self.service.store
+
+    @property
+    def account(self):
+        """The Account that signed."""
+        return self.identity.account
+
+    def own_bucket(self, name, expected="x-amz-expected-bucket-owner"):
+        """The Bucket of that name, if this request may act on it."""
+        bucket = self.store.bucket(name)
+        owner = self.service.accounts.owner_id(bucket)
+        try:
+            authorize(self.identity, owner)
+            if self.headers.get(expected, owner) != owner:
+                raise S3Error("AccessDenied")
+        except S3Error as error:
+            error.headers["x-amz-bucket-region"] = bucket.region
+            raise
+        return bucket
+
+    def xml(self, root, required=True):
+        """The root Element of the body; None when empty and allowed."""
+        data = self.body.read_all()
+        if not data and not required:
+            return None
+        if not data:
+            raise S3Error("MissingRequestBodyError")
+        return parse_xml(data, root)
+
+    def flag(self, name):
+        """True when a boolean header says so."""
+        return self.headers.get(name, "").lower() == "true"
+
+
+class Response:
+    """An answer: status, headers, and a body in memory or in a file.
+
+    file: a descriptor that the sender closes; of it `length` bytes from
+    `offset` on.
+    """
+
+    __slots__ = ("status", "headers", "body", "file", "offset", "length")
+
+    def __init__(self, status=200, headers=None, body=b"", file=None,
+                 offset=0, length=None):
+        self.status, self.headers, self.body = status, headers or {}, body
+        self.file, self.offset = file, offset
+        self.length = len(body) if length is None else length
+
+
+class Operation(NamedTuple):
+    """One row: how an operation is reached, and what carries it out."""
+    name: str
+    method: str
+    level: str
+    subresource: Optional[str]
+    when: Optional[str]
+    action: str
+    status: int
+    state: str
+    function: Optional[Callable]
+
+
+OPERATIONS = {}                     # name -> Operation
+SUBRESOURCES = set()                # every query name that selects a row
+_ROUTES = {}                        # (method, level, subresource) -> rows
+
+
+def add_operation(row):
+    """Put a row into the tables, those with a condition first."""
+    OPERATIONS[row.name] = row
+    if row.subresource:
+        SUBRESOURCES.add(row.subresource)
+    rows = _ROUTES.setdefault((row.method, row.level, row.subresource), [])
+    rows.insert(0 if row.when else len(rows), row)
+
+
+def operation(method, level, subresource=None, when=None, action=None,
+              status=200):
+    """Declare the function below as the S3 operation of its name.
+
+    subresource: the query name that selects it.  when: a further header
+    or query name that must be there.  action: the IAM action.
+    """
+    def declare(function):
+        name = "".join(word.capitalize()
+                       for word in function.__name__.split("_"))
+        add_operation(Operation(name, method, level, subresource, when,
+                                action or "s3:" + name, status, DONE,
+                                function))
+        return function
+    return declare
+
+
+# The names that a query may carry besides an operation's own
+_SIGNING_NAMES = frozenset(("x-id", "AWSAccessKeyId", "Signature",
+                            "Expires"))
+
+
+def find_operation(request):
+    """The Operation that a request asks for.
+
+    A known subresource without a row is NotImplemented: it never falls
+    through to the plain operation.  Nor does an unknown one, where that
+    would change a bucket.
+    """
+    query, method, level = request.query, request.method, request.level
+    names = [name for name in query if name in SUBRESOURCES] \
+        if query else ()
+    if len(names) > 1:
+        raise S3Error("InvalidArgument", "Conflicting query parameters: "
+                      + ", ".join(sorted(names)))
+    subresource = names[0] if names else None
+    if level == BUCKET and method in ("PUT", "DELETE", "POST"):
+        for name in query:
+            if (name != subresource and name not in _SIGNING_NAMES
+                    and not name.startswith("X-Amz-")
+                    and subresource is None):
+                raise S3Error("NotImplemented",
+                              "?%s is not implemented" % name)
+    for row in _ROUTES.get((method, level, subresource), ()):
+        if row.when is None or row.when in query \
+                or row.when in request.headers:
+            return row
+    if subresource:
+        raise S3Error("NotImplemented", "%s ?%s is not implemented"
+                      % (method, subresource))
+    raise S3Error("MethodNotAllowed", Method=method, ResourceType=level,
+                  headers={"Allow": "GET, HEAD, PUT, POST, DELETE"})
+
+
+# Headers that ask for what is not done: (name or prefix, harmless values)
+_UNDONE_HEADERS = (
+    ("x-amz-acl", ("private", "bucket-owner-full-control")),
+    ("x-amz-grant-", ()),
+    ("x-amz-server-side-encryption", ()),
+    ("x-amz-copy-source-server-side-encryption", ()),
+    ("x-amz-tagging", ("", "COPY", "REPLACE")),
+    ("x-amz-object-lock-", ()),
+    ("x-amz-bucket-object-lock-enabled", ("false",)),
+    ("x-amz-object-ownership", ("BucketOwnerEnforced",)),
+    ("x-amz-write-offset-bytes", ()),
+    ("x-amz-mfa", ()),
+)
+
+
+def check_undone(headers):
+    """NotImplemented for a header that must not be ignored."""
+    for name, value in headers.items():
+        if not name.startswith("x-amz-"):
+            continue
+        for prefix, harmless in _UNDONE_HEADERS:
+            if name.startswith(prefix) and value not in harmless:
+                raise S3Error("NotImplemented", Header=name)
+
+
+def respond(request):
+    """Carry out a request: the Response, or S3Error.
+
+    Signature, permission and everything else that needs no body come
+    before the first byte of it is asked for.
+    """
+    service = request.service
+    row = request.operation = find_operation(request)
+    hosts = ()
+    if service.public_host:
+        forwarded = request.headers.get("x-forwarded-host")
+        hosts = (service.public_host,) + (
+            (forwarded,) if forwarded else ())
+    request.identity = identity = authenticate(
+        request, service.accounts.by_key_id, request.now, service.region,
+        hosts)
+    if row.level == SERVICE or row.name == "CreateBucket":
+        authorize(identity)
+    else:
+        request.bucket = request.own_bucket(request.bucket_name)
+    if row.function is None:
+        raise S3Error("NotImplemented", "%s is not implemented" % row.name)
+    if service.readonly and row.method not in ("GET", "HEAD"):
+        raise S3Error("AccessDenied", "This server is read-only")
+    check_undone(request.headers)
+    request.body = open_body(request.frame, request.headers, identity)
+    if request.body.length == 0 and len(identity.payload) == 64:
+        request.body.read_all()         # an empty body is not free to lie
+    return as_response(row.function(request), row.status)
+
+
+def as_response(result, status):
+    """What an operation returned, as a Response."""
+    if isinstance(result, Response):
+        return result
+    if isinstance(result, bytes):
+        return Response(status, {"Content-Type": "application/xml"}, result)
+    return Response(status, result)
+
+
+def error_response(error, request_id, resource=""):
+    """The Response for an S3Error; <Error> is the one root without an
+    xmlns."""
+    headers = dict(error.headers)
+    if error.status == 304:
+        return Response(304, headers)
+    headers["Content-Type"] = "application/xml"
+    fields = [("Code", error.code), ("Message", error.message)]
+    fields += error.fields.items()
+    fields += [("Resource", resource), ("RequestId", request_id),
+               ("HostId", request_id)]
+    return Response(error.status, headers,
+                    xml_document("Error", fields, xmlns=None))
+
+
+# --- shared by operations ---
+
+def owner_element(request, user_id, tag="Owner"):
+    """An Owner or Initiator child for a document."""
+    name = request.service.accounts.name(user_id)
+    return tag, [("ID", user_id), ("DisplayName", name)]
+
+
+def bucket_owner(request):
+    """The user id of the owner of this request's bucket."""
+    return request.service.accounts.owner_id(request.bucket)
+
+
+def quoted(etag):
+    """An ETag as headers and documents carry it."""
+    return '"%s"' % etag
+
+
+def object_record(headers):
+    """The record of a new object, as far as headers describe it."""
+    record = {"headers": kept_headers(headers)}
+    meta = user_metadata(headers)
+    if meta:
+        record["meta"] = meta
+    name = storage_class(headers)
+    if name:
+        record["class"] = name
+    return record
+
+
+def checked_version(request):
+    """Take `versionId=null`; there is no other version."""
+    version = request.query.get("versionId")
+    if version is not None and version != "null":
+        raise S3Error("NoSuchVersion", Key=request.key, VersionId=version)
+
+
+def encode_type(request):
+    """The function that encoding-type asks for, and its name or None."""
+    name = request.query.get("encoding-type")
+    if not name:
+        return str, None
+    if name != "url":
+        raise S3Error("InvalidArgument", "Invalid Encoding Method specified "
+                      "in Request", ArgumentName="encoding-type",
+                      ArgumentValue=name)
+    return functools.partial(uri_encode, safe="/-_.~"), "url"
+
+
+def page_size(request, name, most=MAX_LIST_KEYS):
+    """A max-... parameter, at most `most`."""
+    text = request.query.get(name)
+    return most if not text else parse_int(name, text, 0, most)
+
+
+def make_token(text):
+    """An opaque continuation token for a place in a list."""
+    return base64.urlsafe_b64encode(text.encode()).decode()
+
+
+def read_token(request, name="continuation-token"):
+    """The place that a token stands for; "" for none."""
+    token = request.query.get(name)
+    try:
+        return base64.b64decode((token or "").encode("ascii"), b"-_",
+                                validate=True).decode()
+    except ValueError:
+        raise S3Error("InvalidArgument", "The continuation token provided "
+                      "is incorrect", ArgumentName=name) from None
+
+
+def need_digest(request):
+    """Several operations insist on a digest of their document."""
+    if request.body.checksum is None \
+            and "content-md5" not in request.headers:
+        raise S3Error("InvalidRequest", "Missing required header for this "
+                      "request: Content-MD5 OR x-amz-checksum-*")
+
+
+# --- buckets ---
+
+@operation("GET", SERVICE, action="s3:ListAllMyBuckets")
+def list_buckets(request):
+    """API_ListBuckets: the buckets of the account that asks."""
+    query, accounts = request.query, request.service.accounts
+    prefix, after = query.get("prefix", ""), read_token(request)
+    region = query.get("bucket-region")
+    limit = page_size(request, "max-buckets", MAX_LIST_BUCKETS)
+    if limit < 1:
+        raise S3Error("InvalidArgument", ArgumentName="max-buckets")
+    found = [bucket for bucket in request.store.list_buckets()
+             if bucket.name.startswith(prefix) and bucket.name > after
+             and region in (None, bucket.region)
+             and accounts.owner_id(bucket) == request.account.user_id]
+    shown = found[:limit]
+    token = make_token(shown[-1].name) if len(found) > limit else None
+    return xml_document("ListAllMyBucketsResult", [
+        owner_element(request, request.account.user_id),
+        ("Buckets", [("Bucket", [
+            ("Name", bucket.name),
+            ("CreationDate", iso_date(bucket.created_ns)),
+            ("BucketRegion", bucket.region)]) for bucket in shown]),
+        ("ContinuationToken", token),
+        ("Prefix", query.get("prefix"))])
+
+
+@operation("PUT", BUCKET)
+def create_bucket(request):
+    """API_CreateBucket.  Making one's own bucket again is 200 in
+    us-east-1 and BucketAlreadyOwnedByYou elsewhere."""
+    name = request.bucket_name
+    if not valid_bucket_name(name):
+        raise S3Error("InvalidBucketName", BucketName=name)
+    region = _location_constraint(request)
+    try:
+        bucket = request.store.create_bucket(
+            name, request.service.accounts.lasting_id(request.account),
+            region)
+    except S3Error as error:
+        if error.code != "BucketAlreadyExists":
+            raise
+        bucket = request.store.bucket(name)
+        owner = request.service.accounts.owner_id(bucket)
+        if owner != request.account.user_id:
+            raise
+        if bucket.region != "us-east-1":
+            raise S3Error("BucketAlreadyOwnedByYou",
+                          BucketName=name) from None
+    return {"Location": "/" + name}
+
+
+def _location_constraint(request):
+    """The region that CreateBucket's document asks for."""
+    document = request.xml("CreateBucketConfiguration", required=False)
+    asked = None if document is None else xml_text(
+        document, "LocationConstraint")
+    here = request.service.region
+    region = {"EU": "eu-west-1", "": None}.get(asked, asked)
+    if region is None:
+        return here or "us-east-1"
+    if not valid_region(region):
+        raise S3Error("InvalidLocationConstraint",
+                      LocationConstraint=region)
+    if here is not None and region != here:
+        raise S3Error("IllegalLocationConstraintException",
+                      "The %s location constraint is incompatible for the "
+                      "region specific endpoint this request was sent to."
+                      % region)
+    return region
+
+
+@operation("HEAD", BUCKET, action="s3:ListBucket")
+def head_bucket(request):
+    """API_HeadBucket."""
+    return {"x-amz-bucket-region": request.bucket.region,
+            "x-amz-access-point-alias": "false"}
+
+
+@operation("DELETE", BUCKET, status=204)
+def delete_bucket(request):
+    """API_DeleteBucket: only an empty one; its uploads go with it."""
+    request.store.delete_bucket(request.bucket)
+
+
+@operation("GET", BUCKET, "location")
+def get_bucket_location(request):
+    """API_GetBucketLocation: empty stands for us-east-1."""
+    region = request.bucket.region
+    return xml_document("LocationConstraint",
+                        [] if region == "us-east-1" else Markup(
+                            xml_escape(region)))
+
+
+# --- listings ---
+
+@operation("GET", BUCKET, action="s3:ListBucket")
+def list_objects(request):
+    """API_ListObjects (version 1)."""
+    query = request.query
+    prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+    marker, limit = query.get("marker", ""), page_size(request, "max-keys")
+    encode, encoding = encode_type(request)
+    page = request.store.list_objects(
+        request.bucket, prefix, delimiter, marker, limit,
+        _rolled_up(marker, prefix, delimiter))
+    next_marker = None
+    if page.truncated and delimiter:
+        next_marker = encode(page.entries[-1].key)
+    return xml_document("ListBucketResult", [
+        ("Name", request.bucket_name), ("Prefix", encode(prefix)),
+        ("Marker", encode(marker)), ("NextMarker", next_marker),
+        ("MaxKeys", limit), ("Delimiter", encode(delimiter) or None),
+        ("EncodingType", encoding), ("IsTruncated", page.truncated)]
+        + _list_entries(request, page, encode, True))
+
+
+def _rolled_up(marker, prefix, delimiter):
+    """The common prefix that a marker lies in: it was given already."""
+    if delimiter and marker.startswith(prefix):
+        cut = marker.find(delimiter, len(prefix))
+        if cut >= 0:
+            return marker[:cut + len(delimiter)]
+    return ""
+
+
+@operation("GET", BUCKET, when="list-type", action="s3:ListBucket")
+def list_objects_v2(request):
+    """API_ListObjectsV2."""
+    query = request.query
+    if query["list-type"] != "2":
+        raise S3Error("InvalidArgument", "Invalid List Type specified in "
+                      "Request", ArgumentName="list-type")
+    prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+    start_after = query.get("start-after")
+    limit = page_size(request, "max-keys")
+    encode, encoding = encode_type(request)
+    after = read_token(request) or start_after or ""
+    page = request.store.list_objects(
+        request.bucket, prefix, delimiter, after, limit,
+        _rolled_up(after, prefix, delimiter) if query.get(
+            "continuation-token") else "")
+    owner = query.get("fetch-owner", "").lower() == "true"
+    token = make_token(page.entries[-1].key) if page.truncated else None
+    return xml_document("ListBucketResult", [
+        ("Name", request.bucket_name), ("Prefix", encode(prefix)),
+        ("ContinuationToken", query.get("continuation-token")),
+        ("NextContinuationToken", token),
+        ("StartAfter", None if start_after is None
+         else encode(start_after)),
+        ("KeyCount", len(page.entries)), ("MaxKeys", limit),
+        ("Delimiter", encode(delimiter) or None),
+        ("EncodingType", encoding), ("IsTruncated", page.truncated)]
+        + _list_entries(request, page, encode, owner))
+
+
+def _list_entries(request, page, encode, with_owner):
+    """The Contents and CommonPrefixes children of a listing."""
+    owner = owner_element(request, bucket_owner(request)) \
+        if with_owner else ("Owner", None)
+    children = []
+    for entry in page.entries:
+        if isinstance(entry, CommonPrefix):
+            children.append(("CommonPrefixes",
+                             [("Prefix", encode(entry.key))]))
+        else:
+            children.append(("Contents", _entry(entry, encode)
+                             + [owner]))
+    return children
+
+
+def _entry(info, encode):
+    """The children that describe an object in any listing."""
+    children = [("Key", encode(info.key)),
+                ("LastModified", iso_date(info.mtime_ns)),
+                ("ETag", quoted(info.etag)), ("Size", info.size),
+                ("StorageClass", info.record.get("class", "STANDARD"))]
+    checksums = info.record.get("checksums")
+    if checksums:
+        children += [("ChecksumAlgorithm", name) for name in checksums]
+        children.append(("ChecksumType", info.record.get("checksum_type")))
+    return children
+
+
+@operation("GET", BUCKET, "versions", action="s3:ListBucketVersions")
+def list_object_versions(request):
+    """API_ListObjectVersions of a bucket without versions: each object is
+    its own one version, `null`."""
+    query = request.query
+    prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+    marker, limit = (query.get("key-marker", ""),
+                     page_size(request, "max-keys"))
+    if query.get("version-id-marker") and not marker:
+        raise S3Error("InvalidArgument", "A version-id marker cannot be "
+                      "specified without a key marker.",
+                      ArgumentName="version-id-marker")
+    encode, encoding = encode_type(request)
+    page = request.store.list_objects(
+        request.bucket, prefix, delimiter, marker, limit,
+        _rolled_up(marker, prefix, delimiter))
+    last = page.entries[-1] if page.truncated else None
+    children = [
+        ("Name", request.bucket_name), ("Prefix", encode(prefix)),
+        ("KeyMarker", encode(marker)),
+        ("VersionIdMarker", query.get("version-id-marker", "")),
+        ("NextKeyMarker", last and encode(last.key)),
+        ("NextVersionIdMarker", "null" if isinstance(last, Info) else None),
+        ("MaxKeys", limit), ("Delimiter", encode(delimiter) or None),
+        ("EncodingType", encoding), ("IsTruncated", page.truncated)]
+    owner = owner_element(request, bucket_owner(request))
+    for entry in page.entries:
+        if isinstance(entry, CommonPrefix):
+            children.append(("CommonPrefixes",
+                             [("Prefix", encode(entry.key))]))
+        else:
+            children.append(("Version", _entry(entry, encode) + [
+                ("VersionId", "null"), ("IsLatest", True), owner]))
+    return xml_document("ListVersionsResult", children)
+
+
+# --- objects: writing ---
+
+def receive(body, draft, limit=MAX_PUT_BYTES):
+    """Take a body into a draft; its MD5, and what else it was asked for,
+    can be had afterwards.  EntityTooLarge beyond `limit` bytes."""
+    body.want("MD5")
+    if body.length is not None and body.length > limit:
+        raise S3Error("EntityTooLarge", ProposedSize=body.length,
+                      MaxSizeAllowed=limit)
+    for block in body.blocks():
+        if draft.size + len(block) > limit:
+            raise S3Error("EntityTooLarge", MaxSizeAllowed=limit)
+        draft.write(block)
+
+
+def need_length(request):
+    """A PUT that carries an object says how long it is."""
+    headers = request.headers
+    if "content-length" not in headers and not headers.get(
+            "transfer-encoding"):
+        raise S3Error("MissingContentLength")
+
+
+def body_checksums(body, record):
+    """Put a body's digests into a record."""
+    record["etag"] = body.digest("MD5").hex()
+    if body.checksum:
+        digest = base64.b64encode(body.digest(body.checksum)).decode()
+        record["checksums"] = {body.checksum: digest}
+        record["checksum_type"] = "FULL_OBJECT"
+
+
+def checksum_headers(record):
+    """The headers that tell an object's checksums."""
+    headers = {"x-amz-checksum-" + name.lower(): value
+               for name, value in record.get("checksums", {}).items()}
+    if headers and record.get("checksum_type"):
+        headers["x-amz-checksum-type"] = record["checksum_type"]
+    return headers
+
+
+def checksum_children(record):
+    """The same as children of a document."""
+    children = [("Checksum" + name, value)
+                for name, value in record.get("checksums", {}).items()]
+    if children and record.get("checksum_type"):
+        children.append(("ChecksumType", record["checksum_type"]))
+    return children
+
+
+@operation("PUT", OBJECT)
+def put_object(request):
+    """API_PutObject."""
+    if "partNumber" in request.query:
+        raise S3Error("InvalidArgument", "This operation does not accept "
+                      "partNumber without uploadId",
+                      ArgumentName="partNumber")
+    need_length(request)
+    record = object_record(request.headers)
+    conditions = write_conditions(request.headers)
+    bucket, key = request.bucket, request.key
+    if conditions != WriteConditions():
+        conditions.check(bucket.find(key))      # before the body is sent
+    with bucket.draft() as draft:
+        receive(request.body, draft)
+        body_checksums(request.body, record)
+        info = request.store.put_object(bucket, key, draft, record,
+                                        conditions)
+    headers = {"ETag": quoted(info.etag)}
+    headers.update(checksum_headers(record))
+    return headers
+
+
+@operation("PUT", OBJECT, when="x-amz-copy-source", action="s3:PutObject")
+def copy_object(request):
+    """API_CopyObject: in the kernel when the ETag is known already."""
+    source, key = open_copy_source(request), request.key
+    conditions = write_conditions(request.headers)
+    with source, request.bucket.draft() as draft:
+        record = _copied_record(request, source)
+        _copy_content(request, source, draft, record)
+        info = request.store.put_object(request.bucket, key, draft, record,
+                                        conditions)
+    return xml_document("CopyObjectResult", [
+        ("LastModified", iso_date(info.mtime_ns)),
+        ("ETag", quoted(info.etag))] + checksum_children(record))
+
+
+class CopySource(NamedTuple):
+    """An open object to copy from."""
+    info: Info
+    fd: int
+    same: bool                      # it is the target, too
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.fd)
+
+
+def open_copy_source(request):
+    """The CopySource of x-amz-copy-source, its conditions checked."""
+    name, key, version = parse_copy_source(
+        request.headers["x-amz-copy-source"])
+    bucket = request.own_bucket(name, "x-amz-source-expected-bucket-owner")
+    if version not in (None, "null"):
+        raise S3Error("NoSuchVersion", Key=key, VersionId=version)
+    info, fd = bucket.open(key)
+    try:
+        check_read_conditions(request.headers, info.etag, info.mtime,
+                              "x-amz-copy-source-")
+    except S3Error:
+        os.close(fd)
+        raise
+    return CopySource(info, fd, (name, key) == (
+        request.bucket_name, request.key))
+
+
+def _copied_record(request, source):
+    """The record of a copy, by x-amz-metadata-directive."""
+    headers = request.headers
+    directive = headers.get("x-amz-metadata-directive", "COPY")
+    if directive not in ("COPY", "REPLACE"):
+        raise S3Error("InvalidArgument", "Unknown metadata directive.",
+                      ArgumentName="x-amz-metadata-directive",
+                      ArgumentValue=directive)
+    record = object_record(headers)
+    if source.info.size > MAX_PUT_BYTES:
+        raise S3Error("InvalidRequest", "The specified copy source is larger "
+                      "than the maximum allowable size for a copy source: "
+                      "%d" % MAX_PUT_BYTES)
+    if directive == "REPLACE":
+        return record
+    known = source.info.record
+    redirect = record["headers"].get("x-amz-website-redirect-location")
+    if source.same and not redirect and record.get("class") == known.get(
+            "class") and "x-amz-checksum-algorithm" not in headers:
+        raise S3Error("InvalidRequest", "This copy request is illegal "
+                      "because it is trying to copy an object to itself "
+                      "without changing the object's metadata, storage "
+                      "class, website redirect location or encryption "
+                      "attributes.")
+    kept = dict(known.get("headers", {}))
+    kept.pop("x-amz-website-redirect-location", None)
+    if redirect:
+        kept["x-amz-website-redirect-location"] = redirect
+    record["headers"] = kept
+    record["meta"] = known.get("meta", {})
+    return record
+
+
+def _copy_content(request, source, draft, record):
+    """The source's bytes, ETag and checksums into a draft and record.
+
+    Bytes are read only when a digest is wanted that nobody knows: the MD5
+    of a file put there by hand or of a multipart object, or another
+    checksum than the one it has.
+    """
+    info, known = source.info, source.info.record
+    wanted = request.headers.get("x-amz-checksum-algorithm")
+    wanted = wanted and checksum_algorithm(wanted)
+    checksums = known.get("checksums", {})
+    if known.get("checksum_type") == "COMPOSITE":
+        wanted, checksums = wanted or next(iter(checksums)), {}
+    if wanted and wanted not in checksums:
+        checksums = {}
+    names = [] if "etag" in known and "-" not in info.etag else ["MD5"]
+    if wanted and not checksums:
+        names.append(wanted)
+    digests = copy_bytes(source, draft, 0, info.size, names)
+    record["etag"] = digests["MD5"].hex() if "MD5" in names else info.etag
+    if wanted in digests:
+        digest = base64.b64encode(digests[wanted]).decode()
+        checksums = {wanted: digest}
+    if checksums:
+        record["checksums"] = checksums
+        record["checksum_type"] = "FULL_OBJECT"
+
+
+def copy_bytes(source, draft, offset, length, names):
+    """Copy a range into a draft; algorithm -> digest for `names`."""
+    if not names:
+        draft.copy(source.fd, offset, length)
+        return {}
+    hashes = {name: DIGESTS[name].new() for name in names}
+    for block in read_blocks(source.fd, offset, length):
+        for digest in hashes.values():
+            digest.update(block)
+        draft.write(block)
+    return {name: digest.digest() for name, digest in hashes.items()}
+
+
+@operation("PUT", OBJECT, "renameObject", action="s3:PutObject")
+def rename_object(request):
+    """API_RenameObject, here in any bucket: one atomic rename."""
+    headers = request.headers
+    source = headers.get("x-amz-rename-source")
+    if not source:
+        raise S3Error("InvalidArgument", "x-amz-rename-source is missing",
+                      ArgumentName="x-amz-rename-source")
+    source = uri_decode(source)
+    prefix = "/%s/" % request.bucket_name
+    if source.startswith(prefix):
+        source = source[len(prefix):]
+    elif source.startswith(prefix[1:]):
+        source = source[len(prefix) - 1:]
+    else:
+        source = source[source.startswith("/"):]
+    source = checked_key(source)
+    if source == request.key or not source:
+        raise S3Error("InvalidRequest", "The source and the destination of "
+                      "a rename must be two keys")
+
+    def check(info):
+        check_read_conditions(headers, info.etag, info.mtime,
+                              "x-amz-rename-source-")
+    request.store.rename_object(request.bucket, source, request.key, check,
+                                write_conditions(headers))
+
+
+@operation("DELETE", OBJECT, status=204)
+def delete_object(request):
+    """API_DeleteObject; deleting what is not there succeeds."""
+    checked_version(request)
+    headers = request.headers
+    conditions = delete_conditions(
+        headers.get("if-match"), headers.get("x-amz-if-match-size"),
+        headers.get("x-amz-if-match-last-modified-time"))
+    request.store.delete_object(request.bucket, request.key, conditions)
+
+
+@operation("POST", BUCKET, "delete", action="s3:DeleteObject")
+def delete_objects(request):
+    """API_DeleteObjects: up to 1,000 keys, each with its own result."""
+    need_digest(request)
+    document = request.xml("Delete")
+    objects = document.findall("Object")
+    if not 1 <= len(objects) <= MAX_DELETE_KEYS:
+        raise S3Error("MalformedXML")
+    quiet = xml_text(document, "Quiet", "").lower() == "true"
+    children = []
+    for element in objects:
+        key = element.findtext("Key") or ""
+        version = xml_text(element, "VersionId")
+        try:
+            _delete_one(request, element, key, version)
+        except S3Error as error:
+            children.append(("Error", [
+                ("Key", key), ("VersionId", version),
+                ("Code", error.code), ("Message", error.message)]))
+            continue
+        if not quiet:
+            children.append(("Deleted", [("Key", key),
+                                         ("VersionId", version)]))
+    return xml_document("DeleteResult", children)
+
+
+def _delete_one(request, element, key, version):
+    """Delete what one Object element names."""
+    if not key:
+        raise S3Error("MalformedXML")
+    if version not in (None, "null"):
+        raise S3Error("NoSuchVersion")
+    conditions = delete_conditions(
+        xml_text(element, "ETag"), xml_text(element, "Size"),
+        xml_text(element, "LastModifiedTime"))
+    try:
+        request.store.delete_object(request.bucket, checked_key(key),
+                                    conditions)
+    except OSError as error:
+        raise storage_error(error) from error
+
+
+# --- objects: reading ---
+
+@operation("GET", OBJECT)
+def get_object(request):
+    """API_GetObject."""
+    checked_version(request)
+    info, fd = request.bucket.open(request.key)
+    try:
+        response = object_response(request, info)
+    except BaseException:
+        os.close(fd)
+        raise
+    response.file = fd
+    return response
+
+
+@operation("HEAD", OBJECT, action="s3:GetObject")
+def head_object(request):
+    """API_HeadObject: GetObject's answer without its body."""
+    checked_version(request)
+    info = request.bucket.find(request.key)
+    if info is None:
+        raise S3Error("NoSuchKey")
+    return object_response(request, info)
+
+
+def object_response(request, info):
+    """The Response to GET and HEAD, but for the file."""
+    headers = object_headers(info)
+    request_headers = request.headers
+    try:
+        check_read_conditions(request_headers, info.etag, info.mtime)
+    except S3Error as error:
+        if error.code == "NotModified":
+            error.headers.update(
+                (name, headers[name]) for name in (
+                    "ETag", "Last-Modified", "Cache-Control", "Expires")
+                if name in headers)
+        raise
+    status, start, stop = 200, 0, info.size
+    part = request.query.get("partNumber")
+    span = None
+    if part is not None:
+        span = _part_range(request, info, part, headers)
+    elif "range" in request_headers and _range_holds(request, info):
+        span = parse_range(request_headers["range"], info.size)
+    if span:
+        status, (start, stop) = 206, span
+        headers["Content-Range"] = "bytes %d-%d/%d" % (
+            start, stop - 1, info.size)
+    elif part is None and "x-amz-checksum-mode" in request_headers:
+        headers.update(checksum_headers(info.record))
+    _override_headers(request, headers)
+    return Response(status, headers, offset=start, length=stop - start)
+
+
+def object_headers(info):
+    """The headers that tell what an object is."""
+    record = info.record
+    headers = {"Last-Modified": http_date(info.mtime),
+               "ETag": '"%s"' % info.etag, "Accept-Ranges": "bytes"}
+    kept = record.get("headers")
+    if kept is None:
+        headers["Content-Type"] = guess_type(info.key)
+    else:
+        headers["Content-Type"] = "binary/octet-stream"
+        headers.update(kept)
+    if "meta" in record:
+        for name, value in record["meta"].items():
+            headers["x-amz-meta-" + name] = metadata_header(value)
+    if "class" in record:
+        headers["x-amz-storage-class"] = record["class"]
+    return headers
+
+
+# The built-in table alone: the same answer on every machine, and at once.
+_TYPES = mimetypes.MimeTypes()
+
+
+def guess_type(key):
+    """The content type of a file that was put there by hand."""
+    name, encoding = _TYPES.guess_type("/" + key.rpartition("/")[2])
+    if name is None or encoding:
+        return "binary/octet-stream"
+    return name
+
+
+def _range_holds(request, info):
+    """If-Range, RFC 9110 section 13.1.5."""
+    value = request.headers.get("if-range")
+    if value is None:
+        return True
+    if value.startswith('"'):
+        return value.strip('"') == info.etag
+    return parse_http_date(value) == info.mtime
+
+
+def _part_range(request, info, text, headers):
+    """The range of one part, its headers set; None for an empty object.
+
+    parts are kept as runs: [[size, count], ...].
+    """
+    if "range" in request.headers:
+        raise S3Error("InvalidRequest", "Cannot specify both Range header "
+                      "and partNumber query parameter")
+    number = parse_int("partNumber", text, 1, MAX_PART_NUMBER + 1)
+    if number > MAX_PART_NUMBER:
+        raise S3Error("InvalidArgument", "Part number must be an integer "
+                      "between 1 and 10000, inclusive",
+                      ArgumentName="partNumber", ArgumentValue=text)
+    runs = info.record.get("parts")
+    sizes = [info.size] if runs is None else [
+        size for size, count in runs for _ in range(count)]
+    if number > len(sizes):
+        raise S3Error("InvalidPartNumber", PartNumberRequested=number,
+                      ActualPartCount=len(sizes))
+    start = sum(sizes[:number - 1])
+    checksums = info.record.get("part_checksums")
+    if "x-amz-checksum-mode" in request.headers:
+        if runs is None:
+            headers.update(checksum_headers(info.record))
+        elif checksums:
+            name = next(iter(info.record["checksums"]))
+            headers["x-amz-checksum-" + name.lower()] = checksums[number - 1]
+            headers["x-amz-checksum-type"] = info.record["checksum_type"]
+    if runs is not None:
+        headers["x-amz-mp-parts-count"] = str(len(sizes))
+    return (start, start + sizes[number - 1]) if sizes[number - 1] else None
+
+
+_OVERRIDES = {"response-" + name.lower(): name for name in (
+    "Content-Type", "Content-Language", "Expires", "Cache-Control",
+    "Content-Disposition", "Content-Encoding")}
+
+
+def _override_headers(request, headers):
+    """The response-* parameters, for signed requests only."""
+    if not request.query:
+        return
+    for parameter, name in _OVERRIDES.items():
+        value = request.query.get(parameter)
+        if value is None:
+            continue
+        if request.account is None:
+            raise S3Error("InvalidRequest", "Request specific response "
+                          "headers cannot be used for anonymous GET "
+                          "requests.")
+        if not value.isprintable():
+            raise S3Error("InvalidArgument", ArgumentName=parameter,
+                          ArgumentValue=value)
+        headers[name] = value.encode("utf-8").decode("latin-1")
+
+
+@operation("GET", OBJECT, "attributes")
+def get_object_attributes(request):
+    """API_GetObjectAttributes."""
+    checked_version(request)
+    names = {name.strip() for name in request.headers.get(
+        "x-amz-object-attributes", "").split(",")} - {""}
+    known = {"ETag", "Checksum", "ObjectParts", "StorageClass", "ObjectSize"}
+    if not names or names - known:
+        raise S3Error("InvalidArgument", "Invalid attribute name specified.",
+                      ArgumentName="x-amz-object-attributes")
+    info = request.bucket.find(request.key)
+    if info is None:
+        raise S3Error("NoSuchKey")
+    check_read_conditions(request.headers, info.etag, info.mtime)
+    record = info.record
+    values = [("ETag", info.etag),
+              ("Checksum", checksum_children(record) or None),
+              ("ObjectParts", _object_parts(request, record)
+               if "ObjectParts" in names else None),
+              ("StorageClass", record.get("class", "STANDARD")),
+              ("ObjectSize", info.size)]
+    body = xml_document("GetObjectAttributesResponse", [
+        value for value in values if value[0] in names])
+    return Response(200, {"Content-Type": "application/xml",
+                          "Last-Modified": http_date(info.mtime)}, body)
+
+
+def _object_parts(request, record):
+    """The ObjectParts children; None unless it came in parts.  The parts
+    themselves are told only where they have checksums, as on AWS."""
+    runs = record.get("parts")
+    if runs is None:
+        return None
+    sizes = [size for size, count in runs for _ in range(count)]
+    children = [("PartsCount", len(sizes))]
+    checksums = record.get("part_checksums")
+    if not checksums:
+        return children
+    marker = parse_int("x-amz-part-number-marker", request.headers.get(
+        "x-amz-part-number-marker") or "0", 0)
+    limit = parse_int("x-amz-max-parts", request.headers.get(
+        "x-amz-max-parts") or "1000", 0, 1000)
+    name = "Checksum" + next(iter(record["checksums"]))
+    numbers = range(marker + 1, len(sizes) + 1)[:limit]
+    more = bool(numbers) and numbers[-1] < len(sizes)
+    children += [("PartNumberMarker", marker),
+                 ("NextPartNumberMarker", numbers[-1] if numbers else 0),
+                 ("MaxParts", limit), ("IsTruncated", more)]
+    return children + [("Part", [
+        ("PartNumber", number), ("Size", sizes[number - 1]),
+        (name, checksums[number - 1])]) for number in numbers]
+
+
+# --- multipart uploads ---
+
+# Which checksum types an algorithm can have, the default first:
+# userguide/checking-object-integrity.html
+def checksum_types(name):
+    """The checksum types of an algorithm, the default first."""
+    if name == "CRC64NVME":
+        return ("FULL_OBJECT",)
+    if DIGESTS[name].crc:
+        return ("COMPOSITE", "FULL_OBJECT")
+    return ("COMPOSITE",)
+
+
+@operation("POST", OBJECT, "uploads", action="s3:PutObject")
+def create_multipart_upload(request):
+    """API_CreateMultipartUpload."""
+    record = object_record(request.headers)
+    record["initiator"] = request.service.accounts.lasting_id(
+        request.account)
+    name = request.headers.get("x-amz-checksum-algorithm")
+    kind = request.headers.get("x-amz-checksum-type")
+    headers = {"Content-Type": "application/xml"}
+    if kind and not name:
+        raise S3Error("InvalidRequest", "The x-amz-checksum-type header can "
+                      "only be used with the x-amz-checksum-algorithm "
+                      "header.")
+    if name:
+        name = checksum_algorithm(name)
+        kind = kind or checksum_types(name)[0]
+        if kind not in checksum_types(name):
+            raise S3Error("InvalidRequest", "The %s checksum type cannot be "
+                          "used with the %s checksum algorithm."
+                          % (kind, name.lower()))
+        record["algorithm"], record["checksum_type"] = name, kind
+        headers["x-amz-checksum-algorithm"] = name
+        headers["x-amz-checksum-type"] = kind
+    upload_id = request.store.create_upload(request.bucket, request.key,
+                                            record)
+    return Response(200, headers, xml_document(
+        "InitiateMultipartUploadResult", [
+            ("Bucket", request.bucket_name), ("Key", request.key),
+            ("UploadId", upload_id)]))
+
+
+def requested_upload(request):
+    """The Upload that uploadId names."""
+    return request.store.upload(request.bucket, request.key,
+                                request.query["uploadId"])
+
+
+def requested_part(request):
+    """The part number of a request."""
+    text = request.query.get("partNumber")
+    if text is None or not re.match(r"\d{1,5}\Z", text, re.ASCII) \
+            or not 1 <= int(text) <= MAX_PART_NUMBER:
+        raise S3Error("InvalidArgument", "Part number must be an integer "
+                      "between 1 and 10000, inclusive",
+                      ArgumentName="partNumber", ArgumentValue=text or "")
+    return int(text)
+
+
+@operation("PUT", OBJECT, "uploadId", action="s3:PutObject")
+def upload_part(request):
+    """API_UploadPart."""
+    number, upload = requested_part(request), requested_upload(request)
+    need_length(request)
+    body, algorithm = request.body, upload.record.get("algorithm")
+    if algorithm and body.checksum and body.checksum != algorithm:
+        raise S3Error("InvalidRequest", "Checksum Type mismatch occurred, "
+                      "expected checksum Type: %s, actual checksum Type: %s"
+                      % (algorithm.lower(), body.checksum.lower()))
+    body.checksum = body.checksum or algorithm
+    body.want(body.checksum)
+    record = {}
+    with request.store.part_draft(upload) as draft:
+        receive(body, draft)
+        body_checksums(body, record)
+        request.store.put_part(upload, number, draft, record)
+    headers = {"ETag": quoted(record["etag"])}
+    headers.update(checksum_headers(record))
+    headers.pop("x-amz-checksum-type", None)
+    return headers
+
+
+@operation("PUT", OBJECT, "uploadId", when="x-amz-copy-source",
+           action="s3:PutObject")
+def upload_part_copy(request):
+    """API_UploadPartCopy."""
+    number, upload = requested_part(request), requested_upload(request)
+    algorithm = upload.record.get("algorithm")
+    with open_copy_source(request) as source, \
+            request.store.part_draft(upload) as draft:
+        start, stop = _copy_range_asked(request, source.info.size)
+        if stop - start > MAX_PUT_BYTES:
+            raise S3Error("EntityTooLarge", MaxSizeAllowed=MAX_PUT_BYTES)
+        names = ["MD5", algorithm] if algorithm else ["MD5"]
+        digests = copy_bytes(source, draft, start, stop - start, names)
+        record = {"etag": digests["MD5"].hex()}
+        if algorithm:
+            digest = base64.b64encode(digests[algorithm]).decode()
+            record["checksums"] = {algorithm: digest}
+        request.store.put_part(upload, number, draft, record)
+    return xml_document("CopyPartResult", [
+        ("LastModified", iso_date(record["mtime_ns"])),
+        ("ETag", quoted(record["etag"]))] + checksum_children(record))
+
+
+def _copy_range_asked(request, size):
+    """The (start, stop) of x-amz-copy-source-range, which is strict."""
+    text = request.headers.get("x-amz-copy-source-range")
+    if text is None:
+        return 0, size
+    match = re.match(r"bytes=(\d{1,19})-(\d{1,19})\Z", text, re.ASCII)
+    if not match or int(match[1]) > int(match[2]):
+        raise S3Error("InvalidArgument", "The x-amz-copy-source-range value "
+                      "must be of the form bytes=first-last where first and "
+                      "last are the zero-based offsets of the first and "
+                      "last bytes to copy",
+                      ArgumentName="x-amz-copy-source-range",
+                      ArgumentValue=text)
+    if int(match[2]) >= size:
+        raise S3Error("InvalidRange", "Range specified is not valid for "
+                      "source object of size: %d" % size,
+                      ActualObjectSize=size, RangeRequested=text)
+    return int(match[1]), int(match[2]) + 1
+
+
+@operation("POST", OBJECT, "uploadId", action="s3:PutObject")
+def complete_multipart_upload(request):
+    """API_CompleteMultipartUpload.  A second call gives the same answer,
+    as long as the object is still the one that the first call made."""
+    conditions = write_conditions(request.headers)
+    asked = _asked_parts(request)
+    store, bucket = request.store, request.bucket
+    try:
+        upload = requested_upload(request)
+        with store.locked_upload(upload):
+            info = _completed_before(request)
+            if info is None:
+                parts = _checked_parts(store.list_parts(upload), asked)
+                record = _assembled_record(request, upload, parts)
+                info = store.complete_upload(bucket, upload, parts, record,
+                                             conditions)
+            else:
+                store.remove_upload(upload)
+    except S3Error as error:
+        info = _completed_before(request) \
+            if error.code == "NoSuchUpload" else None
+        if info is None:
+            raise
+    location = "%s/%s" % (service_url(request), uri_encode(
+        "%s/%s" % (request.bucket_name, request.key), "/-_.~"))
+    return xml_document("CompleteMultipartUploadResult", [
+        ("Location", location), ("Bucket", request.bucket_name),
+        ("Key", request.key), ("ETag", quoted(info.etag))]
+        + checksum_children(info.record))
+
+
+def service_url(request):
+    """The URL under which clients reach this server, without a bucket."""
+    if request.service.public_url:
+        return request.service.public_url
+    host = request.host
+    if request.host_bucket:
+        host = host[len(request.host_bucket) + 1:]
+    return "%s://%s" % (request.scheme, host)
+
+
+def _completed_before(request):
+    """The object's Info when it came from this very upload, or None."""
+    info = request.bucket.find(request.key)
+    upload_id = request.query["uploadId"]
+    if info and info.record.get("upload_id") == upload_id:
+        return info
+    return None
+
+
+class AskedPart(NamedTuple):
+    """One Part element of CompleteMultipartUpload's document."""
+    number: int
+    etag: str
+    checksums: Dict[str, str]
+
+
+def _asked_parts(request):
+    """The AskedParts of the document, in their order."""
+    document = request.xml("CompleteMultipartUpload")
+    parts = []
+    for element in document.findall("Part"):
+        number, etag = xml_text(element, "PartNumber"), xml_text(
+            element, "ETag")
+        if not number or not etag or not re.match(
+                r"\d{1,5}\Z", number, re.ASCII):
+            raise S3Error("MalformedXML")
+        checksums = {child.tag[8:]: (child.text or "").strip()
+                     for child in element
+                     if child.tag.startswith("Checksum")}
+        parts.append(AskedPart(int(number), etag.strip('"'), checksums))
+    if not 1 <= len(parts) <= MAX_PART_NUMBER:
+        raise S3Error("MalformedXML")
+    if any(a.number >= b.number for a, b in zip(parts, parts[1:])):
+        raise S3Error("InvalidPartOrder")
+    return parts
+
+
+def _checked_parts(known, asked):
+    """The Parts to assemble, each as the client describes it."""
+    by_number = {part.number: part for part in known}
+    parts = []
+    for want in asked:
+        part = by_number.get(want.number)
+        if part is None or part.etag != want.etag or any(
+                part.checksums.get(name) != value
+                for name, value in want.checksums.items()):
+            raise S3Error("InvalidPart", PartNumber=want.number,
+                          ETag=want.etag)
+        if want is not asked[-1] and part.size < MIN_PART_BYTES:
+            raise S3Error("EntityTooSmall", ProposedSize=part.size,
+                          MinSizeAllowed=MIN_PART_BYTES,
+                          PartNumber=want.number, ETag=want.etag)
+        parts.append(part)
+    return parts
+
+
+def _assembled_record(request, upload, parts):
+    """The record of the object that the parts make."""
+    known, headers = upload.record, request.headers
+    size = headers.get("x-amz-mp-object-size")
+    if size is not None and parse_int("x-amz-mp-object-size", size, 0) \
+            != sum(part.size for part in parts):
+        raise S3Error("InvalidRequest", "The provided "
+                      "'x-amz-mp-object-size' header does not match what "
+                      "was computed.")
+    record = {name: known[name] for name in ("headers", "meta", "class")
+              if name in known}
+    digest = new_md5(b"".join(bytes.fromhex(p.etag) for p in parts))
+    record["etag"] = "%s-%d" % (digest.hexdigest(), len(parts))
+    record["parts"] = _size_runs(parts)
+    record["upload_id"] = upload.upload_id
+    algorithm, kind = known.get("algorithm"), known.get("checksum_type")
+    if headers.get("x-amz-checksum-type", kind) != kind:
+        raise S3Error("InvalidRequest", "The upload was created using the "
+                      "%s checksum mode. The complete request must use the "
+                      "same checksum mode." % (kind or "no"))
+    if algorithm:
+        record["checksum_type"] = kind
+        record["checksums"] = {algorithm: _assembled_checksum(
+            algorithm, kind, parts)}
+        record["part_checksums"] = [p.checksums[algorithm] for p in parts]
+        _check_assembled(headers, algorithm, record)
+    return record
+
+
+def _size_runs(parts):
+    """The sizes of parts, as runs [[size, count], ...]."""
+    runs = []
+    for part in parts:
+        if runs and runs[-1][0] == part.size:
+            runs[-1][1] += 1
+        else:
+            runs.append([part.size, 1])
+    return runs
+
+
+def _assembled_checksum(algorithm, kind, parts):
+    """The whole's checksum from the parts': combined, not recomputed."""
+    try:
+        digests = [base64.b64decode(part.checksums[algorithm])
+                   for part in parts]
+    except KeyError:
+        raise S3Error("InvalidPart") from None
+    if kind == "COMPOSITE":
+        return composite_checksum(algorithm, digests)
+    return combined_crc(algorithm, zip(digests,
+                                       (part.size for part in parts)))
+
+
+def _check_assembled(headers, algorithm, record):
+    """Compare the checksum that the Complete request itself states."""
+    stated = headers.get("x-amz-checksum-" + algorithm.lower())
+    actual = record["checksums"][algorithm]
+    if stated is not None and stated.partition("-")[0] \
+            != actual.partition("-")[0]:
+        raise S3Error("BadDigest", "The %s you specified did not match the "
+                      "calculated checksum." % algorithm.lower(),
+                      CalculatedDigest=actual)
+
+
+@operation("DELETE", OBJECT, "uploadId", status=204)
+def abort_multipart_upload(request):
+    """API_AbortMultipartUpload."""
+    upload = requested_upload(request)
+    with request.store.locked_upload(upload):
+        request.store.remove_upload(upload)
+
+
+@operation("GET", OBJECT, "uploadId", action="s3:ListMultipartUploadParts")
+def list_parts(request):
+    """API_ListParts."""
+    upload = requested_upload(request)
+    limit = page_size(request, "max-parts", 1000)
+    marker = parse_int("part-number-marker", request.query.get(
+        "part-number-marker") or "0", 0)
+    encode, encoding = encode_type(request)
+    parts = [part for part in request.store.list_parts(upload)
+             if part.number > marker]
+    shown = parts[:limit]
+    record = upload.record
+    initiator = record.get("initiator") or bucket_owner(request)
+    return xml_document("ListPartsResult", [
+        ("Bucket", request.bucket_name), ("Key", encode(upload.key)),
+        ("UploadId", upload.upload_id), ("PartNumberMarker", marker),
+        ("NextPartNumberMarker", shown[-1].number if shown else marker),
+        ("MaxParts", limit), ("IsTruncated", len(parts) > len(shown)),
+        ("EncodingType", encoding)] + [("Part", [
+            ("PartNumber", part.number),
+            ("LastModified", iso_date(part.mtime_ns)),
+            ("ETag", quoted(part.etag)), ("Size", part.size)]
+            + checksum_children({"checksums": part.checksums}))
+            for part in shown] + [
+        owner_element(request, initiator, "Initiator"),
+        owner_element(request, bucket_owner(request)),
+        ("StorageClass", record.get("class", "STANDARD")),
+        ("ChecksumAlgorithm", record.get("algorithm")),
+        ("ChecksumType", record.get("checksum_type"))])
+
+
+@operation("GET", BUCKET, "uploads", action="s3:ListBucketMultipartUploads")
+def list_multipart_uploads(request):
+    """API_ListMultipartUploads."""
+    query = request.query
+    prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+    key_marker = query.get("key-marker", "")
+    id_marker = query.get("upload-id-marker", "") if key_marker else ""
+    limit = page_size(request, "max-uploads", 1000)
+    encode, encoding = encode_type(request)
+    uploads = [u for u in request.store.list_uploads(request.bucket)
+               if u.key.startswith(prefix) and _after_marker(
+                   u, key_marker, id_marker)]
+    entries, more = _roll_uploads(uploads, prefix, delimiter, limit,
+                                  _rolled_up(key_marker, prefix, delimiter))
+    last = entries[-1] if more else None
+    children = [
+        ("Bucket", request.bucket_name), ("KeyMarker", encode(key_marker)),
+        ("UploadIdMarker", id_marker),
+        ("NextKeyMarker", encode(last.key) if last else ""),
+        ("NextUploadIdMarker", last.upload_id
+         if isinstance(last, Upload) else ""),
+        ("Prefix", encode(prefix)),
+        ("Delimiter", encode(delimiter) or None),
+        ("MaxUploads", limit), ("EncodingType", encoding),
+        ("IsTruncated", more)]
+    for entry in entries:
+        if isinstance(entry, CommonPrefix):
+            children.append(("CommonPrefixes",
+                             [("Prefix", encode(entry.key))]))
+        else:
+            children.append(("Upload", _upload_entry(request, entry,
+                                                     encode)))
+    return xml_document("ListMultipartUploadsResult", children)
+
+
+def _after_marker(upload, key_marker, id_marker):
+    """True for an upload behind key-marker and upload-id-marker."""
+    if upload.key == key_marker and id_marker:
+        return upload.upload_id > id_marker
+    return upload.key > key_marker
+
+
+def _roll_uploads(uploads, prefix, delimiter, limit, skip):
+    """(entries, more): uploads and common prefixes, at most `limit`."""
+    entries = []
+    for upload in uploads:
+        entry = upload
+        cut = upload.key.find(delimiter, len(prefix)) if delimiter else -1
+        if cut >= 0:
+            entry = CommonPrefix(upload.key[:cut + len(delimiter)])
+            if entry.key == skip:
+                continue
+            skip = entry.key
+        if len(entries) == limit:
+            return entries, bool(limit)
+        entries.append(entry)
+    return entries, False
+
+
+def _upload_entry(request, upload, encode):
+    """The children of one Upload."""
+    record = upload.record
+    initiator = record.get("initiator") or bucket_owner(request)
+    return [("Key", encode(upload.key)), ("UploadId", upload.upload_id),
+            owner_element(request, initiator, "Initiator"),
+            owner_element(request, bucket_owner(request)),
+            ("StorageClass", record.get("class", "STANDARD")),
+            ("Initiated", iso_date(upload.initiated_ns)),
+            ("ChecksumAlgorithm", record.get("algorithm")),
+            ("ChecksumType", record.get("checksum_type"))]
+
+
+# --- what a bucket without configuration answers ---
+
+@operation("GET", BUCKET, "versioning")
+def get_bucket_versioning(request):
+    """API_GetBucketVersioning: never enabled."""
+    return xml_document("VersioningConfiguration", [])
+
+
+def _full_control(request):
+    """The ACL of everything: its owner, FULL_CONTROL."""
+    owner = bucket_owner(request)
+    grantee = 'Grantee xmlns:xsi="%s" xsi:type="CanonicalUser"' % XSI
+    _, children = owner_element(request, owner)
+    return xml_document("AccessControlPolicy", [
+        ("Owner", children), ("AccessControlList", [("Grant", [
+            (grantee, children), ("Permission", "FULL_CONTROL")])])])
+
+
+@operation("GET", BUCKET, "acl")
+def get_bucket_acl(request):
+    """API_GetBucketAcl."""
+    return _full_control(request)
+
+
+@operation("GET", OBJECT, "acl")
+def get_object_acl(request):
+    """API_GetObjectAcl."""
+    checked_version(request)
+    if request.bucket.find(request.key) is None:
+        raise S3Error("NoSuchKey", Key=request.key)
+    return _full_control(request)
+
+
+@operation("GET", OBJECT, "tagging")
+def get_object_tagging(request):
+    """API_GetObjectTagging: no tags."""
+    checked_version(request)
+    if request.bucket.find(request.key) is None:
+        raise S3Error("NoSuchKey", Key=request.key)
+    return xml_document("Tagging", [("TagSet", [])])
+
+
+@operation("GET", BUCKET, "requestPayment")
+def get_bucket_request_payment(request):
+    """API_GetBucketRequestPayment."""
+    return xml_document("RequestPaymentConfiguration",
+                        [("Payer", "BucketOwner")])
+
+
+def _probe(name, subresource, answer, when=None):
+    """A row for a GET that finds nothing configured.
+
+    answer: an error code, or the root element of an empty document.
+    """
+    def function(_):
+        if answer in ERRORS:
+            raise S3Error(answer)
+        return xml_document(answer, [("IsTruncated", False)]
+                            if answer.startswith("List") else [])
+    add_operation(Operation(name, "GET", BUCKET, subresource, when,
+                            "s3:" + name, 200, DONE, function))
+
+
+for _row in (
+        ("GetBucketPolicy", "policy", "NoSuchBucketPolicy"),
+        ("GetBucketPolicyStatus", "policyStatus", "NoSuchBucketPolicy"),
+        ("GetBucketCors", "cors", "NoSuchCORSConfiguration"),
+        ("GetBucketLifecycleConfiguration", "lifecycle",
+         "NoSuchLifecycleConfiguration"),
+        ("GetBucketTagging", "tagging", "NoSuchTagSet"),
+        ("GetObjectLockConfiguration", "object-lock",
+         "ObjectLockConfigurationNotFoundError"),
+        ("GetBucketWebsite", "website", "NoSuchWebsiteConfiguration"),
+        ("GetBucketReplication", "replication",
+         "ReplicationConfigurationNotFoundError"),
+        ("GetPublicAccessBlock", "publicAccessBlock",
+         "NoSuchPublicAccessBlockConfiguration"),
+        ("GetBucketOwnershipControls", "ownershipControls",
+         "OwnershipControlsNotFoundError"),
+        ("GetBucketEncryption", "encryption",
+         "ServerSideEncryptionConfigurationNotFoundError"),
+        ("GetBucketNotificationConfiguration", "notification",
+         "NotificationConfiguration"),
+        ("GetBucketLogging", "logging", "BucketLoggingStatus"),
+        ("GetBucketAccelerateConfiguration", "accelerate",
+         "AccelerateConfiguration"),
+        ("ListBucketInventoryConfigurations", "inventory",
+         "ListInventoryConfigurationsResult"),
+        ("ListBucketAnalyticsConfigurations", "analytics",
+         "ListBucketAnalyticsConfigurationsResult"),
+        ("ListBucketMetricsConfigurations", "metrics",
+         "ListMetricsConfigurationsResult"),
+        ("ListBucketIntelligentTieringConfigurations",
+         "intelligent-tiering",
+         "ListBucketIntelligentTieringConfigurationsResult"),
+        ("GetBucketInventoryConfiguration", "inventory",
+         "NoSuchConfiguration", "id"),
+        ("GetBucketAnalyticsConfiguration", "analytics",
+         "NoSuchConfiguration", "id"),
+        ("GetBucketMetricsConfiguration", "metrics",
+         "NoSuchConfiguration", "id"),
+        ("GetBucketIntelligentTieringConfiguration",
+         "intelligent-tiering", "NoSuchConfiguration", "id")):
+    _probe(*_row)
+
+
+# --- what is refused by name ---
+
+# Every further operation of botocore's service model: method, level and
+# subresource -> names.  Those on one route are told apart by version only.
+for _method, _level, _subresource, _name in (
+        ("GET", BUCKET, "abac", "GetBucketAbac"),
+        ("PUT", BUCKET, "abac", "PutBucketAbac"),
+        ("PUT", BUCKET, "accelerate", "PutBucketAccelerateConfiguration"),
+        ("PUT", BUCKET, "acl", "PutBucketAcl"),
+        ("PUT", OBJECT, "acl", "PutObjectAcl"),
+        ("DELETE", BUCKET, "analytics",
+         "DeleteBucketAnalyticsConfiguration"),
+        ("PUT", BUCKET, "analytics", "PutBucketAnalyticsConfiguration"),
+        ("DELETE", OBJECT, "annotation", "DeleteObjectAnnotation"),
+        ("GET", OBJECT, "annotation", "GetObjectAnnotation"),
+        ("GET", OBJECT, "annotation", "ListObjectAnnotations"),
+        ("PUT", OBJECT, "annotation", "PutObjectAnnotation"),
+        ("DELETE", BUCKET, "cors", "DeleteBucketCors"),
+        ("PUT", BUCKET, "cors", "PutBucketCors"),
+        ("DELETE", BUCKET, "encryption", "DeleteBucketEncryption"),
+        ("PUT", BUCKET, "encryption", "PutBucketEncryption"),
+        ("PUT", OBJECT, "encryption", "UpdateObjectEncryption"),
+        ("DELETE", BUCKET, "intelligent-tiering",
+         "DeleteBucketIntelligentTieringConfiguration"),
+        ("PUT", BUCKET, "intelligent-tiering",
+         "PutBucketIntelligentTieringConfiguration"),
+        ("DELETE", BUCKET, "inventory",
+         "DeleteBucketInventoryConfiguration"),
+        ("PUT", BUCKET, "inventory", "PutBucketInventoryConfiguration"),
+        ("GET", OBJECT, "legal-hold", "GetObjectLegalHold"),
+        ("PUT", OBJECT, "legal-hold", "PutObjectLegalHold"),
+        ("DELETE", BUCKET, "lifecycle", "DeleteBucketLifecycle"),
+        ("GET", BUCKET, "lifecycle", "GetBucketLifecycle"),
+        ("PUT", BUCKET, "lifecycle", "PutBucketLifecycle"),
+        ("PUT", BUCKET, "lifecycle", "PutBucketLifecycleConfiguration"),
+        ("PUT", BUCKET, "logging", "PutBucketLogging"),
+        ("PUT", BUCKET, "metadataAnnotationTable",
+         "UpdateBucketMetadataAnnotationTableConfiguration"),
+        ("DELETE", BUCKET, "metadataConfiguration",
+         "DeleteBucketMetadataConfiguration"),
+        ("GET", BUCKET, "metadataConfiguration",
+         "GetBucketMetadataConfiguration"),
+        ("POST", BUCKET, "metadataConfiguration",
+         "CreateBucketMetadataConfiguration"),
+        ("PUT", BUCKET, "metadataInventoryTable",
+         "UpdateBucketMetadataInventoryTableConfiguration"),
+        ("PUT", BUCKET, "metadataJournalTable",
+         "UpdateBucketMetadataJournalTableConfiguration"),
+        ("DELETE", BUCKET, "metadataTable",
+         "DeleteBucketMetadataTableConfiguration"),
+        ("GET", BUCKET, "metadataTable",
+         "GetBucketMetadataTableConfiguration"),
+        ("POST", BUCKET, "metadataTable",
+         "CreateBucketMetadataTableConfiguration"),
+        ("DELETE", BUCKET, "metrics", "DeleteBucketMetricsConfiguration"),
+        ("PUT", BUCKET, "metrics", "PutBucketMetricsConfiguration"),
+        ("GET", BUCKET, "notification", "GetBucketNotification"),
+        ("PUT", BUCKET, "notification", "PutBucketNotification"),
+        ("PUT", BUCKET, "notification",
+         "PutBucketNotificationConfiguration"),
+        ("PUT", BUCKET, "object-lock", "PutObjectLockConfiguration"),
+        ("DELETE", BUCKET, "ownershipControls",
+         "DeleteBucketOwnershipControls"),
+        ("PUT", BUCKET, "ownershipControls", "PutBucketOwnershipControls"),
+        ("DELETE", BUCKET, "policy", "DeleteBucketPolicy"),
+        ("PUT", BUCKET, "policy", "PutBucketPolicy"),
+        ("DELETE", BUCKET, "publicAccessBlock", "DeletePublicAccessBlock"),
+        ("PUT", BUCKET, "publicAccessBlock", "PutPublicAccessBlock"),
+        ("DELETE", BUCKET, "replication", "DeleteBucketReplication"),
+        ("PUT", BUCKET, "replication", "PutBucketReplication"),
+        ("PUT", BUCKET, "requestPayment", "PutBucketRequestPayment"),
+        ("POST", OBJECT, "restore", "RestoreObject"),
+        ("GET", OBJECT, "retention", "GetObjectRetention"),
+        ("PUT", OBJECT, "retention", "PutObjectRetention"),
+        ("POST", OBJECT, "select", "SelectObjectContent"),
+        ("GET", BUCKET, "session", "CreateSession"),
+        ("DELETE", BUCKET, "tagging", "DeleteBucketTagging"),
+        ("PUT", BUCKET, "tagging", "PutBucketTagging"),
+        ("DELETE", OBJECT, "tagging", "DeleteObjectTagging"),
+        ("PUT", OBJECT, "tagging", "PutObjectTagging"),
+        ("GET", OBJECT, "torrent", "GetObjectTorrent"),
+        ("PUT", BUCKET, "versioning", "PutBucketVersioning"),
+        ("DELETE", BUCKET, "website", "DeleteBucketWebsite"),
+        ("PUT", BUCKET, "website", "PutBucketWebsite"),
+        ("POST", BUCKET, None, "PostObject"),
+        ("POST", BUCKET, "WriteGetObjectResponse",
+         "WriteGetObjectResponse"),
+        ("GET", SERVICE, "directory-buckets", "ListDirectoryBuckets")):
+    add_operation(Operation(_name, _method, _level, _subresource, None,
+                            "s3:" + _name, 501, REFUSED, None))
+
+
+###############################################################################
+# 9. HTTP
+###############################################################################
+#
+# One connection: heads in, answers out.  Knows no paths, no documents and
+# no rules of S3.  Runs in the connection's own thread.
+
+IDLE_SECONDS = 120                  # between two requests
+HEAD_SECONDS = 30                   # for a whole request head
+STALL_SECONDS = 60                  # without a byte of a body, in or out
+LINGER_SECONDS = 5                  # for a body that nobody wants
+MAX_DRAIN_BYTES = 256 * KIB         # read away to keep the connection
+MAX_LINGER_BYTES = 64 * MIB
+MAX_INLINE_BYTES = 64 * KIB         # file bytes sent along with the head
+
+_REQUEST_LINE = re.compile(
+    rb"([A-Z]{1,16}) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\Z")
+# RFC 9110 section 5: a token, a colon, visible text; no obs-fold
+_HEADER_LINES = re.compile(
+    rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\Z")
+# Headers that may come once only: two of them are a smuggling attempt
+_SINGLE_HEADERS = frozenset((
+    "authorization", "content-length", "content-type", "host",
+    "transfer-encoding", "expect", "range", "x-amz-content-sha256",
+    "x-amz-date", "x-amz-copy-source", "x-amz-decoded-content-length"))
+_METHODS = ("GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS")
+_HEALTH_PATHS = ("/-/health", "/minio/health/live")
+_WAIT_ERRORS = (BlockingIOError, socket.timeout, ssl.SSLWantReadError,
+                ssl.SSLWantWriteError)
+
+
+class Disconnected(Exception):
+    """The client is gone: there is nobody to answer."""
+
+
+class Head(NamedTuple):
+    """A parsed request head; headers by lower-case name."""
+    method: str
+    target: str
+    version: Tuple[int, int]
+    headers: Dict[str, str]
+
+
+def parse_head(data):
+    """The Head of a request's bytes, the empty line included.
+
+    BadRequest for whatever RFC 9112 does not allow: bare LF, folded
+    lines, bad names, doubled Host or Content-Length, no Host.
+    """
+    line, _, rest = data.partition(b"\r\n")
+    match = _REQUEST_LINE.match(line)
+    if not match:
+        raise S3Error("BadRequest", "The request line is malformed")
+    method, target, major, minor = match.groups()
+    version = int(major), int(minor)
+    if version not in ((1, 0), (1, 1)):
+        raise S3Error("UnsupportedHTTPVersion")
+    rest = rest[:-2]
+    if not _HEADER_LINES.match(rest):
+        raise S3Error("BadRequest", "A request header is malformed")
+    headers = {}
+    for line in rest.decode("latin-1").split("\r\n"):
+        name, _, value = line.partition(":")
+        name = name.lower()
+        if name in headers:
+            if name in _SINGLE_HEADERS:
+                raise S3Error("BadRequest", "The header %s came twice"
+                              % name)
+            headers[name] += "," + value.strip(" \t")
+        elif name:
+            headers[name] = value.strip(" \t")
+    if len(headers) > MAX_HEADERS:
+        raise S3Error("RequestHeaderSectionTooLarge")
+    if "host" not in headers and version == (1, 1):
+        raise S3Error("BadRequest", "The Host header is missing")
+    return Head(method.decode(), target.decode("latin-1"), version, headers)
+
+
+def open_frame(head, wire):
+    """The reader of a request's body, as HTTP frames it."""
+    coding = head.headers.get("transfer-encoding")
+    length = head.headers.get("content-length")
+    if coding is None:
+        if length is None:
+            return LengthReader(wire, 0)
+        if not re.match(r"\d{1,18}\Z", length, re.ASCII):
+            raise S3Error("BadRequest", "The Content-Length is malformed")
+        return LengthReader(wire, int(length))
+    if length is not None or head.version == (1, 0):
+        raise S3Error("BadRequest", "Transfer-Encoding cannot be combined "
+                      "with Content-Length or HTTP/1.0")
+    if coding.lower() != "chunked":
+        raise S3Error("NotImplemented", Header="Transfer-Encoding")
+    return ChunkedReader(wire)
+
+
+class Wire:
+    """The receiving side of a connection, buffered.
+
+    `before_body` is called once before the next body byte is waited for:
+    it sends 100 Continue.
+    """
+
+    def __init__(self, connection):
+        self._recv = connection.recv
+        self._buffer = b""
+        self.before_body = None
+        self.received = 0
+
+    def _receive(self, size):
+        try:
+            return self._recv(size)
+        except _WAIT_ERRORS:
+            raise S3Error("RequestTimeout") from None
+        except OSError as error:
+            raise Disconnected(str(error)) from None
+
+    def read(self, size):
+        """1 to `size` bytes of a body, b"" at the end."""
+        data = self._buffer
+        if data:
+            self._buffer = data[size:]
+            data = data[:size]
+        else:
+            if self.before_body:
+                self.before_body()
+            data = self._receive(size)
+        self.received += len(data)
+        return data
+
+    def readline(self, limit):
+        """A line of a body, or what there is up to `limit` bytes."""
+        while b"\n" not in self._buffer and len(self._buffer) < limit:
+            if self.before_body:
+                self.before_body()
+            data = self._receive(BLOCK_BYTES)
+            if not data:
+                break
+            self._buffer += data
+        end = self._buffer.find(b"\n") + 1 or min(limit, len(self._buffer))
+        line, self._buffer = self._buffer[:end], self._buffer[end:]
+        self.received += end
+        return line
+
+    def head(self):
+        """The bytes of the next request head; b"" when there is none.
+
+        The first byte may take as long as the connection's time-out, the
+        whole head HEAD_SECONDS from then on.
+        """
+        data, deadline = self._buffer, None
+        while True:
+            while data[:2] == b"\r\n":          # RFC 9112 section 2.2
+                data = data[2:]
+            end = data.find(b"\r\n\r\n")
+            if end >= 0:
+                break
+            if len(data) > MAX_HEAD_BYTES:
+                raise S3Error("RequestHeaderSectionTooLarge")
+            if deadline and time.monotonic() > deadline:
+                raise S3Error("RequestTimeout")
+            try:
+                more = self._receive(MAX_HEAD_BYTES)
+            except S3Error:
+                if data:
+                    raise
+                return b""                      # idle for too long
+            if not more:
+                if data:
+                    raise S3Error("BadRequest", "The request head is "
+                                  "incomplete")
+                return b""
+            deadline = deadline or time.monotonic() + HEAD_SECONDS
+            data += more
+        if end > MAX_HEAD_BYTES:
+            raise S3Error("RequestHeaderSectionTooLarge")
+        self._buffer = data[end + 4:]
+        return data[:end + 4]
+
+
+def set_timeout(connection, seconds):
+    """Bound every wait on a socket.
+
+    In the kernel where that works: a Python time-out costs a poll(2)
+    before each recv and send.
+    """
+    if os.name == "posix" and not isinstance(connection, ssl.SSLSocket):
+        value = struct.pack("ll", seconds, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+    else:
+        connection.settimeout(seconds)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection's requests, one after the other."""
+
+    protocol_version = "HTTP/1.1"
+
+    def setup(self):
+        """Take the connection; a TLS handshake happens here, in its own
+        thread, so that a slow client stops nobody."""
+        self.connection = self.request
+        self.close_connection = False
+        self.tls = isinstance(self.connection, ssl.SSLSocket)
+        set_timeout(self.connection, HEAD_SECONDS)
+        try:
+            self.connection.setsockopt(socket.IPPROTO_TCP,
+                                       socket.TCP_NODELAY, 1)
+            if self.tls:
+                self.connection.do_handshake()
+        except (OSError, ValueError):
+            self.close_connection = True
+        self.wire = Wire(self.connection)
+
+    def handle(self):
+        """Serve requests until one side has had enough."""
+        timeout = None
+        while not self.close_connection and not self.server.stopping:
+            if timeout != IDLE_SECONDS:
+                timeout = IDLE_SECONDS
+                set_timeout(self.connection, timeout)
+            try:
+                self.server.idle.add(self.connection)
+                if self.server.stopping:
+                    return
+                head = self.wire.head()
+                self.server.idle.discard(self.connection)
+                if not head:
+                    return
+                self.handle_one_request(head)
+            except S3Error as error:
+                self.close_connection = True
+                self.server.idle.discard(self.connection)
+                self.send(None, error_response(error, new_request_id()))
+            except Disconnected:
+                return
+
+    def handle_one_request(self, head=b""):
+        """Parse, run, send and log one request."""
+        started, now = time.perf_counter(), time.time()
+        request_id, request = new_request_id(), None
+        self.wire.received, self.sent = 0, 0
+        try:
+            parsed = parse_head(head)
+            frame = open_frame(parsed, self.wire)
+        except S3Error as error:
+            self.close_connection = True
+            response = error_response(error, request_id)
+            self.send(None, response, request_id)
+            self.log(None, None, response, request_id, started, now)
+            return
+        self._keep_alive(parsed)
+        try:
+            response, request = self._run(parsed, frame, now, request_id)
+            self._finish_body(frame)
+            self.send(parsed.method, response, request_id)
+        except Disconnected:
+            self.close_connection = True
+            response = Response(499)
+        self.log(parsed, request, response, request_id, started, now)
+
+    def _keep_alive(self, head):
+        """What Connection and Expect ask for."""
+        headers = head.headers
+        connection = headers.get("connection", "").lower()
+        if "close" in connection or (head.version == (1, 0)
+                                     and "keep-alive" not in connection):
+            self.close_connection = True
+        expect = headers.get("expect", "").lower()
+        self.wire.before_body = self._send_continue \
+            if expect == "100-continue" and head.version > (1, 0) else None
+
+    def _send_continue(self):
+        self.wire.before_body = None
+        self._send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _run(self, head, frame, now, request_id):
+        """(Response, Request or None) of one parsed request."""
+        request, resource = None, head.target.partition("?")[0]
+        try:
+            if resource in _HEALTH_PATHS and head.method in (
+                    "GET", "HEAD") and "authorization" not in head.headers:
+                return Response(200), None
+            if head.method not in _METHODS:
+                raise S3Error("MethodNotAllowed", Method=head.method)
+            request = Request(self.server.service, head.method, head.target,
+                              head.headers, frame, now, request_id,
+                              "https" if self.tls else "http")
+            return respond(request), request
+        except S3Error as error:
+            failure = error
+            if error.__cause__ or error.status >= 500:
+                self.server.report("%s %s" % (request_id, error))
+        except OSError as error:
+            failure = storage_error(error)
+            self.server.report("%s %s: %s" % (request_id, failure, error))
+        except Disconnected:
+            raise
+        except Exception:
+            failure = S3Error("InternalError")
+            self.server.report("%s %s" % (request_id,
+                                          traceback.format_exc()))
+        return error_response(failure, request_id, resource), request
+
+    def _finish_body(self, frame):
+        """Read a small rest of the body away, else give up the connection:
+        what follows on it would be taken for a request."""
+        if frame.left == 0:
+            return
+        if (self.wire.before_body or frame.left is None
+                or frame.left > MAX_DRAIN_BYTES):
+            self.close_connection = True
+            return
+        try:
+            while frame.read(BLOCK_BYTES):
+                pass
+        except S3Error:
+            self.close_connection = True
+
+    def send(self, method, response, request_id=""):
+        """Put an answer on the wire: the one place that does."""
+        fd = response.file
+        try:
+            head = self._head_bytes(response, method, request_id)
+            if method == "HEAD" or response.status in (204, 304):
+                self._send_all(head)
+            elif fd is None:
+                self._send_all(head + response.body)
+                self.sent = len(response.body)
+            elif response.length <= MAX_INLINE_BYTES:
+                data = b"".join(read_blocks(fd, response.offset,
+                                            response.length))
+                self._send_all(head + data)
+                self.sent = len(data)
+            else:
+                self._send_file(head, fd, response.offset, response.length)
+        except (S3Error, OSError) as error:
+            # the head is out: cutting it short is all that is left to say
+            self.close_connection = True
+            raise Disconnected(str(error)) from None
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def _head_bytes(self, response, method, request_id):
+        """The status line and headers of an answer."""
+        status, length = response.status, response.length
+        if self.server.stopping:
+            self.close_connection = True
+        lines = ["HTTP/1.1 %d %s" % (status, _PHRASES.get(status, "")),
+                 "Server: gos3rve", "Date: " + http_date(int(time.time())),
+                 "x-amz-request-id: " + request_id,
+                 "x-amz-id-2: " + request_id]
+        for name, value in response.headers.items():
+            lines.append("%s: %s" % (name, value))
+        if method == "HEAD" and response.body:
+            length = 0                  # an error's document stays unsaid
+        if status not in (204, 304):
+            lines.append("Content-Length: %d" % length)
+        if self.close_connection:
+            lines.append("Connection: close")
+        text = "\r\n".join(lines)
+        if text.count("\n") != len(lines) - 1:
+            raise S3Error("InternalError", "A header would break its line")
+        return (text + "\r\n\r\n").encode("latin-1", "replace")
+
+    def _send_all(self, data):
+        try:
+            self.connection.sendall(data)
+        except OSError as error:
+            self.close_connection = True
+            raise Disconnected(str(error)) from None
+
+    def _send_file(self, head, fd, offset, length):
+        """A large body: from the page cache to the socket in the kernel."""
+        if self.tls or not hasattr(os, "sendfile"):
+            self._send_all(head)
+            for block in read_blocks(fd, offset, length):
+                self._send_all(block)
+                self.sent += len(block)
+            return
+        self.connection.sendall(head, getattr(socket, "MSG_MORE", 0))
+        out = self.connection.fileno()
+        while length:
+            done = os.sendfile(out, fd, offset, min(length, GIB))
+            if not done:
+                raise Disconnected("the file became shorter")
+            offset += done
+            length -= done
+            self.sent += done
+
+    def log(self, head, request, response, request_id, started, now):
+        """One line of the access log."""
+        if not self.server.access_log:
+            return
+        account = operation_name = key_id = "-"
+        if request is not None:
+            if request.operation:
+                operation_name = request.operation.name
+            if request.identity and request.identity.account:
+                account = request.identity.account.user_name
+                key_id = request.identity.account.key_id
+        self.server.access_log({
+            "time": iso_date(int(now * 1e9)),
+            "client": self.client_address[0],
+            "account": account if key_id == "-" else key_id,
+            "operation": operation_name,
+            "method": head.method if head else "-",
+            "resource": head.target.partition("?")[0] if head else "-",
+            "status": response.status, "bytes_in": self.wire.received,
+            "bytes_out": self.sent,
+            "ms": round((time.perf_counter() - started) * 1000, 3),
+            "request_id": request_id})
+
+    def finish(self):
+        """Close so that the client still reads the last answer.
+
+        A close with unread bytes would reset the connection under it; TLS
+        wants its close_notify.
+        """
+        self.server.idle.discard(self.connection)
+        with contextlib.suppress(OSError, ValueError):
+            if self.tls:
+                self.connection.settimeout(1)
+                self.connection.unwrap()
+            self.connection.shutdown(socket.SHUT_WR)
+            set_timeout(self.connection, 1)
+            deadline = time.monotonic() + LINGER_SECONDS
+            left = MAX_LINGER_BYTES
+            while left > 0 and time.monotonic() < deadline:
+                data = self.connection.recv(BLOCK_BYTES)
+                if not data:
+                    break
+                left -= len(data)
+
+
+_PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
+_PHRASES[416] = "Requested Range Not Satisfiable"
+
+
+def new_request_id():
+    """Sixteen hexadecimal digits; not a secret."""
+    return "%016X" % random.getrandbits(64)
+
+
+###############################################################################
+# 10. Server
+###############################################################################
+#
+# The listening socket, a thread for each connection up to a cap, TLS, the
+# housekeeping thread and an orderly end.  Knows nothing of what a request
+# says.
+
+MAX_CONNECTIONS = 1000              # threads; further clients wait
+DRAIN_SECONDS = 30                  # for running requests at the end
+HOUSEKEEPING_SECONDS = 60
+THREAD_STACK_BYTES = 512 * KIB      # address space: 1,000 of them in 0.5 GB
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Listens on (host, port); start() serves in threads, close() ends.
+
+    access_log: takes the fields of each request as a dict, or None.
+    report: takes a line for the operator.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+
+    def __init__(self, address, service, tls=None, access_log=None,
+                 report=None, upload_ttl=0):
+        self.service, self.tls = service, tls
+        self.access_log = access_log
+        self.report = report or (lambda line: None)
+        self.idle = set()               # connections between two requests
+        self.stopping = False
+        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._upload_ttl = upload_ttl
+        self._ended = threading.Event()
+        self._running = 0
+        self._changed = threading.Condition()
+        host = address[0]
+        if host == "" and socket.has_ipv6 and _has_dual_stack():
+            self.address_family = socket.AF_INET6
+        elif ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, Handler)
+
+    def server_bind(self):
+        """Bind without the name look-up that http.server does."""
+        if self.address_family == socket.AF_INET6 \
+                and self.server_address[0] == "":
+            self.socket.setsockopt(socket.IPPROTO_IPV6,
+                                   socket.IPV6_V6ONLY, 0)
+        if self.allow_reuse_address and os.name == "posix":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR,
+                                   1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def start(self):
+        """Serve in background threads."""
+        threading.Thread(target=self.serve_forever, args=(0.1,),
+                         name="accept", daemon=True).start()
+        if not self.service.readonly:
+            threading.Thread(target=self._housekeeping,
+                             name="housekeeping", daemon=True).start()
+
+    def get_request(self):
+        """Accept; the TLS handshake is left to the connection's thread."""
+        connection, address = super().get_request()
+        if self.tls is not None:
+            connection = self.tls.wrap_socket(
+                connection, server_side=True,
+                do_handshake_on_connect=False, suppress_ragged_eofs=True)
+        if address[0].startswith("::ffff:"):
+            address = (address[0][7:],) + address[1:]
+        return connection, address
+
+    def process_request(self, request, client_address):
+        """A thread for the connection, once there is a slot for it."""
+        while not self._slots.acquire(timeout=0.2):
+            if self.stopping:
+                self.shutdown_request(request)
+                return
+        with self._changed:
+            self._running += 1
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:            # no more threads to be had
+            self._leave()
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request, client_address):
+        """As in socketserver, and give the slot back."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._leave()
+
+    def _leave(self):
+        self._slots.release()
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+    def shutdown_request(self, request):
+        """Close only: Handler.finish said good-bye already."""
+        self.close_request(request)
+
+    def handle_error(self, request, client_address):
+        """A connection's thread failed outside of any request."""
+        self.report("connection from %s: %s"
+                    % (client_address[0], traceback.format_exc()))
+
+    def _housekeeping(self):
+        """Sweep at once, and then every now and again."""
+        wait = HOUSEKEEPING_SECONDS
+        if self._upload_ttl:
+            wait = max(1, min(wait, self._upload_ttl / 4))
+        while True:
+            try:
+                count = self.service.store.sweep(self._upload_ttl)
+                if count:
+                    self.report("swept %d leftovers" % count)
+            except Exception:
+                self.report("sweep: " + traceback.format_exc())
+            if self._ended.wait(wait):
+                return
+
+    def close(self, drain_seconds=DRAIN_SECONDS):
+        """Stop accepting, let running requests finish, close; True when
+        all of them did in time."""
+        self.stopping = True
+        self._ended.set()
+        self.shutdown()
+        self.socket.close()
+        deadline = time.monotonic() + drain_seconds
+        with self._changed:
+            while self._running and time.monotonic() < deadline:
+                for connection in list(self.idle):
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RD)
+                self._changed.wait(0.1)
+            return not self._running
+
+
+def _has_dual_stack():
+    try:
+        return socket.has_dualstack_ipv6()
+    except AttributeError:
+        return False
+
+
+###############################################################################
+# 11. Configuration and command line
+###############################################################################
+#
+# One table of options makes the command line, the environment, config.xml,
+# -help and the README.  Precedence: command line, environment, file,
+# default.  Whatever is wrong with them is one sentence and exit status 2.
+
+class ConfigError(Exception):
+    """What is wrong with the configuration, as one sentence."""
+
+
+def _text(value):
+    return value
+
+
+def _filled(value):
+    if not value:
+        raise ValueError("must not be empty")
+    return value
+
+
+def _port(value):
+    if not re.match(r"\d{1,5}\Z", value, re.ASCII) or int(value) > 65535:
+        raise ValueError("is no port number")
+    return int(value)
+
+
+def _switch(value):
+    known = {"true": True, "1": True, "yes": True, "on": True,
+             "false": False, "0": False, "no": False, "off": False}
+    if value.lower() not in known:
+        raise ValueError("is neither true nor false")
+    return known[value.lower()]
+
+
+def _region(value):
+    if not valid_region(value):
+        raise ValueError("is no region")
+    return value
+
+
+def _duration(value):
+    """Seconds of `90`, `90s`, `15m`, `24h` or `7d`."""
+    match = re.match(r"(\d{1,9})([smhd]?)\Z", value, re.ASCII)
+    if not match:
+        raise ValueError("is no duration like 24h or 7d")
+    unit = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return int(match[1]) * unit
+
+
+def _bucket(value):
+    """(name, directory or None) of NAME or NAME=DIR."""
+    name, separator, directory = value.partition("=")
+    if not separator:
+        if not valid_bucket_name(name):
+            raise ValueError("is no bucket name")
+        return name, None
+    if not usable_bucket_name(name):
+        raise ValueError("is no bucket name")
+    if not os.path.isdir(directory):
+        raise ValueError("names no directory")
+    return name, directory
+
+
+def _domain(value):
+    value = value.lower().strip(".")
+    if not re.match(r"[a-z0-9.-]+\Z", value):
+        raise ValueError("is no domain name")
+    return value
+
+
+def _url(value):
+    parts = urllib.parse.urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.netloc \
+            or parts.path.strip("/") or parts.query:
+        raise ValueError("is no URL like https://s3.example.com")
+    return "%s://%s" % (parts.scheme, parts.netloc)
+
+
+def _log_format(value):
+    if value not in ("text", "json", "none"):
+        raise ValueError("is not one of text, json, none")
+    return value
+
+
+class Option(NamedTuple):
+    """A setting: flag, what reads its text, default, element of
+    config.xml, help; many: may be given again and again."""
+    name: str
+    cast: Callable
+    default: Any
+    element: str
+    help: str
+    many: bool = False
+
+
+OPTIONS = (
+    Option("p", _port, 8080, "Port",
+           "port to listen on; 0 picks a free one"),
+    Option("bind", _text, "", "Bind",
+           "address to listen on (default: all interfaces)"),
+    Option("dir_buckets", _filled, "./buckets/", "BucketsPath",
+           "directory whose directories are the buckets"),
+    Option("dir_uploads", _filled, "./uploads/", "UploadsPath",
+           "directory for the parts of multipart uploads"),
+    Option("bucket", _bucket, (), "Bucket",
+           "NAME: make this bucket at the start; NAME=DIR: serve an "
+           "existing directory as this bucket", True),
+    Option("key_id", _filled, None, "AccessKeyId",
+           "access key id (default: a new one each start)"),
+    Option("key_val", _filled, None, "SecretAccessKey",
+           "secret access key (default: a new one each start)"),
+    Option("user_id", _filled, None, "UserId",
+           "canonical user id (default: a new one each start)"),
+    Option("user_name", _filled, "s3user@amazon.com", "UserName",
+           "display name of the user"),
+    Option("user_email", _text, "", "Email",
+           "e-mail address of the user"),
+    Option("region", _region, None, "Region",
+           "the one region to accept (default: any; us-east-1 where one "
+           "must be named)"),
+    Option("domain", _domain, (), "Domain",
+           "serve BUCKET.DOMAIN as virtual-host style, besides "
+           "BUCKET.localhost", True),
+    Option("public_url", _url, None, "PublicUrl",
+           "URL under which clients reach the server through a proxy"),
+    Option("tls_cert", _filled, None, "TlsCert",
+           "serve HTTPS with this certificate chain (PEM); read again on "
+           "SIGHUP"),
+    Option("tls_key", _filled, None, "TlsKey",
+           "private key of the certificate (default: in the same file)"),
+    Option("sync", _switch, False, "Sync",
+           "flush every change to the disk before answering"),
+    Option("readonly", _switch, False, "ReadOnly",
+           "refuse every change"),
+    Option("follow_symlinks", _switch, False, "FollowSymlinks",
+           "follow symbolic links that lead out of a bucket"),
+    Option("upload_ttl", _duration, 7 * 86400, "UploadTtl",
+           "remove multipart uploads without activity for so long (90s, "
+           "15m, 24h, 7d; 0: never; default 7d)"),
+    Option("log", _log_format, "text", "Log",
+           "access log on stderr: text, json or none"),
+    Option("ready_file", _filled, None, "ReadyFile",
+           "write the URL into this file once requests are served"),
+)
+_COMMANDS = (("help", "show this help"), ("version", "show the version"),
+             ("operations", "list every S3 operation and its state"))
+# Compose files that lost their MinIO keep working
+_ENVIRONMENT_ALIASES = {"key_id": "MINIO_ROOT_USER",
+                        "key_val": "MINIO_ROOT_PASSWORD"}
+
+
+class Config(NamedTuple):
+    """values: option name -> value.  given: the names that somebody set.
+    users: the further Accounts of config.xml."""
+    values: Dict[str, Any]
+    given: frozenset
+    users: Tuple[Account, ...]
+
+
+def cast_option(option, text, where):
+    """An option's value from its text, or ConfigError."""
+    try:
+        return option.cast(text)
+    except ValueError as error:
+        raise ConfigError("%s: %r %s" % (where, text, error)) from None
+
+
+def load_config(path):
+    """The settings of a config.xml: {name: value}, and its Accounts."""
+    try:
+        with open(path, "rb") as file:
+            root = parse_xml(file.read(MAX_XML_BYTES), "root")
+    except OSError as error:
+        raise ConfigError("%s: %s" % (path, error.strerror)) from None
+    except S3Error:
+        raise ConfigError("%s: is no well-formed XML document with a "
+                          "<root>" % path) from None
+    by_element = {option.element: option for option in OPTIONS}
+    values, users = {}, []
+    for element in root:
+        if element.tag == "User":
+            users.append(_load_user(path, element))
+            continue
+        option = by_element.get(element.tag)
+        if option is None or len(element):
+            raise ConfigError("%s: unknown element <%s>"
+                              % (path, element.tag))
+        value = cast_option(option, (element.text or "").strip(),
+                            "%s: <%s>" % (path, element.tag))
+        if option.many:
+            values[option.name] = values.get(option.name, ()) + (value,)
+        elif option.name in values:
+            raise ConfigError("%s: <%s> stands twice" % (path, element.tag))
+        else:
+            values[option.name] = value
+    return values, tuple(users)
+
+
+def _load_user(path, element):
+    """The Account of a <User> element."""
+    fields = {child.tag: (child.text or "").strip() for child in element}
+    known = ("AccessKeyId", "SecretAccessKey", "UserId", "UserName",
+             "Email")
+    for name in fields:
+        if name not in known:
+            raise ConfigError("%s: unknown element <%s> in <User>"
+                              % (path, name))
+    for name in known[:2]:
+        if not fields.get(name):
+            raise ConfigError("%s: a <User> has no <%s>" % (path, name))
+    key_id = fields["AccessKeyId"]
+    return Account(key_id, fields["SecretAccessKey"],
+                   fields.get("UserId")
+                   or hashlib.sha256(key_id.encode()).hexdigest(),
+                   fields.get("UserName") or key_id,
+                   fields.get("Email", ""))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as one sentence."""
+
+    def error(self, message):
+        raise ConfigError(message)
+
+
+def _parse_arguments(argv):
+    """{name: text or list of texts} of a Go-style command line."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    names = [(option.name, option.cast is _switch, option.many)
+             for option in OPTIONS]
+    names += [("config", False, False), ("h", True, False)]
+    names += [(name, True, False) for name, _ in _COMMANDS]
+    for name, switch, many in names:
+        arguments = {"dest": name, "default": None}
+        if switch:
+            arguments.update(nargs="?", const="true")
+        if many:
+            arguments["action"] = "append"
+        parser.add_argument("-" + name, "--" + name, **arguments)
+    found, rest = parser.parse_known_args(argv)
+    if rest:
+        raise ConfigError("unknown argument %s" % rest[0])
+    return {name: value for name, value in vars(found).items()
+            if value is not None}
+
+
+def _parse_environment(environ):
+    """{name: text} of the GOS3RVE_ variables and their aliases."""
+    found = {}
+    names = {"GOS3RVE_" + option.name.upper(): option.name
+             for option in OPTIONS}
+    names["GOS3RVE_CONFIG"] = "config"
+    for name, alias in _ENVIRONMENT_ALIASES.items():
+        if environ.get(alias):
+            found[name] = environ[alias]
+    for variable, name in names.items():
+        if environ.get(variable):
+            found[name] = environ[variable]
+    return found
+
+
+def read_config(argv, environ):
+    """The Config of a command line, an environment and a file."""
+    arguments, environment = (_parse_arguments(argv),
+                              _parse_environment(environ))
+    path = arguments.get("config", environment.get("config"))
+    values, users = {}, ()
+    if path is not None or os.path.exists("./config.xml"):
+        values, users = load_config(path or "./config.xml")
+    for option in OPTIONS:
+        text = arguments.get(option.name)
+        where = "-" + option.name
+        if text is None:
+            text = environment.get(option.name)
+            where = "GOS3RVE_" + option.name.upper()
+            if text is not None and option.many:
+                text = text.split(",")
+        if text is None:
+            continue
+        if option.many:
+            values[option.name] = tuple(
+                cast_option(option, item, where) for item in text)
+        else:
+            values[option.name] = cast_option(option, text, where)
+    return make_config(values, users)
+
+
+def make_config(values, users=()):
+    """A Config with its defaults filled in and its parts checked."""
+    given = frozenset(values)
+    for option in OPTIONS:
+        values.setdefault(option.name, option.default)
+    if values["key_id"] is None:
+        values["key_id"] = _random_text(20)
+    if values["key_val"] is None:
+        values["key_val"] = _random_text(40)
+    if values["user_id"] is None:
+        values["user_id"] = str(uuid.uuid4())
+    key_ids = [values["key_id"]] + [user.key_id for user in users]
+    if len(set(key_ids)) != len(key_ids):
+        raise ConfigError("two accounts have the same access key id")
+    if values["tls_key"] and not values["tls_cert"]:
+        raise ConfigError("-tls_key needs -tls_cert")
+    names = [name for name, _ in values["bucket"]]
+    if len(set(names)) != len(names):
+        raise ConfigError("-bucket names the same bucket twice")
+    buckets = os.path.realpath(values["dir_buckets"])
+    uploads = os.path.realpath(values["dir_uploads"])
+    if (uploads + os.sep).startswith(buckets + os.sep):
+        raise ConfigError("-dir_uploads must not lie in -dir_buckets")
+    return Config(values, given, tuple(users))
+
+
+def _random_text(length):
+    letters = string.ascii_letters + string.digits
+    return "".join(secrets.choice(letters) for _ in range(length))
+
+
+def load_tls(values):
+    """The SSLContext of the configured certificate, or None."""
+    if not values["tls_cert"]:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(values["tls_cert"], values["tls_key"])
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError("the certificate or its key cannot be loaded: %s"
+                          % error) from None
+    return context
+
+
+# --- running ---
+
+class Running:
+    """A server that runs, as serve() gives it.
+
+    url; key_id and key_val; region; dir_buckets and dir_uploads; server.
+    A context manager that closes at its end.
+    """
+
+    def __init__(self, config, access_log=None, report=None):
+        values = config.values
+        self.key_id, self.key_val = values["key_id"], values["key_val"]
+        self.region = values["region"] or "us-east-1"
+        tls = load_tls(values)
+        report = report or (lambda line: None)
+        self.store = Store(
+            values["dir_buckets"], values["dir_uploads"],
+            {name: path for name, path in values["bucket"] if path},
+            values["sync"], values["follow_symlinks"], report=report)
+        self.dir_buckets = self.store.dir_buckets
+        self.dir_uploads = self.store.dir_uploads
+        first = Account(self.key_id, self.key_val, values["user_id"],
+                        values["user_name"], values["user_email"])
+        public = values["public_url"]
+        service = Service(
+            self.store, Accounts((first,) + config.users,
+                                 "user_id" in config.given),
+            values["region"], tuple(values["domain"]),
+            public and urllib.parse.urlsplit(public).netloc, public,
+            values["readonly"])
+        self._make_directories(values)
+        self.server = Server((values["bind"], values["p"]), service, tls,
+                             access_log, report, values["upload_ttl"])
+        self.port = self.server.server_port
+        self.url = "%s://%s:%d" % ("https" if tls else "http",
+                                   _reachable(values["bind"]), self.port)
+        self._tls, self._tls_files = tls, (values["tls_cert"],
+                                           values["tls_key"])
+        self._temporary = None
+        self.server.start()
+
+    def _make_directories(self, values):
+        """The directories and the buckets asked for."""
+        if values["readonly"]:
+            return
+        for path in (self.dir_buckets, self.dir_uploads):
+            os.makedirs(path, exist_ok=True)
+        for name, path in values["bucket"]:
+            if path is None and not os.path.isdir(
+                    os.path.join(self.dir_buckets, name)):
+                self.store.create_bucket(name, None,
+                                         values["region"] or "us-east-1")
+
+    def reload_certificate(self):
+        """Read the certificate again, for connections to come."""
+        if self._tls is not None:
+            self._tls.load_cert_chain(*self._tls_files)
+
+    def close(self, drain_seconds=DRAIN_SECONDS):
+        """End the server; True when every running request could finish."""
+        finished = self.server.close(drain_seconds)
+        if self._temporary:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        return finished
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _reachable(bind):
+    """A host part for URLs of a server bound to that address."""
+    if bind in ("", "0.0.0.0", "::"):
+        return "127.0.0.1"
+    return "[%s]" % bind if ":" in bind else bind
+
+
+def serve(dir_buckets=None, buckets=(), **options):
+    """Start a server in this process, for tests: a Running.
+
+    dir_buckets: an existing or new directory, None for a temporary one
+    that goes with the server.  buckets: names to make.  options: those of
+    the command line by name (`p` is 0, `bind` 127.0.0.1 and `log` none
+    unless given); values as Python has them.  ConfigError when wrong.
+
+        with gos3rve.serve(buckets=["mine"]) as s3:
+            boto3.client("s3", endpoint_url=s3.url,
+                         aws_access_key_id=s3.key_id,
+                         aws_secret_access_key=s3.key_val)
+    """
+    known = {option.name: option for option in OPTIONS}
+    values = {"p": 0, "bind": "127.0.0.1", "log": "none"}
+    for name, value in options.items():
+        if name not in known:
+            raise ConfigError("serve() has no option %s" % name)
+        values[name] = value
+    temporary = None
+    if dir_buckets is None or "dir_uploads" not in options:
+        temporary = tempfile.mkdtemp(prefix="gos3rve-")
+    values["dir_buckets"] = str(dir_buckets or os.path.join(
+        temporary, "buckets"))
+    values.setdefault("dir_uploads", os.path.join(temporary or "",
+                                                  "uploads"))
+    values["bucket"] = tuple(values.get("bucket", ())) + tuple(
+        cast_option(known["bucket"], name, "buckets") for name in buckets)
+    try:
+        config = make_config(values)
+        running = Running(config, access_writer(values["log"]),
+                          operator_log if values["log"] != "none" else None)
+    except BaseException:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    running._temporary = temporary
+    return running
+
+
+# --- logs ---
+
+def operator_log(line):
+    """A line for the operator, on stderr."""
+    _write_stderr("gos3rve: %s\n" % line.rstrip())
+
+
+def _write_stderr(text):
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode("utf-8", "backslashreplace"))
+
+
+def access_writer(log_format):
+    """The access log function of a -log format, or None."""
+    return {"text": _log_text, "json": _log_json, "none": None}[log_format]
+
+
+def _log_text(fields):
+    _write_stderr("%s\n" % " ".join(str(value) for value in
+                                    fields.values()))
+
+
+def _log_json(fields):
+    _write_stderr(json.dumps(fields) + "\n")
+
+
+# --- texts ---
+
+def help_text():
+    """What -help prints, and the README repeats."""
+    lines = ["Usage of gos3rve.py:",
+             "  -config string",
+             "    \tconfiguration file (default \"./config.xml\", which "
+             "need not exist)"]
+    for option in OPTIONS:
+        kind = {_switch: "", _port: " int", _duration: " duration"}.get(
+            option.cast, " string")
+        text = option.help
+        if option.default not in (None, "", (), False) \
+                and "default" not in text:
+            text += " (default %s)" % json.dumps(option.default)
+        lines += ["  -%s%s" % (option.name, kind), "    \t" + text]
+    for name, text in _COMMANDS:
+        lines += ["  -" + name, "    \t" + text]
+    lines.append("Each can be set in the environment as GOS3RVE_<OPTION>, "
+                 "or in the file.")
+    return "\n".join(lines)
+
+
+def operations_text():
+    """Every operation, its state and its route, as -operations prints."""
+    rows = []
+    for row in sorted(OPERATIONS.values()):
+        path = {SERVICE: "/", BUCKET: "/Bucket", OBJECT: "/Bucket/Key"}[
+            row.level]
+        if row.subresource:
+            path += "?" + row.subresource
+        rows.append("%-52s %-8s %-6s %s" % (row.name, row.state,
+                                            row.method, path))
+    return "\n".join(rows)
+
+
+def banner(running, config, color=False):
+    """What the command line shows at the start: where, what, and blocks
+    to paste.  A secret that the user gave is not repeated."""
+    values = config.values
+    secret = "(as given)" if "key_val" in config.given else running.key_val
+    paste = "YOUR_SECRET_KEY" if "key_val" in config.given \
+        else running.key_val
+    bold, plain = ("\033[1m", "\033[0m") if color else ("", "")
+    everywhere = "" if values["bind"] else " (all interfaces)"
+    return _BANNER.format(
+        bold=bold, plain=plain, version=__version__, url=running.url,
+        everywhere=everywhere, buckets=running.dir_buckets,
+        uploads=running.dir_uploads, region=running.region,
+        any="" if values["region"] else " (any is accepted)",
+        key=running.key_id, secret=secret, paste=paste,
+        host=running.url.partition("://")[2],
+        https="True" if running.url.startswith("https") else "False")
+
+
+_BANNER = """\
+{bold}gos3rve {version}{plain}
+  url         {url}{everywhere}
+  buckets     {buckets}
+  uploads     {uploads}
+  region      {region}{any}
+  access key  {key}
+  secret key  {secret}
+
+{bold}aws{plain}
+  export AWS_ACCESS_KEY_ID={key} AWS_SECRET_ACCESS_KEY={paste}
+  export AWS_DEFAULT_REGION={region} AWS_ENDPOINT_URL={url}
+  aws s3 mb s3://mine
+
+{bold}boto3{plain}
+  s3 = boto3.client("s3", endpoint_url="{url}", region_name="{region}",
+                    aws_access_key_id="{key}",
+                    aws_secret_access_key="{paste}")
+
+{bold}s3cmd{plain} (~/.s3cfg)
+  [default]
+  access_key = {key}
+  secret_key = {paste}
+  host_base = {host}
+  host_bucket = {host}
+  use_https = {https}
+
+{bold}rclone{plain} (rclone.conf)
+  [gos3rve]
+  type = s3
+  provider = Other
+  access_key_id = {key}
+  secret_access_key = {paste}
+  endpoint = {url}
+  region = {region}
+"""
+
+
+# --- the command ---
+
+def main(argv=None):
+    """The command line; its exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        commands = {name: help_text for name in ("h", "help")}
+        commands["version"] = lambda: "gos3rve " + __version__
+        commands["operations"] = operations_text
+        arguments = _parse_arguments(argv)
+        for name, text in commands.items():
+            if name in arguments:
+                print(text())
+                return 0
+        config = read_config(argv, os.environ)
+        return run(config)
+    except ConfigError as error:
+        print("gos3rve: %s" % error, file=sys.stderr)
+        return 2
+
+
+def run(config):
+    """Serve until a signal comes; the exit status."""
+    values, stop = config.values, threading.Event()
+    try:
+        running = Running(config, access_writer(values["log"]),
+                          operator_log)
+    except OSError as error:
+        print("gos3rve: cannot serve: %s" % error, file=sys.stderr)
+        return 1
+
+    def end(*_):
+        if stop.is_set():               # asked twice: at once
+            os._exit(1)
+        stop.set()
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), end)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: _reload(running))
+    print(banner(running, config, sys.stdout.isatty()), flush=True)
+    ready = values["ready_file"]
+    if ready:
+        with open(ready + ".new", "w") as file:
+            file.write(running.url + "\n")
+        os.replace(ready + ".new", ready)
+    while not stop.wait(3600):
+        pass
+    running.close()
+    if ready:
+        _unlink(ready)
+    return 0
+
+
+def _reload(running):
+    try:
+        running.reload_certificate()
+    except (OSError, ssl.SSLError) as error:
+        operator_log("the certificate was not reloaded: %s" % error)
+
+
+if __name__ == "__main__":
+    threading.stack_size(THREAD_STACK_BYTES)
+    sys.exit(main())
