@@ -203,7 +203,6 @@ ERRORS = {
         405, "The specified method is not allowed against this resource."),
     "MissingContentLength": (
         411, "You must provide the Content-Length HTTP header."),
-    "MissingRequestBodyError": (400, "Request Body is empty."),
     "MissingSecurityHeader": (
         400, "Your request was missing a required header."),
     "NoSuchBucket": (404, "The specified bucket does not exist."),
@@ -1202,9 +1201,9 @@ def _v2_header(request, accounts, now):
                       "invalid.  Expected AwsAccessKeyId:signature",
                       ArgumentName="Authorization")
     account = _account(accounts, key_id)
-    text = headers.get("x-amz-date") or headers.get("date", "")
+    text = headers.get("x-amz-date", headers.get("date", ""))
     then = parse_http_date(text)
-    if then is None:
+    if then is None or then < 0:
         raise S3Error("AccessDenied", "AWS authentication requires a valid "
                       "Date or x-amz-date header")
     _check_skew(then, now, text)
@@ -1232,14 +1231,15 @@ def _v2_verify(request, account, date, signature):
              headers.get("content-type", ""), date]
     lines += ["%s:%s" % (name, " ".join(headers[name].split()))
               for name in sorted(headers) if name.startswith("x-amz-")]
-    text = "\n".join(lines + [_v2_resource(request)])
-    expected = base64.b64encode(hmac.digest(
-        account.secret.encode(), text.encode("latin-1", "replace"), "sha1"))
-    if not hmac.compare_digest(expected.decode(), _ascii(signature)):
-        raise S3Error("SignatureDoesNotMatch", StringToSign=text,
+    texts = ["\n".join(lines + [resource])
+             for resource in _v2_resources(request)]
+    expected = [_v2_signature(account.secret, text) for text in texts]
+    if not any([hmac.compare_digest(one, _ascii(signature))
+                for one in expected]):
+        raise S3Error("SignatureDoesNotMatch", StringToSign=texts[0],
                       AWSAccessKeyId=account.key_id,
                       SignatureProvided=signature,
-                      StringToSignBytes=_hex_bytes(text))
+                      StringToSignBytes=_hex_bytes(texts[0]))
     payload = headers.get("x-amz-content-sha256", UNSIGNED)
     if payload in STREAMING_SIGNED:
         raise S3Error("InvalidRequest", "A streaming payload needs an "
@@ -1247,16 +1247,24 @@ def _v2_verify(request, account, date, signature):
     return Identity(account, _checked_payload(payload))
 
 
-def _v2_resource(request):
-    """The CanonicalizedResource of RESTAuthentication.html."""
-    resource = request.raw_path
+def _v2_signature(secret, text):
+    return base64.b64encode(hmac.digest(
+        secret.encode(), text.encode("latin-1", "replace"), "sha1")).decode()
+
+
+def _v2_resources(request):
+    """The CanonicalizedResource of RESTAuthentication.html, as the target
+    has it and, for a bucket, with the `/` at its end that botocore signs
+    (HmacV1Auth, auth_path) whether it sends it or not."""
+    path, query = request.raw_path, ""
     if request.host_bucket:
-        resource = "/%s%s" % (request.host_bucket, resource)
+        path = "/%s%s" % (request.host_bucket, path)
     signed = sorted(p for p in request.pairs if p[0] in _V2_SIGNED)
     if signed:
-        resource += "?" + "&".join(
+        query = "?" + "&".join(
             "%s=%s" % pair if pair[1] else pair[0] for pair in signed)
-    return resource
+    paths = [path] if "/" in path[1:] else [path, path + "/"]
+    return [path + query for path in paths]
 
 
 ###############################################################################
@@ -1767,8 +1775,11 @@ def _mismatch(name, expected, actual, header):
                    "calculated checksum." % name, CalculatedDigest=encoded)
 
 
-def body_claims(headers, payload):
-    """The (claims, checksum algorithm or None) that the headers make."""
+def body_claims(headers, payload, with_checksum=True):
+    """The (claims, checksum algorithm or None) that the headers make.
+
+    with_checksum: x-amz-checksum-* speak of this body.
+    """
     claims = []
     if len(payload) == 64:
         claims.append(Claim("SHA256", bytes.fromhex(payload),
@@ -1780,7 +1791,7 @@ def body_claims(headers, payload):
             raise S3Error("InvalidDigest", "The Content-MD5 you specified "
                           "was invalid.")
         claims.append(Claim("MD5", expected, "content-md5"))
-    claim = _checksum_claim(headers)
+    claim = _checksum_claim(headers) if with_checksum else None
     if claim:
         claims.append(claim)
         return claims, claim.algorithm
@@ -1819,13 +1830,14 @@ def trailer_names(headers):
             headers.get("x-amz-trailer", "").split(",") if name.strip()]
 
 
-def open_body(frame, headers, identity):
+def open_body(frame, headers, identity, with_checksum=True):
     """The Body of a request.
 
     frame: the LengthReader or ChunkedReader of its HTTP framing.
+    with_checksum: as for body_claims.
     """
     payload, reader, length = identity.payload, frame, frame.left
-    claims, checksum = body_claims(headers, payload)
+    claims, checksum = body_claims(headers, payload, with_checksum)
     if payload.startswith("STREAMING-") or _is_aws_chunked(headers):
         decoded = headers.get("x-amz-decoded-content-length")
         length = decoded if decoded is None else parse_int(
@@ -3551,8 +3563,6 @@ class Request:
         data = self.body.read_all()
         if not data and not required:
             return None
-        if not data:
-            raise S3Error("MissingRequestBodyError")
         return parse_xml(data, root)
 
     def flag(self, name):
@@ -3682,6 +3692,10 @@ def check_undone(headers):
                 raise S3Error("NotImplemented", Header=name)
 
 
+# Their x-amz-checksum- headers speak of the object, not of the body
+_OBJECT_CHECKSUMS = frozenset(("CompleteMultipartUpload",))
+
+
 def respond(request):
     """Carry out a request: the Response, or S3Error.
 
@@ -3707,7 +3721,8 @@ def respond(request):
     if service.readonly and row.method not in ("GET", "HEAD"):
         raise S3Error("AccessDenied", "This server is read-only")
     check_undone(request.headers)
-    request.body = open_body(request.frame, request.headers, identity)
+    request.body = open_body(request.frame, request.headers, identity,
+                             row.name not in _OBJECT_CHECKSUMS)
     if request.body.length == 0 and len(identity.payload) == 64:
         request.body.read_all()         # an empty body is not free to lie
     return as_response(row.function(request), row.status)
@@ -4491,29 +4506,26 @@ def get_object_attributes(request):
 
 
 def _object_parts(request, record):
-    """The ObjectParts children; None unless it came in parts.  The parts
-    themselves are told only where they have checksums, as on AWS."""
+    """The ObjectParts children; None unless it came in parts."""
     runs = record.get("parts")
     if runs is None:
         return None
     sizes = [size for size, count in runs for _ in range(count)]
-    children = [("PartsCount", len(sizes))]
     checksums = record.get("part_checksums")
-    if not checksums:
-        return children
     marker = parse_int("x-amz-part-number-marker", request.headers.get(
         "x-amz-part-number-marker") or "0", 0)
     limit = parse_int("x-amz-max-parts", request.headers.get(
         "x-amz-max-parts") or "1000", 0, 1000)
-    name = "Checksum" + next(iter(record["checksums"]))
+    name = "Checksum" + next(iter(record.get("checksums", {})), "")
     numbers = range(marker + 1, len(sizes) + 1)[:limit]
     more = bool(numbers) and numbers[-1] < len(sizes)
-    children += [("PartNumberMarker", marker),
-                 ("NextPartNumberMarker", numbers[-1] if numbers else 0),
-                 ("MaxParts", limit), ("IsTruncated", more)]
+    children = [("PartsCount", len(sizes)), ("PartNumberMarker", marker),
+                ("NextPartNumberMarker", numbers[-1] if numbers else 0),
+                ("MaxParts", limit), ("IsTruncated", more)]
     return children + [("Part", [
         ("PartNumber", number), ("Size", sizes[number - 1]),
-        (name, checksums[number - 1])]) for number in numbers]
+        (name, checksums[number - 1] if checksums else None)])
+        for number in numbers]
 
 
 # --- multipart uploads ---
@@ -4703,7 +4715,7 @@ class AskedPart(NamedTuple):
 def _asked_parts(request):
     """The AskedParts of the document, in their order."""
     document = request.xml("CompleteMultipartUpload")
-    parts = []
+    parts, last = {}, 0
     for element in document.findall("Part"):
         number, etag = xml_text(element, "PartNumber"), xml_text(
             element, "ETag")
@@ -4713,12 +4725,14 @@ def _asked_parts(request):
         checksums = {child.tag[8:]: (child.text or "").strip()
                      for child in element
                      if child.tag.startswith("Checksum")}
-        parts.append(AskedPart(int(number), etag.strip('"'), checksums))
+        part = AskedPart(int(number), etag.strip('"'), checksums)
+        if part.number < last:
+            raise S3Error("InvalidPartOrder")
+        last = part.number
+        parts[last] = part              # a part named twice: the last one
     if not 1 <= len(parts) <= MAX_PART_NUMBER:
         raise S3Error("MalformedXML")
-    if any(a.number >= b.number for a, b in zip(parts, parts[1:])):
-        raise S3Error("InvalidPartOrder")
-    return parts
+    return list(parts.values())
 
 
 def _checked_parts(known, asked):
