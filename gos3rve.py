@@ -348,8 +348,8 @@ def split_target(target):
         scheme, separator, rest = target.partition("://")
         if not separator or scheme.lower() not in ("http", "https"):
             raise S3Error("InvalidURI")
-        slash = rest.find("/")
-        target = rest[slash:] if slash >= 0 else "/"
+        rest = re.sub(r"\A[^/?]*", "", rest)
+        target = rest if rest.startswith("/") else "/" + rest
     path, _, query = target.partition("?")
     return path, query
 
@@ -455,13 +455,17 @@ def parse_http_date(text):
     The three forms of RFC 9110 section 5.6.7, and ISO 8601 as some
     clients send it in x-amz-date.
     """
-    fields = email.utils.parsedate_tz(text)
+    try:
+        fields = email.utils.parsedate_tz(text)
+    except (IndexError, TypeError, ValueError):     # 3.8 and 3.9
+        return None
     if fields is None:
         match = re.match(r"(\d{4})-?(\d\d)-?(\d\d)T(\d\d):?(\d\d):?(\d\d)"
                          r"(?:\.\d{1,9})?Z\Z", text, re.ASCII)
         return match and _timegm(*map(int, match.groups()))
     try:
-        return email.utils.mktime_tz(fields)
+        seconds = _timegm(*fields[:6])
+        return None if seconds is None else seconds - fields[9]
     except (ValueError, OverflowError):
         return None
 
@@ -881,9 +885,8 @@ def signing_key(secret, date, region, service):
 
 def canonical_query(pairs):
     """The canonical query string of decoded pairs."""
-    return "&".join(sorted(
-        "%s=%s" % (uri_encode(name), uri_encode(value))
-        for name, value in pairs))
+    return "&".join("%s=%s" % pair for pair in sorted(
+        (uri_encode(name), uri_encode(value)) for name, value in pairs))
 
 
 def canonical_request(request, signed_headers, payload, host=None):
@@ -898,8 +901,8 @@ def canonical_request(request, signed_headers, payload, host=None):
         if name == "host" and host is not None:
             value = host
         elif "  " in value:
-            value = " ".join(value.split())
-        lines.append("%s:%s" % (name, value.strip()))
+            value = re.sub("  +", " ", value)   # not split(): U+00A0
+        lines.append("%s:%s" % (name, value.strip(" ")))
     return "\n".join(lines) + "\n\n%s\n%s" % (
         ";".join(signed_headers), payload)
 
@@ -970,7 +973,7 @@ def authenticate(request, accounts, now, region=None, hosts=()):
     if "Signature" in query and "AWSAccessKeyId" in query:
         return _v2_query(request, accounts, now)
     payload = request.headers.get("x-amz-content-sha256", UNSIGNED)
-    return Identity(None, payload)
+    return Identity(None, _checked_payload(payload))
 
 
 # --- SigV4 ---
@@ -1114,8 +1117,7 @@ def _v4_verify(request, account, scope, signed_headers, signature,
 
 
 def _hex_bytes(text):
-    return text.encode("latin-1", "replace").hex(" ") \
-        if sys.version_info >= (3, 8) else ""
+    return text.encode("latin-1", "replace").hex(" ")
 
 
 def _check_signed_headers(headers, signed_headers):
@@ -1229,7 +1231,7 @@ def _v2_verify(request, account, date, signature):
     _check_token(headers.get("x-amz-security-token"))
     lines = [request.method, headers.get("content-md5", ""),
              headers.get("content-type", ""), date]
-    lines += ["%s:%s" % (name, " ".join(headers[name].split()))
+    lines += ["%s:%s" % (name, headers[name].strip(" "))
               for name in sorted(headers) if name.startswith("x-amz-")]
     texts = ["\n".join(lines + [resource])
              for resource in _v2_resources(request)]
@@ -1262,7 +1264,8 @@ def _v2_resources(request):
     signed = sorted(p for p in request.pairs if p[0] in _V2_SIGNED)
     if signed:
         query = "?" + "&".join(
-            "%s=%s" % pair if pair[1] else pair[0] for pair in signed)
+            "%s=%s" % pair if pair[1] else pair[0]
+            for pair in signed).encode("utf-8").decode("latin-1")
     paths = [path] if "/" in path[1:] else [path, path + "/"]
     return [path + query for path in paths]
 
@@ -1594,6 +1597,7 @@ class AwsChunkedReader:
             if self._chunk == 0:
                 self._finish_chunk()
                 self._read_trailer()
+                self._source.read(1)    # the end of chunks around us
                 self._ended = True
                 return b""
         data = self._source.read(min(size, self._chunk))
@@ -1642,6 +1646,8 @@ class AwsChunkedReader:
                 continue
             self.trailer[name] = value.decode("latin-1")
             canonical += b"%s:%s\n" % (name.encode("latin-1"), value)
+        else:
+            raise S3Error("MalformedTrailerError")
         if any(name not in self.trailer for name in self._promised):
             raise S3Error("MalformedTrailerError")
         if self._chain and self._signed_trailer:
