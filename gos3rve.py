@@ -25,7 +25,6 @@ and sent by 9.  In a test, ``with gos3rve.serve() as s3:`` runs a server
 on a free port over a temporary directory.
 """
 
-import argparse
 import base64
 import binascii
 import bisect
@@ -71,7 +70,6 @@ except ImportError:
     fcntl = None
 
 __version__ = "1.0.0"
-__all__ = ["serve", "main", "S3Error", "Store", "Account"]
 
 
 ###############################################################################
@@ -164,9 +162,6 @@ ERRORS = {
              "records."),
     "InvalidArgument": (400, "Invalid Argument"),
     "InvalidBucketName": (400, "The specified bucket is not valid."),
-    "InvalidBucketState": (
-        409, "The request is not valid with the current state of the "
-             "bucket."),
     "InvalidDigest": (
         400, "The Content-MD5 or checksum value that you specified is not "
              "valid."),
@@ -203,8 +198,6 @@ ERRORS = {
         405, "The specified method is not allowed against this resource."),
     "MissingContentLength": (
         411, "You must provide the Content-Length HTTP header."),
-    "MissingSecurityHeader": (
-        400, "Your request was missing a required header."),
     "NoSuchBucket": (404, "The specified bucket does not exist."),
     "NoSuchBucketPolicy": (404, "The bucket policy does not exist"),
     "NoSuchCORSConfiguration": (
@@ -745,10 +738,10 @@ def xml_fragment(children):
 
 
 def xml_document(tag, children, xmlns=XMLNS):
-    """A whole document as bytes; `children` as in xml_fragment."""
+    """A whole document as bytes; `children` as a value of xml_fragment."""
     root = '%s xmlns="%s"' % (tag, xmlns) if xmlns else tag
     text = '<?xml version="1.0" encoding="UTF-8"?>\n%s' % (
-        xml_fragment([(root, xml_fragment(children))]))
+        xml_fragment([(root, children)]))
     return text.encode("utf-8", "replace")
 
 
@@ -2590,6 +2583,13 @@ class Bucket:
                 if not os.path.exists(source):
                     raise S3Error("NoSuchBucket",
                                   BucketName=self.name) from None
+            except OSError as error:
+                # the source lies below the target, or the name is longer
+                # than this file system takes
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST,
+                                       errno.ENAMETOOLONG):
+                    raise
+                return False
         raise S3Error("OperationAborted")
 
     def demote(self, key):
@@ -3488,7 +3488,7 @@ def authorize(identity, owner_id=None):
 # as_response() makes into one.  No sockets, no paths.
 
 SERVICE, BUCKET, OBJECT = "service", "bucket", "object"
-DONE, STORED, REFUSED = "done", "stored", "refused"
+DONE, REFUSED = "done", "refused"
 
 
 class Service(NamedTuple):
@@ -3637,8 +3637,11 @@ def operation(method, level, subresource=None, when=None, action=None,
 
 
 # The names that a query may carry besides an operation's own
-_SIGNING_NAMES = frozenset(("x-id", "AWSAccessKeyId", "Signature",
-                            "Expires"))
+_SIGNING_NAMES = frozenset((
+    "x-id", "AWSAccessKeyId", "Signature", "Expires", "X-Amz-Algorithm",
+    "X-Amz-Credential", "X-Amz-Date", "X-Amz-Expires",
+    "X-Amz-SignedHeaders", "X-Amz-Signature", "X-Amz-Security-Token",
+    "X-Amz-Content-Sha256", "X-Amz-User-Agent"))
 
 
 def find_operation(request):
@@ -3657,9 +3660,7 @@ def find_operation(request):
     subresource = names[0] if names else None
     if level == BUCKET and method in ("PUT", "DELETE", "POST"):
         for name in query:
-            if (name != subresource and name not in _SIGNING_NAMES
-                    and not name.startswith("X-Amz-")
-                    and subresource is None):
+            if subresource is None and name not in _SIGNING_NAMES:
                 raise S3Error("NotImplemented",
                               "?%s is not implemented" % name)
     for row in _ROUTES.get((method, level, subresource), ()):
@@ -3927,8 +3928,7 @@ def get_bucket_location(request):
     """API_GetBucketLocation: empty stands for us-east-1."""
     region = request.bucket.region
     return xml_document("LocationConstraint",
-                        [] if region == "us-east-1" else Markup(
-                            xml_escape(region)))
+                        "" if region == "us-east-1" else region)
 
 
 # --- listings ---
@@ -4378,9 +4378,11 @@ def object_response(request, info):
     elif "range" in request_headers and _range_holds(request, info):
         span = parse_range(request_headers["range"], info.size)
     if span:
-        status, (start, stop) = 206, span
-        headers["Content-Range"] = "bytes %d-%d/%d" % (
-            start, stop - 1, info.size)
+        start, stop = span
+        if start < stop:                # an empty part has no range
+            status = 206
+            headers["Content-Range"] = "bytes %d-%d/%d" % (
+                start, stop - 1, info.size)
     elif part is None and "x-amz-checksum-mode" in request_headers:
         headers.update(checksum_headers(info.record))
     _override_headers(request, headers)
@@ -4429,7 +4431,7 @@ def _range_holds(request, info):
 
 
 def _part_range(request, info, text, headers):
-    """The range of one part, its headers set; None for an empty object.
+    """The range of one part, its headers set.
 
     parts are kept as runs: [[size, count], ...].
     """
@@ -4458,7 +4460,7 @@ def _part_range(request, info, text, headers):
             headers["x-amz-checksum-type"] = info.record["checksum_type"]
     if runs is not None:
         headers["x-amz-mp-parts-count"] = str(len(sizes))
-    return (start, start + sizes[number - 1]) if sizes[number - 1] else None
+    return start, start + sizes[number - 1]
 
 
 _OVERRIDES = {"response-" + name.lower(): name for name in (
@@ -5140,9 +5142,8 @@ for _method, _level, _subresource, _name in (
 # One connection: heads in, answers out.  Knows no paths, no documents and
 # no rules of S3.  Runs in the connection's own thread.
 
-IDLE_SECONDS = 120                  # between two requests
+IDLE_SECONDS = 60       # between two requests, and for a byte of a body
 HEAD_SECONDS = 30                   # for a whole request head
-STALL_SECONDS = 60                  # without a byte of a body, in or out
 LINGER_SECONDS = 5                  # for a body that nobody wants
 MAX_DRAIN_BYTES = 256 * KIB         # read away to keep the connection
 MAX_LINGER_BYTES = 64 * MIB
@@ -5237,7 +5238,7 @@ class Wire:
     """
 
     def __init__(self, connection):
-        self._recv = connection.recv
+        self._connection, self._recv = connection, connection.recv
         self._buffer = b""
         self.before_body = None
         self.received = 0
@@ -5283,34 +5284,46 @@ class Wire:
         The first byte may take as long as the connection's time-out, the
         whole head HEAD_SECONDS from then on.
         """
-        data, deadline = self._buffer, None
-        while True:
-            while data[:2] == b"\r\n":          # RFC 9112 section 2.2
-                data = data[2:]
-            end = data.find(b"\r\n\r\n")
-            if end >= 0:
-                break
+        data = self._buffer
+        if not data:
+            try:
+                data = self._receive(MAX_HEAD_BYTES)
+            except S3Error:
+                return b""                      # idle for too long
+        end, deadline = _head_end(data), time.monotonic() + HEAD_SECONDS
+        while end < 0 and data:
             if len(data) > MAX_HEAD_BYTES:
                 raise S3Error("RequestHeaderSectionTooLarge")
-            if deadline and time.monotonic() > deadline:
-                raise S3Error("RequestTimeout")
-            try:
-                more = self._receive(MAX_HEAD_BYTES)
-            except S3Error:
-                if data:
-                    raise
-                return b""                      # idle for too long
+            more = self._receive_until(deadline)
             if not more:
-                if data:
-                    raise S3Error("BadRequest", "The request head is "
-                                  "incomplete")
-                return b""
-            deadline = deadline or time.monotonic() + HEAD_SECONDS
+                raise S3Error("BadRequest", "The request head is incomplete")
             data += more
+            end = _head_end(data)
         if end > MAX_HEAD_BYTES:
             raise S3Error("RequestHeaderSectionTooLarge")
-        self._buffer = data[end + 4:]
-        return data[:end + 4]
+        self._buffer = data[end:]
+        return data[:end].lstrip(b"\r\n")       # RFC 9112 section 2.2
+
+    def _receive_until(self, deadline):
+        """More bytes before a time.monotonic(), or RequestTimeout."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise S3Error("RequestTimeout")
+        set_timeout(self._connection, left)
+        try:
+            return self._receive(MAX_HEAD_BYTES)
+        finally:
+            set_timeout(self._connection, IDLE_SECONDS)
+
+
+def _head_end(data):
+    """Where the head at the start of some bytes ends, -1 when it does not
+    yet; empty lines before it are part of it."""
+    start = 0
+    while data.startswith(b"\r\n", start):
+        start += 2
+    end = data.find(b"\r\n\r\n", start)
+    return end + 4 if end >= 0 else -1
 
 
 def set_timeout(connection, seconds):
@@ -5320,7 +5333,9 @@ def set_timeout(connection, seconds):
     before each recv and send.
     """
     if os.name == "posix" and not isinstance(connection, ssl.SSLSocket):
-        value = struct.pack("ll", seconds, 0)
+        whole = int(seconds)
+        value = struct.pack("ll", whole, int((seconds - whole) * 999999) or
+                            not whole)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
     else:
@@ -5328,7 +5343,11 @@ def set_timeout(connection, seconds):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection's requests, one after the other."""
+    """One connection's requests, one after the other.
+
+    Of the present one: `head` (Head or None), `asked` (Request or None),
+    `method`, `request_id`, `started`, and the bytes `sent` of its answer.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -5336,7 +5355,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Take the connection; a TLS handshake happens here, in its own
         thread, so that a slow client stops nobody."""
         self.connection = self.request
-        self.close_connection = False
+        self.close_connection = self.unread = False
         self.tls = isinstance(self.connection, ssl.SSLSocket)
         set_timeout(self.connection, HEAD_SECONDS)
         try:
@@ -5344,56 +5363,60 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                        socket.TCP_NODELAY, 1)
             if self.tls:
                 self.connection.do_handshake()
+            set_timeout(self.connection, IDLE_SECONDS)
         except (OSError, ValueError):
-            self.close_connection = True
+            self.close_connection = self.unread = True
         self.wire = Wire(self.connection)
 
     def handle(self):
         """Serve requests until one side has had enough."""
-        timeout = None
         while not self.close_connection and not self.server.stopping:
-            if timeout != IDLE_SECONDS:
-                timeout = IDLE_SECONDS
-                set_timeout(self.connection, timeout)
-            try:
-                self.server.idle.add(self.connection)
-                if self.server.stopping:
-                    return
-                head = self.wire.head()
-                self.server.idle.discard(self.connection)
-                if not head:
-                    return
-                self.handle_one_request(head)
-            except S3Error as error:
-                self.close_connection = True
-                self.server.idle.discard(self.connection)
-                self.send(None, error_response(error, new_request_id()))
-            except Disconnected:
-                return
+            self.handle_one_request()
 
-    def handle_one_request(self, head=b""):
-        """Parse, run, send and log one request."""
-        started, now = time.perf_counter(), time.time()
-        request_id, request = new_request_id(), None
-        self.wire.received, self.sent = 0, 0
+    def handle_one_request(self):
+        """Read, parse, run, send and log one request."""
+        self.head = self.asked = self.method = None
+        self.request_id = new_request_id()
+        self.wire.received = self.sent = 0
         try:
-            parsed = parse_head(head)
-            frame = open_frame(parsed, self.wire)
-        except S3Error as error:
-            self.close_connection = True
-            response = error_response(error, request_id)
-            self.send(None, response, request_id)
-            self.log(None, None, response, request_id, started, now)
-            return
-        self._keep_alive(parsed)
-        try:
-            response, request = self._run(parsed, frame, now, request_id)
-            self._finish_body(frame)
-            self.send(parsed.method, response, request_id)
+            response = self._answer()
+            if response is None:
+                self.close_connection = True
+                return
+            self.send(response)
         except Disconnected:
             self.close_connection = True
             response = Response(499)
-        self.log(parsed, request, response, request_id, started, now)
+        self.log(response)
+
+    def _answer(self):
+        """The Response to the next request; None when there is none."""
+        self.started = None
+        try:
+            data = self._next_head()
+            if not data:
+                return None
+            self.method = "HEAD" if data.startswith(b"HEAD ") else None
+            self.head = head = parse_head(data)
+            self.method = head.method
+            frame = open_frame(head, self.wire)
+        except S3Error as error:
+            self.close_connection = self.unread = True
+            return error_response(error, self.request_id)
+        self._keep_alive(head)
+        response = self._run(head, frame)
+        self._finish_body(frame)
+        return response
+
+    def _next_head(self):
+        """The bytes of a request head; b"" at the connection's end."""
+        idle = self.server.idle
+        idle.add(self.connection)
+        try:
+            return b"" if self.server.stopping else self.wire.head()
+        finally:
+            idle.discard(self.connection)
+            self.started, self.now = time.perf_counter(), time.time()
 
     def _keep_alive(self, head):
         """What Connection and Expect ask for."""
@@ -5410,55 +5433,57 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wire.before_body = None
         self._send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _run(self, head, frame, now, request_id):
-        """(Response, Request or None) of one parsed request."""
-        request, resource = None, head.target.partition("?")[0]
+    def _run(self, head, frame):
+        """The Response of one parsed request."""
+        resource = head.target.partition("?")[0]
         try:
             if resource in _HEALTH_PATHS and head.method in (
                     "GET", "HEAD") and "authorization" not in head.headers:
-                return Response(200), None
+                return Response(200)
             if head.method not in _METHODS:
                 raise S3Error("MethodNotAllowed", Method=head.method)
-            request = Request(self.server.service, head.method, head.target,
-                              head.headers, frame, now, request_id,
-                              "https" if self.tls else "http")
-            return respond(request), request
+            self.asked = Request(
+                self.server.service, head.method, head.target, head.headers,
+                frame, self.now, self.request_id,
+                "https" if self.tls else "http")
+            return respond(self.asked)
         except S3Error as error:
             failure = error
-            if error.__cause__ or error.status >= 500:
-                self.server.report("%s %s" % (request_id, error))
+            if error.__cause__ or error.status in (500, 503, 507):
+                self.server.report("%s %s" % (self.request_id, error))
         except OSError as error:
             failure = storage_error(error)
-            self.server.report("%s %s: %s" % (request_id, failure, error))
+            self.server.report("%s %s: %s" % (self.request_id, failure,
+                                              error))
         except Disconnected:
             raise
         except Exception:
             failure = S3Error("InternalError")
-            self.server.report("%s %s" % (request_id,
+            self.server.report("%s %s" % (self.request_id,
                                           traceback.format_exc()))
-        return error_response(failure, request_id, resource), request
+        return error_response(failure, self.request_id, resource)
 
     def _finish_body(self, frame):
         """Read a small rest of the body away, else give up the connection:
         what follows on it would be taken for a request."""
         if frame.left == 0:
             return
-        if (self.wire.before_body or frame.left is None
-                or frame.left > MAX_DRAIN_BYTES):
-            self.close_connection = True
-            return
         try:
-            while frame.read(BLOCK_BYTES):
-                pass
+            if not (self.wire.before_body or frame.left is None
+                    or frame.left > MAX_DRAIN_BYTES):
+                while frame.read(BLOCK_BYTES):
+                    pass
+                return
         except S3Error:
-            self.close_connection = True
+            pass
+        self.close_connection = self.unread = True
 
-    def send(self, method, response, request_id=""):
+    def send(self, response):
         """Put an answer on the wire: the one place that does."""
         fd = response.file
         try:
-            head = self._head_bytes(response, method, request_id)
-            if method == "HEAD" or response.status in (204, 304):
+            head = self._head_bytes(response)
+            if self.method == "HEAD" or response.status in (204, 304):
                 self._send_all(head)
             elif fd is None:
                 self._send_all(head + response.body)
@@ -5471,30 +5496,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 self._send_file(head, fd, response.offset, response.length)
         except (S3Error, OSError) as error:
-            # the head is out: cutting it short is all that is left to say
-            self.close_connection = True
+            # the head may be out: all that is left to say is to cut short
             raise Disconnected(str(error)) from None
         finally:
             if fd is not None:
                 os.close(fd)
 
-    def _head_bytes(self, response, method, request_id):
+    def _head_bytes(self, response):
         """The status line and headers of an answer."""
         status, length = response.status, response.length
         if self.server.stopping:
             self.close_connection = True
         lines = ["HTTP/1.1 %d %s" % (status, _PHRASES.get(status, "")),
                  "Server: gos3rve", "Date: " + http_date(int(time.time())),
-                 "x-amz-request-id: " + request_id,
-                 "x-amz-id-2: " + request_id]
+                 "x-amz-request-id: " + self.request_id,
+                 "x-amz-id-2: " + self.request_id]
         for name, value in response.headers.items():
             lines.append("%s: %s" % (name, value))
-        if method == "HEAD" and response.body:
+        if self.method == "HEAD" and response.body:
             length = 0                  # an error's document stays unsaid
         if status not in (204, 304):
             lines.append("Content-Length: %d" % length)
         if self.close_connection:
             lines.append("Connection: close")
+        elif self.head.version == (1, 0):
+            lines.append("Connection: keep-alive")
         text = "\r\n".join(lines)
         if text.count("\n") != len(lines) - 1:
             raise S3Error("InternalError", "A header would break its line")
@@ -5504,7 +5530,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.connection.sendall(data)
         except OSError as error:
-            self.close_connection = True
             raise Disconnected(str(error)) from None
 
     def _send_file(self, head, fd, offset, length):
@@ -5525,28 +5550,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
             length -= done
             self.sent += done
 
-    def log(self, head, request, response, request_id, started, now):
+    def log(self, response):
         """One line of the access log."""
         if not self.server.access_log:
             return
-        account = operation_name = key_id = "-"
-        if request is not None:
-            if request.operation:
-                operation_name = request.operation.name
-            if request.identity and request.identity.account:
-                account = request.identity.account.user_name
-                key_id = request.identity.account.key_id
+        asked, account = self.asked, None
+        resource = self.head.target.partition("?")[0] if self.head else "-"
+        if asked is not None:
+            account = asked.identity and asked.identity.account
+            resource = uri_encode("/%s/%s" % (
+                asked.bucket_name, asked.key) if asked.bucket_name else "/",
+                "/-_.~")
         self.server.access_log({
-            "time": iso_date(int(now * 1e9)),
+            "time": iso_date(int(self.now * 1e9)),
             "client": self.client_address[0],
-            "account": account if key_id == "-" else key_id,
-            "operation": operation_name,
-            "method": head.method if head else "-",
-            "resource": head.target.partition("?")[0] if head else "-",
+            "account": account.key_id if account else "-",
+            "operation": asked.operation.name
+            if asked is not None and asked.operation else "-",
+            "method": self.method or "-", "resource": resource,
             "status": response.status, "bytes_in": self.wire.received,
             "bytes_out": self.sent,
-            "ms": round((time.perf_counter() - started) * 1000, 3),
-            "request_id": request_id})
+            "ms": round((time.perf_counter() - self.started) * 1000, 3),
+            "request_id": self.request_id})
 
     def finish(self):
         """Close so that the client still reads the last answer.
@@ -5554,19 +5579,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         A close with unread bytes would reset the connection under it; TLS
         wants its close_notify.
         """
-        self.server.idle.discard(self.connection)
         with contextlib.suppress(OSError, ValueError):
             if self.tls:
+                self._linger()
                 self.connection.settimeout(1)
                 self.connection.unwrap()
             self.connection.shutdown(socket.SHUT_WR)
-            set_timeout(self.connection, 1)
-            deadline = time.monotonic() + LINGER_SECONDS
-            left = MAX_LINGER_BYTES
+            if not self.tls:
+                self._linger()
+
+    def _linger(self):
+        """Read what the client still sends of an unwanted body, within
+        bounds: until then it does not read its answer."""
+        if not self.unread:
+            return
+        left, deadline = MAX_LINGER_BYTES, time.monotonic() + LINGER_SECONDS
+        set_timeout(self.connection, 1)
+        with contextlib.suppress(OSError):
             while left > 0 and time.monotonic() < deadline:
                 data = self.connection.recv(BLOCK_BYTES)
                 if not data:
-                    break
+                    return
                 left -= len(data)
 
 
@@ -5758,12 +5791,14 @@ def _port(value):
     return int(value)
 
 
-def _switch(value):
-    known = {"true": True, "1": True, "yes": True, "on": True,
+_SWITCHES = {"true": True, "1": True, "yes": True, "on": True,
              "false": False, "0": False, "no": False, "off": False}
-    if value.lower() not in known:
+
+
+def _switch(value):
+    if value.lower() not in _SWITCHES:
         raise ValueError("is neither true nor false")
-    return known[value.lower()]
+    return _SWITCHES[value.lower()]
 
 
 def _region(value):
@@ -5911,6 +5946,7 @@ def load_config(path):
                           "<root>" % path) from None
     by_element = {option.element: option for option in OPTIONS}
     values, users = {}, []
+    _check_no_text(path, root)
     for element in root:
         if element.tag == "User":
             users.append(_load_user(path, element))
@@ -5930,9 +5966,22 @@ def load_config(path):
     return values, tuple(users)
 
 
+def _check_no_text(path, element):
+    """Text between elements is a slip of the pen: say so."""
+    texts = [element.text] + [child.tail for child in element]
+    for text in texts:
+        if text and text.strip():
+            raise ConfigError("%s: stray text %r in <%s>" % (
+                path, text.strip()[:40], element.tag))
+
+
 def _load_user(path, element):
     """The Account of a <User> element."""
+    _check_no_text(path, element)
     fields = {child.tag: (child.text or "").strip() for child in element}
+    if len(fields) < len(element):
+        raise ConfigError("%s: a <User> has an element twice, of <%s>" % (
+            path, ">, <".join(fields)))
     known = ("AccessKeyId", "SecretAccessKey", "UserId", "UserName",
              "Email")
     for name in fields:
@@ -5950,32 +5999,35 @@ def _load_user(path, element):
                    fields.get("Email", ""))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors as one sentence."""
-
-    def error(self, message):
-        raise ConfigError(message)
-
-
 def _parse_arguments(argv):
-    """{name: text or list of texts} of a Go-style command line."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    names = [(option.name, option.cast is _switch, option.many)
-             for option in OPTIONS]
-    names += [("config", False, False), ("h", True, False)]
-    names += [(name, True, False) for name, _ in _COMMANDS]
-    for name, switch, many in names:
-        arguments = {"dest": name, "default": None}
-        if switch:
-            arguments.update(nargs="?", const="true")
-        if many:
-            arguments["action"] = "append"
-        parser.add_argument("-" + name, "--" + name, **arguments)
-    found, rest = parser.parse_known_args(argv)
-    if rest:
-        raise ConfigError("unknown argument %s" % rest[0])
-    return {name: value for name, value in vars(found).items()
-            if value is not None}
+    """{name: text, or list of texts} of a command line.
+
+    Go's syntax, as the Go original had it: one dash or two, `-flag value`
+    or `-flag=value`, a switch alone or with `=value`.  argparse reads
+    another one: to it `-port 80` is `-p ort`, and `-hello` asks for help.
+    """
+    known = {option.name: option for option in OPTIONS}
+    switches = {name for name, _ in _COMMANDS} | {"h"} | {
+        option.name for option in OPTIONS if option.cast is _switch}
+    found, rest = {}, list(argv)
+    while rest:
+        argument = rest.pop(0)
+        match = re.match(r"--?([a-z_]+)(?:=(.*))?\Z", argument, re.DOTALL)
+        name, value = match.groups() if match else (None, None)
+        if name not in switches and name not in known and name != "config":
+            raise ConfigError("unknown argument %s" % argument)
+        if value is None and name in switches:
+            value = rest.pop(0) if rest and rest[0].lower() in _SWITCHES \
+                else "true"
+        elif value is None:
+            if not rest:
+                raise ConfigError("-%s needs a value" % name)
+            value = rest.pop(0)
+        if name in known and known[name].many:
+            found.setdefault(name, []).append(value)
+        else:
+            found[name] = value
+    return found
 
 
 def _parse_environment(environ):
@@ -6099,9 +6151,7 @@ class Running:
         self.port = self.server.server_port
         self.url = "%s://%s:%d" % ("https" if tls else "http",
                                    _reachable(values["bind"]), self.port)
-        self._tls, self._tls_files = tls, (values["tls_cert"],
-                                           values["tls_key"])
-        self._temporary = None
+        self._values, self._temporary = values, None
         self.server.start()
 
     def _make_directories(self, values):
@@ -6117,9 +6167,9 @@ class Running:
                                          values["region"] or "us-east-1")
 
     def reload_certificate(self):
-        """Read the certificate again, for connections to come."""
-        if self._tls is not None:
-            self._tls.load_cert_chain(*self._tls_files)
+        """Read the certificate again, for connections to come; the old
+        one stays when that raises ConfigError."""
+        self.server.tls = load_tls(self._values)
 
     def close(self, drain_seconds=DRAIN_SECONDS):
         """End the server; True when every running request could finish."""
@@ -6148,7 +6198,7 @@ def serve(dir_buckets=None, buckets=(), **options):
     dir_buckets: an existing or new directory, None for a temporary one
     that goes with the server.  buckets: names to make.  options: those of
     the command line by name (`p` is 0, `bind` 127.0.0.1 and `log` none
-    unless given); values as Python has them.  ConfigError when wrong.
+    unless given), as text, number or bool.  ConfigError when wrong.
 
         with gos3rve.serve(buckets=["mine"]) as s3:
             boto3.client("s3", endpoint_url=s3.url,
@@ -6160,7 +6210,14 @@ def serve(dir_buckets=None, buckets=(), **options):
     for name, value in options.items():
         if name not in known:
             raise ConfigError("serve() has no option %s" % name)
-        values[name] = value
+        option = known[name]
+        if option.many:
+            values[name] = tuple(cast_option(option, str(item), name)
+                                 for item in value)
+        elif value is not None:
+            values[name] = cast_option(option, str(value), name)
+    values["bucket"] = tuple(values.get("bucket", ())) + tuple(
+        cast_option(known["bucket"], name, "buckets") for name in buckets)
     temporary = None
     if dir_buckets is None or "dir_uploads" not in options:
         temporary = tempfile.mkdtemp(prefix="gos3rve-")
@@ -6168,8 +6225,6 @@ def serve(dir_buckets=None, buckets=(), **options):
         temporary, "buckets"))
     values.setdefault("dir_uploads", os.path.join(temporary or "",
                                                   "uploads"))
-    values["bucket"] = tuple(values.get("bucket", ())) + tuple(
-        cast_option(known["bucket"], name, "buckets") for name in buckets)
     try:
         config = make_config(values)
         running = Running(config, access_writer(values["log"]),
@@ -6312,7 +6367,7 @@ def main(argv=None):
         commands["operations"] = operations_text
         arguments = _parse_arguments(argv)
         for name, text in commands.items():
-            if name in arguments:
+            if _switch(arguments.get(name, "false")):
                 print(text())
                 return 0
         config = read_config(argv, os.environ)
@@ -6328,7 +6383,9 @@ def run(config):
     try:
         running = Running(config, access_writer(values["log"]),
                           operator_log)
-    except OSError as error:
+        if values["ready_file"]:
+            _write_ready(values["ready_file"], running)
+    except (OSError, S3Error) as error:
         print("gos3rve: cannot serve: %s" % error, file=sys.stderr)
         return 1
 
@@ -6341,23 +6398,29 @@ def run(config):
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda *_: _reload(running))
     print(banner(running, config, sys.stdout.isatty()), flush=True)
-    ready = values["ready_file"]
-    if ready:
-        with open(ready + ".new", "w") as file:
-            file.write(running.url + "\n")
-        os.replace(ready + ".new", ready)
     while not stop.wait(3600):
         pass
     running.close()
-    if ready:
-        _unlink(ready)
+    if values["ready_file"]:
+        _unlink(values["ready_file"])
     return 0
+
+
+def _write_ready(path, running):
+    """Write the URL into a file, whole at once."""
+    try:
+        with open(path + ".new", "w") as file:
+            file.write(running.url + "\n")
+        os.replace(path + ".new", path)
+    except OSError:
+        running.close()
+        raise
 
 
 def _reload(running):
     try:
         running.reload_certificate()
-    except (OSError, ssl.SSLError) as error:
+    except ConfigError as error:
         operator_log("the certificate was not reloaded: %s" % error)
 
 
