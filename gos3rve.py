@@ -38,7 +38,7 @@ import hashlib
 import heapq
 import hmac
 import http.server
-import io
+import itertools
 import json
 import mimetypes
 import os
@@ -1878,6 +1878,7 @@ XATTR = "user.gos3rve"
 LOCK_STRIPES = 32
 MAX_ODD_NAME = 140                  # longer encoded keys are hashed
 MAX_RETRIES = 100                   # of a step that another writer undid
+MAX_LOOKS = 50                      # for a file that others move about
 # Names kept by the listing cache, over all directories: about 100 bytes
 # each, so 100 MB at the most, and that only below a million-key bucket.
 MAX_CACHED_NAMES = 1000000
@@ -1913,7 +1914,7 @@ def storage_error(error):
     code = error.errno
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return S3Error("InsufficientStorage")
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP):
         return S3Error("AccessDenied", "The server may not do this to its "
                        "files")
     if code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
@@ -1954,17 +1955,27 @@ _CONTENT_FIELDS = ("etag", "checksums", "checksum_type", "parts",
                    "part_checksums", "upload_id")
 _RECORD_TYPES = {"size": int, "mtime_ns": int, "etag": str, "headers": dict,
                  "meta": dict, "class": str, "checksums": dict, "key": str,
+                "was": str,
                  "checksum_type": str, "parts": list, "upload_id": str,
                  "part_checksums": list}
+
+
+def load_json(data):
+    """The dict in some JSON bytes, or ValueError."""
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
 
 
 def load_record(data):
     """The record in some JSON bytes; {} when it is damaged."""
     try:
-        record = json.loads(data)
+        record = load_json(data)
     except ValueError:
-        return {}
-    if not isinstance(record, dict):
         return {}
     for name, value in record.items():
         if not isinstance(value, _RECORD_TYPES.get(name, object)):
@@ -2020,6 +2031,10 @@ class Part(NamedTuple):
     path: str
 
 
+class LeadsOut(FileNotFoundError):
+    """A path that leaves the bucket through a symbolic link."""
+
+
 class InTheWay(Exception):
     """A file stands where a key needs a directory; `key` is the file's."""
 
@@ -2033,11 +2048,13 @@ class InTheWay(Exception):
 class Draft:
     """Content in flight: a file in a tmp/ directory, locked as long as its
     writer lives, so that no sweep takes it.  Made at the first write.
-    Close it in the end, published or not.
+
+    Close it in the end, published or not.  make(): makes the directory
+    where that may be missing.
     """
 
-    def __init__(self, directory):
-        self._directory = directory
+    def __init__(self, directory, make=None):
+        self._directory, self._make = directory, make
         self.path = self.fd = None
         self.size = 0
 
@@ -2055,7 +2072,9 @@ class Draft:
         try:
             self.fd = os.open(path, _OPEN_NEW, 0o666)
         except FileNotFoundError:
-            os.makedirs(self._directory, exist_ok=True)
+            if self._make is None:
+                raise
+            self._make()
             self.fd = os.open(path, _OPEN_NEW, 0o666)
         self.path = path
         if fcntl:
@@ -2208,6 +2227,7 @@ class Bucket:
         self._report = store.report
         self._real = os.path.realpath(root)
         self._real_slash = os.path.join(self._real, "")
+        self._real_odd = os.path.join(self._real, STATE, "odd", "")
         self._state = os.path.join(root, STATE)
         self._odd = os.path.join(self._state, "odd")
         self._meta = os.path.join(self._state, "meta")
@@ -2230,9 +2250,7 @@ class Bucket:
             with open(path, "rb") as file:
                 data = file.read()
             try:
-                config = json.loads(data)
-                if not isinstance(config, dict):
-                    raise ValueError("not an object")
+                config = load_json(data)
             except ValueError as error:
                 self._report("%s is damaged and taken as absent: %s"
                              % (path, error))
@@ -2260,7 +2278,20 @@ class Bucket:
 
     def draft(self):
         """A Draft on the bucket's own file system."""
-        return Draft(os.path.join(self._state, "tmp"))
+        return Draft(os.path.join(self._state, "tmp"),
+                     functools.partial(self._make_state, "tmp"))
+
+    def _make_state(self, name):
+        """Make a directory of the bucket's state, but never the bucket:
+        it may just have been deleted."""
+        for path in (self._state, os.path.join(self._state, name)):
+            try:
+                os.mkdir(path)
+            except FileExistsError:
+                continue
+            except FileNotFoundError:
+                raise S3Error("NoSuchBucket",
+                              BucketName=self.name) from None
 
     def _fits(self, key):
         """True when a natural key's whole path can be named."""
@@ -2295,8 +2326,10 @@ class Bucket:
             real = os.readlink("/proc/self/fd/%d" % fd)
         except OSError:
             real = os.path.realpath(path)
+        if path.startswith(self._odd) and real.startswith(self._real_odd):
+            return
         if not self._is_inside(real):
-            raise FileNotFoundError(errno.ENOENT, "leads out", path)
+            raise LeadsOut(errno.ENOENT, "leads out", path)
 
     def resolve_inside(self, path):
         """The real path of a symlink that may be followed, or None."""
@@ -2305,7 +2338,7 @@ class Bucket:
 
     # reading
 
-    def _open_path(self, path, check):
+    def _open_path(self, path):
         """(fd, status) of a regular file, or one of _ABSENT."""
         try:
             fd = os.open(path, _OPEN_READ)
@@ -2319,8 +2352,7 @@ class Bucket:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise FileNotFoundError(errno.ENOENT, "no file", path)
-            if check:
-                self._check_inside(fd, path)
+            self._check_inside(fd, path)
         except BaseException:
             os.close(fd)
             raise
@@ -2329,42 +2361,57 @@ class Bucket:
     def _open_key(self, key):
         """(fd, status, path) of a key's file, or None.
 
-        The natural path first, then odd/; then once more, because a file
-        may have moved from the second to the first in between.
+        The natural path first, then odd/; again as long as odd/ has just
+        changed, because a file may have moved from the second to the
+        first, or there and back, in between.
         """
-        path = self._path(key)
-        odd = self._odd_path(key)
-        tries = ((odd, False),) if path is None else (
-            (path, True), (odd, False), (path, True))
-        for candidate, check in tries:
-            try:
-                return self._open_path(candidate, check) + (candidate,)
-            except _ABSENT:
-                continue
+        path, odd = self._path(key), self._odd_path(key)
+        for _ in range(MAX_LOOKS):
+            for candidate in (odd,) if path is None else (path, odd):
+                try:
+                    return self._open_path(candidate) + (candidate,)
+                except _ABSENT:
+                    continue
+            if path is None or time.time_ns() - _modified_ns(
+                    self._odd) > TICK_NS:
+                return None
         return None
+
+    def _look(self, key):
+        """(Info, fd) of an object, or None.
+
+        Where a sidecar was to be read and was not there, the file may
+        have been replaced meanwhile: look again.
+        """
+        for _ in range(MAX_LOOKS):
+            found = self._open_key(key)
+            if found is None:
+                return None
+            fd, status, path = found
+            try:
+                record = self._read_record(fd, status, key)
+                if "etag" in record or _same_file(path, status):
+                    return Info(key, status, record), fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+        raise S3Error("SlowDown")
 
     def open(self, key):
         """(Info, fd) of an object, or NoSuchKey.  The caller closes."""
-        found = self._open_key(key)
+        found = self._look(key)
         if found is None:
             raise S3Error("NoSuchKey", Key=key)
-        fd, status, _ = found
-        try:
-            return Info(key, status, self._read_record(fd, status, key)), fd
-        except BaseException:
-            os.close(fd)
-            raise
+        return found
 
     def find(self, key):
         """The Info of an object, or None."""
-        found = self._open_key(key)
+        found = self._look(key)
         if found is None:
             return None
-        fd, status, _ = found
-        try:
-            return Info(key, status, self._read_record(fd, status, key))
-        finally:
-            os.close(fd)
+        os.close(found[1])
+        return found[0]
 
     def glance(self, key):
         """As find, for listings: by path, without opening the file."""
@@ -2377,7 +2424,10 @@ class Bucket:
             return self.find(key)
         if not stat.S_ISREG(status.st_mode):
             return self.find(key)
-        return Info(key, status, self._read_record(path, status, key))
+        info = Info(key, status, self._read_record(path, status, key))
+        if "etag" not in info.record and not _same_file(path, status):
+            return self.find(key)
+        return info
 
     # records
 
@@ -2410,20 +2460,20 @@ class Bucket:
 
     def _write_record(self, fd, status, key, record):
         """Give a file its record; the sidecar's path if it took one."""
-        data = dump_record(record)
         if self._xattrs:
             try:
-                os.setxattr(fd, XATTR, data)
+                os.setxattr(fd, XATTR, dump_record(record))
                 return None
             except OSError as error:
                 if error.errno not in _NO_XATTR:
                     raise
         path = self._sidecar(key, status.st_ino)
-        with Draft(os.path.join(self._state, "tmp")) as draft:
-            draft.write(data)
+        record["key"] = key             # so that a sweep can tell whose it is
+        with self.draft() as draft:
+            draft.write(dump_record(record))
             if self._sync:
                 os.fsync(draft.fd)
-            os.makedirs(self._meta, exist_ok=True)
+            self._make_state("meta")
             os.replace(draft.path, path)
             draft.path = None
         if self._sync:
@@ -2463,9 +2513,7 @@ class Bucket:
         try:
             fd = os.open(path, flags, 0o600)
         except FileNotFoundError:
-            if not os.path.isdir(self.root):
-                raise S3Error("NoSuchBucket", BucketName=self.name) from None
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            self._make_state("locks")
             fd = os.open(path, flags, 0o600)
         if fcntl:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -2483,7 +2531,7 @@ class Bucket:
             if make:
                 self._make_directories(parent)
             if self.resolve_inside(path) is None:
-                raise FileNotFoundError(errno.ENOENT, "leads out", path)
+                raise LeadsOut(errno.ENOENT, "leads out", path)
             yield None, os.path.join(path, name)
             return
         try:
@@ -2511,8 +2559,7 @@ class Bucket:
                     sync_directory(above)
             except FileExistsError:
                 if self.resolve_inside(path) is None:
-                    raise S3Error("AccessDenied", "The key leads out of the "
-                                  "bucket through a symbolic link") from None
+                    raise LeadsOut(errno.ENOENT, "leads out", path) from None
                 if not os.path.isdir(path):
                     raise InTheWay(done) from None
 
@@ -2529,7 +2576,7 @@ class Bucket:
             self._move(draft.path, key)
             draft.path = None
         except BaseException:
-            if sidecar:
+            if sidecar and os.path.exists(draft.path):
                 _unlink(sidecar)
             raise
         if replaced is not None and replaced != status.st_ino:
@@ -2555,7 +2602,7 @@ class Bucket:
         try:
             os.replace(source, odd)
         except FileNotFoundError:
-            os.makedirs(self._odd, exist_ok=True)
+            self._make_state("odd")
             os.replace(source, odd)
         if self._sync:
             sync_directory(self._odd)
@@ -2565,8 +2612,11 @@ class Bucket:
 
     def _move_natural(self, source, key):
         """Rename to the natural path; False when a directory is there."""
+        path = self._path(key)
         for _ in range(MAX_RETRIES):
             try:
+                if os.path.islink(path) and os.path.isdir(path):
+                    return False        # keys may lie behind it
                 with self._place(key, make=True) as (fd, name):
                     os.replace(source, name, dst_dir_fd=fd)
                     if self._sync and fd is not None:
@@ -2575,9 +2625,12 @@ class Bucket:
             except IsADirectoryError:
                 return False
             except PermissionError:         # Windows, a directory there
-                if os.path.isdir(self._path(key)):
+                if os.path.isdir(path):
                     return False
                 raise
+            except LeadsOut:
+                raise S3Error("AccessDenied", "The key leads out of the "
+                              "bucket through a symbolic link") from None
             except FileNotFoundError:
                 # a delete next to us pruned the directory: make it again
                 if not os.path.exists(source):
@@ -2586,6 +2639,8 @@ class Bucket:
             except OSError as error:
                 # the source lies below the target, or the name is longer
                 # than this file system takes
+                if error.errno == errno.ELOOP:
+                    raise storage_error(error) from None
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST,
                                        errno.ENAMETOOLONG):
                     raise
@@ -2612,21 +2667,19 @@ class Bucket:
             self._name_record(fd, status, key)
         finally:
             os.close(fd)
-        try:
-            os.replace(path, self._odd_path(key))
-        except FileNotFoundError:
-            os.makedirs(self._odd, exist_ok=True)
-            os.replace(path, self._odd_path(key))
+        self._make_state("odd")
+        os.replace(path, self._odd_path(key))
 
     def _name_record(self, fd, status, key, old_key=None):
         """Write the record of a file anew when its name under odd/ will
         not tell its key, or when its sidecar has to change its name."""
         record = self._read_record(fd, status, old_key or key)
-        hashed = odd_name(key)[0] == "h"
+        hashed = "h" in (odd_name(key)[0], odd_name(old_key or key)[0])
         renamed = old_key is not None and os.path.exists(
             self._sidecar(old_key, status.st_ino))
         if hashed or renamed:
-            record["key"] = key
+            # until the rename the file still bears its old name
+            record["key"], record["was"] = key, old_key or key
             self._write_record(fd, status, key, record)
         return renamed
 
@@ -2676,6 +2729,9 @@ class Bucket:
             raise S3Error("NoSuchKey", Key=source)
         fd, status, path = found
         try:
+            if os.path.islink(path):
+                raise S3Error("AccessDenied", "A symbolic link would lead "
+                              "elsewhere from its new place")
             replaced = self._inode(key)
             renamed = self._name_record(fd, status, key, source)
         finally:
@@ -2699,9 +2755,36 @@ class Bucket:
                     self.demote(obstacle.key)
         raise S3Error("OperationAborted")
 
+    def sweep_sidecars(self, before):
+        """Remove the sidecars, unchanged since `before`, that no longer
+        describe their key's file; how many."""
+        count = 0
+        for name in _listdir(self._meta):
+            path = os.path.join(self._meta, name)
+            try:
+                with open(path, "rb") as file:
+                    key = load_record(file.read()).get("key", "")
+            except OSError:
+                continue
+            if _modified(path) < before and not self._describes(key, name):
+                with self.lock(key):    # nobody is about to publish it
+                    if not self._describes(key, name):
+                        count += _unlink(path)
+        return count
+
+    def _describes(self, key, name):
+        """True when a sidecar of that name is that of the key's file."""
+        found = self._open_key(key)
+        if found is None:
+            return False
+        os.close(found[0])
+        return self._sidecar(key, found[1].st_ino).endswith(name)
+
     def is_empty(self):
         """True when the directory holds no object and no other file."""
-        for path, directories, files in os.walk(self.root):
+        def refuse(error):
+            raise error
+        for path, directories, files in os.walk(self.root, onerror=refuse):
             if path == self.root and STATE in directories:
                 directories.remove(STATE)
             if files or any(os.path.islink(os.path.join(path, name))
@@ -2723,7 +2806,7 @@ _NO_XATTR = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.E2BIG, errno.ENOSPC,
 class Names(NamedTuple):
     """A directory as read: its entries in S3's order, directories with a
     `/` at their end; `links`: those of them that are symlinks."""
-    stamp: Tuple[int, int, int]
+    stamp: Tuple[int, int, int, int]
     entries: List[str]
     links: frozenset
 
@@ -2744,14 +2827,17 @@ class DirectoryCache:
     def get(self, path, read):
         """The Names of a directory; read(path, stamp) makes them anew."""
         status = os.stat(path)
-        stamp = status.st_dev, status.st_ino, status.st_mtime_ns
+        stamp = (status.st_dev, status.st_ino, status.st_mtime_ns,
+                 status.st_ctime_ns)
         with self._lock:
             names = self._known.get(path)
             if names is not None and names.stamp == stamp:
                 self._known.move_to_end(path)
                 return names
-        coarse = status.st_mtime_ns % 1000000000 == 0
-        age = time.time_ns() - status.st_mtime_ns
+        # ctime, too: tar and rsync set a directory's mtime back
+        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        coarse = changed % 1000000000 == 0
+        age = time.time_ns() - changed
         names = read(path, stamp)
         if age > (COARSE_TICK_NS if coarse else TICK_NS) and not names.links:
             self._keep(path, names)
@@ -2796,15 +2882,15 @@ class Walker:
         start = bisect.bisect_left(odd, prefix)
         if after:
             start = max(start, bisect.bisect_right(odd, after))
-        stop = bisect.bisect_right(odd, prefix + "\U0010ffff") \
-            if prefix else len(odd)
-        return self._merge(natural, odd[start:stop], prefix)
+        return self._merge(natural, itertools.takewhile(
+            lambda key: key.startswith(prefix),
+            itertools.islice(odd, start, None)))
 
     @staticmethod
-    def _merge(natural, odd, prefix):
+    def _merge(natural, odd):
         last = None
         for key in heapq.merge(natural, odd):
-            if key != last and key.startswith(prefix):
+            if key != last:
                 yield key
             last = key
 
@@ -2835,8 +2921,9 @@ class Walker:
         if self._bucket._xattrs:
             with contextlib.suppress(OSError):
                 record = load_record(os.getxattr(path, XATTR))
-                if odd_name(record.get("key", "")) == name:
-                    return record["key"]
+                for key in (record.get("key", ""), record.get("was", "")):
+                    if odd_name(key) == name:
+                        return key
         ending = "-%x" % os.stat(path).st_ino
         for sidecar in os.listdir(self._bucket._meta):
             if sidecar.endswith(ending) and sidecar[:32] == name[1:33]:
@@ -2850,25 +2937,40 @@ class Walker:
         if path not in self._seen:
             try:
                 self._seen[path] = self._cache.get(path, read)
-            except (OSError, ValueError):
+            except _ABSENT + (ValueError,):
+                self._seen[path] = None
+            except OSError as error:
+                if error.errno == errno.EACCES:     # lost+found, say
+                    self._bucket._report("%s cannot be read and is left "
+                                         "out of listings" % path)
+                elif error.errno not in _ABSENT_ERRNO:
+                    raise
                 self._seen[path] = None
         return self._seen[path]
 
     def _natural(self, prefix, after):
         """The keys that lie at their natural path."""
         base = prefix.rpartition("/")[0]
-        real = self._bucket._real
+        chain = (self._bucket._real,)
         if base:
-            if not is_natural(base):
-                return iter(())
-            real = self._bucket.resolve_inside(
-                os.path.join(self._bucket.root, base))
-            if real is None:
-                return iter(())
+            chain = self._chain(base) if is_natural(base) else None
             base += "/"
-        if after and after > base and not after.startswith(base):
+        if chain is None or (after and after > base
+                             and not after.startswith(base)):
             return iter(())
-        return self._below(base, prefix, after, (real,))
+        return self._below(base, prefix, after, chain)
+
+    def _chain(self, base):
+        """The chain of a directory, as the walk to it would make it."""
+        path, chain = self._bucket.root, (self._bucket._real,)
+        for segment in base.split("/"):
+            linked = os.path.islink(os.path.join(path, segment))
+            chain = self._descend(path, segment + "/",
+                                  (segment + "/",) if linked else (), chain)
+            if chain is None:
+                return None
+            path = os.path.join(path, segment)
+        return chain
 
     def _below(self, base, prefix, after, chain):
         """The keys below one directory.  `chain`: the real directories
@@ -2910,8 +3012,7 @@ class Walker:
         """Read a directory of objects: files, directories and symlinks to
         such; nothing else in it can be an object."""
         entries, links = [], []
-        at_root = os.path.join(path, "") == os.path.join(
-            self._bucket.root, "")
+        at_root = stamp[:2] == self._bucket.identity
         with os.scandir(path) as found:
             for entry in found:
                 name = entry.name
@@ -2923,12 +3024,26 @@ class Walker:
                     if self._bucket.resolve_inside(entry.path) is None:
                         continue
                     links.append(name + "/")
-                if entry.is_dir():
-                    entries.append(name + "/")
-                elif entry.is_file():
-                    entries.append(name)
+                try:
+                    if entry.is_dir():
+                        entries.append(name + "/")
+                    elif entry.is_file():
+                        entries.append(name)
+                except OSError as error:        # a link to itself, say
+                    if error.errno not in _ABSENT_ERRNO:
+                        raise
         entries.sort()
         return Names(stamp, entries, frozenset(links))
+
+
+def _same_file(path, status):
+    """True while a path still names the file of that status."""
+    try:
+        now = os.stat(path)
+    except OSError:
+        return False
+    return (now.st_ino, now.st_mtime_ns, now.st_size) == (
+        status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 def _is_utf8(name):
@@ -2955,7 +3070,8 @@ def collect_page(keys_after, look, prefix, delimiter, after, limit, skip=""):
     keys_after(key) -> iterator of the keys after it; look(key) -> Info or
     None (gone).  `skip` is a common prefix not to give again.
     """
-    entries, keys, last = [], keys_after(after), skip
+    entries, last = [], skip
+    keys = keys_after(skip + "\U0010ffff" if skip else after)
     while limit:
         key = next(keys, None)
         if key is None:
@@ -3094,17 +3210,19 @@ class Store:
                 or os.path.ismount(bucket.root):
             raise S3Error("AccessDenied", "This bucket is a directory that "
                           "the server's operator set up")
-        aside = os.path.join(self.dir_buckets,
-                             ".gos3rve-old-" + secrets.token_hex(8))
+        aside = ".gos3rve-old-" + secrets.token_hex(8)
         with bucket.lock_all():
             if not bucket.is_empty():
                 raise S3Error("BucketNotEmpty", BucketName=bucket.name)
-            os.rename(bucket.root, aside)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(os.path.join(self.dir_uploads, bucket.name),
+                          os.path.join(self.dir_uploads, aside))
+            os.rename(bucket.root, os.path.join(self.dir_buckets, aside))
         if self.sync:
             sync_directory(self.dir_buckets)
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(os.path.join(self.dir_uploads, bucket.name),
-                      ignore_errors=True)
+        for directory in (self.dir_buckets, self.dir_uploads):
+            shutil.rmtree(os.path.join(directory, aside),
+                          ignore_errors=True)
 
     # objects
 
@@ -3164,7 +3282,12 @@ class Store:
         now = time.time_ns()
         upload_id = "%016x%s" % (now, secrets.token_hex(16))
         path = os.path.join(self.dir_uploads, bucket.name, upload_id)
-        os.makedirs(path)
+        for _ in range(MAX_RETRIES):
+            try:
+                os.makedirs(path)
+                break
+            except FileNotFoundError:   # the last upload beside it ended
+                continue
         write_json(os.path.join(path, "upload.json"), dict(
             record, key=key, initiated_ns=now), self.sync)
         return upload_id
@@ -3181,14 +3304,15 @@ class Store:
 
     @staticmethod
     def _load_upload(path):
+        """The Upload in a directory, None when it is none or damaged."""
         try:
             with open(os.path.join(path, "upload.json"), "rb") as file:
-                record = json.loads(file.read())
-            if isinstance(record["key"], str) and isinstance(
-                    record["initiated_ns"], int):
-                return Upload(os.path.basename(path), path, record)
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+                record = load_json(file.read())
+        except _ABSENT + (ValueError,):
+            return None
+        if isinstance(record.get("key"), str) and isinstance(
+                record.get("initiated_ns"), int):
+            return Upload(os.path.basename(path), path, record)
         return None
 
     def list_uploads(self, bucket):
@@ -3225,18 +3349,19 @@ class Store:
         """Publish a draft (of part_draft) as a part of an upload."""
         status = draft.seal(record)
         path = os.path.join(upload.path, "%05d" % number)
-        sidecar = self._write_part_record(draft, path, status, record)
-        if self.sync:
-            os.fsync(draft.fd)
         with self.locked_upload(upload):
+            sidecar = self._write_part_record(draft, path, status, record)
+            if self.sync:
+                os.fsync(draft.fd)
             os.replace(draft.path, path)
             draft.path = None
-            self._drop_old_sidecars(path, sidecar)
+            if sidecar:
+                _drop_other_sidecars(sidecar)
         if self.sync:
             sync_directory(upload.path)
 
     def _write_part_record(self, draft, path, status, record):
-        """As for an object; a sidecar lies beside the part."""
+        """As for an object; the path of the sidecar beside the part."""
         if self.xattrs:
             try:
                 os.setxattr(draft.fd, XATTR, dump_record(record))
@@ -3249,19 +3374,11 @@ class Store:
         return sidecar
 
     @staticmethod
-    def _drop_old_sidecars(path, sidecar):
-        directory, number = os.path.split(path)
-        if sidecar is None:
-            return
-        for name in os.listdir(directory):
-            if name.startswith(number + "-") and name != os.path.basename(
-                    sidecar):
-                _unlink(os.path.join(directory, name))
-
-    @staticmethod
     def part_draft(upload):
         """A Draft beside the parts."""
-        return Draft(upload.path)
+        def gone():
+            raise S3Error("NoSuchUpload", UploadId=upload.upload_id)
+        return Draft(upload.path, gone)
 
     def list_parts(self, upload):
         """Every Part, by number."""
@@ -3341,11 +3458,12 @@ class Store:
             count += _sweep_drafts(tmp, now - grace_seconds)
             count += _sweep_drafts(os.path.dirname(tmp),
                                    now - grace_seconds)
-            count += self._sweep_sidecars(bucket, now - grace_seconds)
-        for name in _listdir(self.dir_buckets):
-            if name.startswith((".gos3rve-new-", ".gos3rve-old-")):
-                path = os.path.join(self.dir_buckets, name)
-                if _modified(path) < now - grace_seconds:
+            count += bucket.sweep_sidecars(now - grace_seconds)
+        for directory in (self.dir_buckets, self.dir_uploads):
+            for name in _listdir(directory):
+                path = os.path.join(directory, name)
+                if name.startswith((".gos3rve-new-", ".gos3rve-old-")) \
+                        and _modified(path) < now - grace_seconds:
                     shutil.rmtree(path, ignore_errors=True)
                     count += 1
         for name in _listdir(self.dir_uploads):
@@ -3358,8 +3476,13 @@ class Store:
         count = 0
         for name in filter(_UPLOAD_ID.match, _listdir(directory)):
             path = os.path.join(directory, name)
-            upload = self._load_upload(path)
-            idle = now - _modified(path)
+            try:
+                upload = self._load_upload(path)
+            except OSError:
+                continue                # not now: it may well be whole
+            idle = now - max([_modified(path)] + [
+                _modified(os.path.join(path, part))
+                for part in _listdir(path)])
             if upload is None and idle > grace:
                 shutil.rmtree(path, ignore_errors=True)
                 count += 1
@@ -3372,28 +3495,12 @@ class Store:
                 count += _sweep_drafts(path, now - grace)
         return count
 
-    @staticmethod
-    def _sweep_sidecars(bucket, before):
-        """Sidecars that describe no file of this bucket any more."""
-        meta = os.path.join(bucket.root, STATE, "meta")
-        names = _listdir(meta)
-        if not names:
-            return 0
-        alive = set()
-        for path, directories, files in os.walk(bucket.root):
-            if os.path.basename(path) == STATE:
-                directories[:] = [d for d in directories
-                                  if d in ("odd", "tmp")]
-            for name in files:
-                with contextlib.suppress(OSError):
-                    alive.add("-%x" % os.lstat(
-                        os.path.join(path, name)).st_ino)
-        count = 0
-        for name in names:
-            path = os.path.join(meta, name)
-            if name[32:] not in alive and _modified(path) < before:
-                count += _unlink(path)
-        return count
+def _drop_other_sidecars(sidecar):
+    """Remove the sidecars of the parts that one replaced."""
+    directory, name = os.path.split(sidecar)
+    for other in os.listdir(directory):
+        if other.startswith(name[:6]) and other != name:
+            _unlink(os.path.join(directory, other))
 
 
 def _listdir(path):
@@ -3401,6 +3508,14 @@ def _listdir(path):
         return os.listdir(path)
     except _ABSENT:
         return []
+
+
+def _modified_ns(path):
+    """The mtime in nanoseconds; 0 when there is nothing."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _modified(path):
@@ -5358,6 +5473,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.unread = False
         self.tls = isinstance(self.connection, ssl.SSLSocket)
         set_timeout(self.connection, HEAD_SECONDS)
+        self.server.idle.add(self.connection)
         try:
             self.connection.setsockopt(socket.IPPROTO_TCP,
                                        socket.TCP_NODELAY, 1)
@@ -5366,6 +5482,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             set_timeout(self.connection, IDLE_SECONDS)
         except (OSError, ValueError):
             self.close_connection = self.unread = True
+        self.server.idle.discard(self.connection)
         self.wire = Wire(self.connection)
 
     def handle(self):
@@ -5558,9 +5675,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         resource = self.head.target.partition("?")[0] if self.head else "-"
         if asked is not None:
             account = asked.identity and asked.identity.account
-            resource = uri_encode("/%s/%s" % (
-                asked.bucket_name, asked.key) if asked.bucket_name else "/",
-                "/-_.~")
+            resource = "/" + asked.bucket_name
+            if asked.key:
+                resource += "/" + uri_encode(asked.key, "/-_.~")
         self.server.access_log({
             "time": iso_date(int(self.now * 1e9)),
             "client": self.client_address[0],
