@@ -5349,11 +5349,13 @@ class Wire:
     """The receiving side of a connection, buffered.
 
     `before_body` is called once before the next body byte is waited for:
-    it sends 100 Continue.
+    it sends 100 Continue.  stopping(): True once the server ends; given
+    where nothing else can wake a reader that waits for a request.
     """
 
-    def __init__(self, connection):
+    def __init__(self, connection, stopping=None):
         self._connection, self._recv = connection, connection.recv
+        self._stopping = stopping
         self._buffer = b""
         self.before_body = None
         self.received = 0
@@ -5393,18 +5395,23 @@ class Wire:
         self.received += end
         return line
 
+    def _first_bytes(self):
+        """The first bytes of a head; b"" when none come in IDLE_SECONDS,
+        or before the server ends."""
+        try:
+            if self._stopping is None:
+                return self._receive(MAX_HEAD_BYTES)
+            return self._receive_until(time.monotonic() + IDLE_SECONDS)
+        except S3Error:
+            return b""
+
     def head(self):
         """The bytes of the next request head; b"" when there is none.
 
         The first byte may take as long as the connection's time-out, the
         whole head HEAD_SECONDS from then on.
         """
-        data = self._buffer
-        if not data:
-            try:
-                data = self._receive(MAX_HEAD_BYTES)
-            except S3Error:
-                return b""                      # idle for too long
+        data = self._buffer or self._first_bytes()
         end, deadline = _head_end(data), time.monotonic() + HEAD_SECONDS
         while end < 0 and data:
             if len(data) > MAX_HEAD_BYTES:
@@ -5420,13 +5427,19 @@ class Wire:
         return data[:end].lstrip(b"\r\n")       # RFC 9112 section 2.2
 
     def _receive_until(self, deadline):
-        """More bytes before a time.monotonic(), or RequestTimeout."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise S3Error("RequestTimeout")
-        set_timeout(self._connection, left)
+        """Bytes of a head before a time.monotonic() and before the server
+        ends, or RequestTimeout."""
         try:
-            return self._receive(MAX_HEAD_BYTES)
+            while True:
+                left = max(deadline - time.monotonic(), 0.001)
+                set_timeout(self._connection,
+                            min(left, 0.5) if self._stopping else left)
+                try:
+                    return self._receive(MAX_HEAD_BYTES)
+                except S3Error:
+                    if (self._stopping is None or self._stopping()
+                            or time.monotonic() > deadline):
+                        raise
         finally:
             set_timeout(self._connection, IDLE_SECONDS)
 
@@ -5483,7 +5496,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (OSError, ValueError):
             self.close_connection = self.unread = True
         self.server.idle.discard(self.connection)
-        self.wire = Wire(self.connection)
+        # shutting a TLS connection's socket down would break its end
+        self.wire = Wire(self.connection, (
+            lambda: self.server.stopping) if self.tls else None)
 
     def handle(self):
         """Serve requests until one side has had enough."""
@@ -5528,7 +5543,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _next_head(self):
         """The bytes of a request head; b"" at the connection's end."""
         idle = self.server.idle
-        idle.add(self.connection)
+        if not self.tls:
+            idle.add(self.connection)
         try:
             return b"" if self.server.stopping else self.wire.head()
         finally:
@@ -5759,7 +5775,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.service, self.tls = service, tls
         self.access_log = access_log
         self.report = report or (lambda line: None)
-        self.idle = set()               # connections between two requests
+        self.idle = set()               # sockets to shut down at the end
         self.stopping = False
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._upload_ttl = upload_ttl
@@ -6496,7 +6512,14 @@ def main(argv=None):
 
 def run(config):
     """Serve until a signal comes; the exit status."""
-    values, stop = config.values, threading.Event()
+    values, stop = config.values, []
+
+    def end(number, _):
+        if stop:                        # asked twice: at once
+            os._exit(1)
+        stop.append(number)
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), end)
     try:
         running = Running(config, access_writer(values["log"]),
                           operator_log)
@@ -6505,18 +6528,13 @@ def run(config):
     except (OSError, S3Error) as error:
         print("gos3rve: cannot serve: %s" % error, file=sys.stderr)
         return 1
-
-    def end(*_):
-        if stop.is_set():               # asked twice: at once
-            os._exit(1)
-        stop.set()
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), end)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda *_: _reload(running))
     print(banner(running, config, sys.stdout.isatty()), flush=True)
-    while not stop.wait(3600):
-        pass
+    while not stop:
+        # The kernel may hand a signal to any thread; Python runs its
+        # handler in this one, but does not wake it from a lock for that.
+        time.sleep(0.1)
     running.close()
     if values["ready_file"]:
         _unlink(values["ready_file"])
