@@ -5537,7 +5537,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return error_response(error, self.request_id)
         self._keep_alive(head)
         response = self._run(head, frame)
-        self._finish_body(frame)
+        self._finish_body(frame, response.status)
         return response
 
     def _next_head(self):
@@ -5596,9 +5596,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                           traceback.format_exc()))
         return error_response(failure, self.request_id, resource)
 
-    def _finish_body(self, frame):
+    def _finish_body(self, frame, status):
         """Read a small rest of the body away, else give up the connection:
-        what follows on it would be taken for a request."""
+        what follows on it would be taken for a request.
+
+        botocore (AWSConnection in 1.44) mistakes the next answer on a
+        connection where a final one came instead of 100 Continue: say 100
+        before a success that needed no body, and close after a failure.
+        """
+        if self.wire.before_body:
+            if status < 300 and frame.left == 0:
+                self._send_continue()
+            else:
+                self.close_connection = True
         if frame.left == 0:
             return
         try:
@@ -5884,7 +5894,7 @@ class Server(http.server.ThreadingHTTPServer):
             while self._running and time.monotonic() < deadline:
                 for connection in list(self.idle):
                     with contextlib.suppress(OSError):
-                        connection.shutdown(socket.SHUT_RD)
+                        socket.socket.shutdown(connection, socket.SHUT_RD)
                 self._changed.wait(0.1)
             return not self._running
 
@@ -6548,6 +6558,7 @@ def _write_ready(path, running):
             file.write(running.url + "\n")
         os.replace(path + ".new", path)
     except OSError:
+        _unlink(path + ".new")
         running.close()
         raise
 

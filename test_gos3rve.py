@@ -1,0 +1,10621 @@
+#!/usr/bin/env python3
+"""Tests of gos3rve.  `python3 test_gos3rve.py` runs them all.
+
+Standard library only; real clients are run where they are installed, and
+with GOS3RVE_REQUIRE_CLIENTS=1 a missing one is a failure.  The rooms are
+those of gos3rve.py, under the same banners:
+
+    0. Tools
+    1. Constants and errors
+    2. Names, dates, ranges and headers
+    3. XML
+    4. Signatures
+    5. Bodies and checksums
+    6. Storage
+    7. Access
+    8. Operations
+    9. HTTP
+    10. Server
+    11. Configuration and command line
+    12. Real clients
+    13. House
+"""
+
+import ast
+import base64
+import calendar
+import concurrent.futures
+import contextlib
+import datetime
+import errno
+import hashlib
+import hmac
+import http.client
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import types
+import unittest
+import urllib.parse
+import urllib.request
+import xml.etree.ElementTree as ElementTree
+import zlib
+from unittest import mock
+
+import gos3rve
+from gos3rve import KIB, MIB, Account, S3Error, Store
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SERVER = os.path.join(HERE, "gos3rve.py")
+ALICE = Account("ALICEKEY", "alice-secret", "alice-id", "alice",
+                "alice@example.com")
+BOB = Account("BOBKEY", "bob-secret", "bob-id", "bob", "bob@example.com")
+
+
+###############################################################################
+# 0. Tools
+###############################################################################
+#
+# A server on a free port over a temporary directory, and a client with a
+# SigV4 signer of its own: nothing of it is taken from gos3rve.py, so that
+# the two check each other.
+
+class Answer:
+    """status, headers (lower-case names), body; xml() is its tree."""
+
+    def __init__(self, status, headers, body):
+        self.status, self.headers, self.body = status, headers, body
+
+    def xml(self):
+        """The document's root, namespaces dropped."""
+        root = ElementTree.fromstring(self.body)
+        for element in root.iter():
+            element.tag = element.tag.rpartition("}")[2]
+        return root
+
+    def all(self, path):
+        """The texts of all elements on an ElementTree path."""
+        return [element.text or "" for element in self.xml().iterfind(path)]
+
+    def one(self, path):
+        """The text of the first element on a path, or None."""
+        return self.xml().findtext(path)
+
+    @property
+    def code(self):
+        """The <Code> of an error document; "" when there is none."""
+        return (self.one("Code") or "") if self.body else ""
+
+    @property
+    def etag(self):
+        """The ETag header without its quotes."""
+        return self.headers["etag"].strip('"')
+
+
+def quote(text, safe="-_.~"):
+    """SigV4's percent-encoding."""
+    return urllib.parse.quote(text, safe=safe)
+
+
+def v4_key(secret, date, region="us-east-1", service="s3"):
+    """SigV4's signing key."""
+    key = ("AWS4" + secret).encode()
+    for part in (date, region, service, "aws4_request"):
+        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+    return key
+
+
+def v4_canonical(method, path, query, headers, signed, payload):
+    """SigV4's canonical request; path is raw, query a list of pairs."""
+    pairs = sorted((quote(n), quote(v)) for n, v in query)
+    return "\n".join([
+        method, path, "&".join("%s=%s" % pair for pair in pairs),
+        "".join("%s:%s\n" % (n, re.sub(" +", " ", headers[n].strip(" ")))
+                for n in signed), ";".join(signed), payload])
+
+
+def v4_signature(secret, scope, amz_date, canonical):
+    """The signature of a canonical request; scope without the key id."""
+    date, region, service, _ = scope.split("/")
+    text = "\n".join(["AWS4-HMAC-SHA256", amz_date, scope, hashlib.sha256(
+        canonical.encode("latin-1")).hexdigest()])
+    return hmac.new(v4_key(secret, date, region, service), text.encode(),
+                    hashlib.sha256).hexdigest()
+
+
+def amz_date(when=None):
+    """A time (seconds, default now) as x-amz-date has it."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(when))
+
+
+class Client:
+    """A signing S3 client over one keep-alive connection.
+
+    request(method, "/bucket/key", query=[("a", "b")], body=b"") gives an
+    Answer.  `path` is text and encoded here; raw_path is sent as it is.
+    """
+
+    def __init__(self, url, key_id, secret, region="us-east-1",
+                 context=None):
+        self.url, self.key_id, self.secret = url, key_id, secret
+        self.region, self._context = region, context
+        self.netloc = urllib.parse.urlsplit(url).netloc
+        self._connection = None
+
+    def connect(self):
+        """A new http.client connection."""
+        if self.url.startswith("https"):
+            return http.client.HTTPSConnection(self.netloc, timeout=60,
+                                               context=self._context)
+        return http.client.HTTPConnection(self.netloc, timeout=60)
+
+    def close(self):
+        """Close the connection."""
+        if self._connection:
+            self._connection.close()
+            self._connection = None
+
+    def sign(self, method, raw_path, query, headers, payload, when=None):
+        """The headers to add: x-amz-date, x-amz-content-sha256 and
+        Authorization, over every header given and Host."""
+        headers = {n.lower(): str(v) for n, v in headers.items()}
+        headers.setdefault("host", self.netloc)
+        headers["x-amz-date"] = amz_date(when)
+        headers["x-amz-content-sha256"] = payload
+        scope = "%s/%s/s3/aws4_request" % (headers["x-amz-date"][:8],
+                                           self.region)
+        signed = sorted(headers)
+        signature = v4_signature(
+            self.secret, scope, headers["x-amz-date"],
+            v4_canonical(method, raw_path, query, headers, signed, payload))
+        headers["authorization"] = (
+            "AWS4-HMAC-SHA256 Credential=%s/%s,SignedHeaders=%s,"
+            "Signature=%s" % (self.key_id, scope, ";".join(signed),
+                              signature))
+        return headers
+
+    def presign(self, method, path, query=(), headers=None, expires=60,
+                when=None):
+        """A presigned SigV4 URL."""
+        raw_path, date = quote(path, "/-_.~"), amz_date(when)
+        headers = dict(headers or {}, host=self.netloc)
+        headers = {n.lower(): v for n, v in headers.items()}
+        scope = "%s/%s/s3/aws4_request" % (date[:8], self.region)
+        query = list(query) + [
+            ("X-Amz-Algorithm", "AWS4-HMAC-SHA256"),
+            ("X-Amz-Credential", "%s/%s" % (self.key_id, scope)),
+            ("X-Amz-Date", date), ("X-Amz-Expires", str(expires)),
+            ("X-Amz-SignedHeaders", ";".join(sorted(headers)))]
+        signature = v4_signature(self.secret, scope, date, v4_canonical(
+            method, raw_path, query, headers, sorted(headers),
+            "UNSIGNED-PAYLOAD"))
+        query.append(("X-Amz-Signature", signature))
+        return "%s%s?%s" % (self.url, raw_path, "&".join(
+            "%s=%s" % (quote(n), quote(v)) for n, v in query))
+
+    def request(self, method, path, query=(), body=b"", headers=None,
+                payload=None, raw_path=None, signed=True, when=None):
+        """Send a request; an Answer.  payload None: the body's SHA-256."""
+        raw_path = quote(path, "/-_.~") if raw_path is None else raw_path
+        query = list(query.items()) if isinstance(query, dict) \
+            else list(query)
+        if payload is None:
+            payload = hashlib.sha256(body).hexdigest() \
+                if isinstance(body, bytes) else "UNSIGNED-PAYLOAD"
+        send = dict(headers or {})
+        if signed:
+            send = self.sign(method, raw_path, query, send, payload, when)
+        send.pop("host", None) if "host" not in {
+            n.lower() for n in headers or {}} else None
+        target = raw_path
+        if query:
+            target += "?" + "&".join(
+                "%s=%s" % (quote(n), quote(v)) for n, v in query)
+        if isinstance(body, bytes) and (body or method in ("PUT", "POST")):
+            send.setdefault("content-length", str(len(body)))
+        return self.send(method, target, body, send)
+
+    def send(self, method, target, body=b"", headers=None):
+        """Send as it is, reconnecting where the server had closed."""
+        for attempt in (0, 1):
+            if self._connection is None:
+                self._connection = self.connect()
+                attempt = 1
+            connection = self._connection
+            try:
+                connection.putrequest(method, target, skip_host="host" in {
+                    n.lower() for n in headers or {}},
+                    skip_accept_encoding=True)
+                for name, value in (headers or {}).items():
+                    connection.putheader(name, value)
+                connection.endheaders(body or None)
+                response = connection.getresponse()
+                data = response.read()
+            except (http.client.BadStatusLine, ConnectionError,
+                    BrokenPipeError):
+                self.close()
+                if attempt:
+                    raise
+                continue
+            answer = Answer(response.status, {
+                n.lower(): v for n, v in response.getheaders()}, data)
+            if response.will_close:
+                self.close()
+            return answer
+
+    def get(self, path, query=(), **more):
+        """GET; an Answer."""
+        return self.request("GET", path, query, **more)
+
+    def head(self, path, query=(), **more):
+        """HEAD; an Answer."""
+        return self.request("HEAD", path, query, **more)
+
+    def put(self, path, body=b"", query=(), **more):
+        """PUT; an Answer."""
+        return self.request("PUT", path, query, body, **more)
+
+    def post(self, path, query=(), body=b"", **more):
+        """POST; an Answer."""
+        return self.request("POST", path, query, body, **more)
+
+    def delete(self, path, query=(), **more):
+        """DELETE; an Answer."""
+        return self.request("DELETE", path, query, **more)
+
+    def keys(self, bucket, **query):
+        """All keys of a bucket, over as many pages as it takes.  Names
+        of parameters have `_` for `-`."""
+        query = [(n.replace("_", "-"), v) for n, v in query.items()]
+        found, token = [], None
+        while True:
+            more = [("continuation-token", token)] if token else []
+            answer = self.get("/" + bucket, [
+                ("list-type", "2"), ("encoding-type", "url")]
+                + query + more)
+            assert answer.status == 200, answer.body
+            found += map(urllib.parse.unquote, answer.all("Contents/Key"))
+            token = answer.one("NextContinuationToken")
+            if not token:
+                return found
+
+
+def raw(port, data, timeout=10, shut=True):
+    """Send bytes to 127.0.0.1:port and give all that comes back.  shut:
+    say that no more will come, so that the server ends the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout) as sock:
+        parts = []
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+            if shut:
+                sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                part = sock.recv(65536)
+                if not part:
+                    break
+                parts.append(part)
+        return b"".join(parts)
+
+
+def digest64(name, data):
+    """A base64 digest, as Content-MD5 and x-amz-checksum- carry it."""
+    return base64.b64encode(hashlib.new(name, data).digest()).decode()
+
+
+def crc64(data):
+    """The base64 CRC-32 of x-amz-checksum-crc32."""
+    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+
+
+def temporary_directory(test):
+    """A new directory that goes at the end of a test case."""
+    path = tempfile.mkdtemp(prefix="test-gos3rve-")
+    test.addCleanup(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+class ServerCase(unittest.TestCase):
+    """A server with the bucket `box`, and a client of its first account.
+
+    self.s3 is the Client, self.server the Running, self.path(...) a path
+    below the bucket's directory.  `options` go to serve().
+    """
+
+    options = {}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = gos3rve.serve(buckets=["box"], **cls.options)
+        cls.s3 = Client(cls.server.url, cls.server.key_id,
+                        cls.server.key_val)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.s3.close()
+        cls.server.close(5)
+
+    def setUp(self):
+        """Every test starts with an empty bucket `box`."""
+        for path in (self.path(), self.server.dir_uploads):
+            for name in os.listdir(path):
+                target = os.path.join(path, name)
+                if name == gos3rve.STATE:
+                    target = os.path.join(target, "odd")
+                if os.path.isdir(target) and not os.path.islink(target):
+                    shutil.rmtree(target)
+                elif os.path.lexists(target):
+                    os.unlink(target)
+
+    def path(self, *parts):
+        """A path in the directory of bucket `box`."""
+        return os.path.join(self.server.dir_buckets, "box", *parts)
+
+    def ok(self, answer, status=200):
+        """Assert a status; the answer itself."""
+        self.assertEqual(answer.status, status, answer.body[:2000])
+        return answer
+
+    def error(self, answer, code, status=None):
+        """Assert an S3 error; the answer itself."""
+        self.assertEqual((answer.code, answer.status), (
+            code, status or gos3rve.ERRORS[code][0]), answer.body[:2000])
+        return answer
+
+
+class Drip(io.BytesIO):
+    """A source that gives at most `step` bytes at a time."""
+
+    def __init__(self, data, step=1):
+        super().__init__(data)
+        self._step = step
+
+    def read(self, size=-1):
+        """1 to `step` bytes."""
+        return super().read(min(size, self._step))
+
+###############################################################################
+# 1. Constants and errors
+###############################################################################
+
+class Refusing(unittest.TestCase):
+    """refused(code, call, ...): the S3Error that a call raises."""
+
+    def refused(self, code, call, *values, **more):
+        """Assert that the call raises S3Error `code`; the error."""
+        with self.assertRaises(S3Error) as caught:
+            call(*values, **more)
+        self.assertEqual(caught.exception.code, code, caught.exception)
+        return caught.exception
+
+
+class Errors(Refusing):
+
+    def test_status_of_a_code_is_that_of_the_aws_table(self):
+        # API/ErrorResponses.html
+        for code, status in (
+                ("AccessDenied", 403), ("BadDigest", 400),
+                ("AuthorizationHeaderMalformed", 400),
+                ("BucketAlreadyExists", 409),
+                ("BucketAlreadyOwnedByYou", 409), ("BucketNotEmpty", 409),
+                ("EntityTooLarge", 400), ("EntityTooSmall", 400),
+                ("IncompleteBody", 400), ("InternalError", 500),
+                ("InvalidAccessKeyId", 403), ("InvalidArgument", 400),
+                ("InvalidBucketName", 400), ("InvalidDigest", 400),
+                ("InvalidPart", 400), ("InvalidPartOrder", 400),
+                ("InvalidRange", 416), ("InvalidRequest", 400),
+                ("InvalidToken", 400), ("KeyTooLongError", 400),
+                ("MalformedXML", 400), ("MaxMessageLengthExceeded", 400),
+                ("MetadataTooLarge", 400), ("MethodNotAllowed", 405),
+                ("MissingContentLength", 411), ("NoSuchBucket", 404),
+                ("NoSuchBucketPolicy", 404), ("NoSuchKey", 404),
+                ("NoSuchUpload", 404), ("NoSuchVersion", 404),
+                ("NotImplemented", 501), ("PreconditionFailed", 412),
+                ("RequestTimeTooSkewed", 403), ("RequestTimeout", 400),
+                ("SignatureDoesNotMatch", 403), ("SlowDown", 503),
+                ("XAmzContentSHA256Mismatch", 400)):
+            with self.subTest(code=code):
+                self.assertEqual(S3Error(code).status, status)
+
+    def test_every_row_is_a_code_an_http_status_and_a_message(self):
+        for code, (status, message) in gos3rve.ERRORS.items():
+            with self.subTest(code=code):
+                self.assertRegex(code, r"\A[A-Z][A-Za-z0-9]+\Z")
+                self.assertTrue(status == 304 or 400 <= status < 600)
+                self.assertTrue(message.strip())
+
+    def test_error_carries_message_fields_and_headers(self):
+        error = S3Error("NoSuchKey", "gone", {"X": "y"}, Key="a/b")
+        self.assertEqual(
+            (error.message, error.headers, error.fields),
+            ("gone", {"X": "y"}, {"Key": "a/b"}))
+        self.assertEqual(S3Error("NoSuchKey").message,
+                         "The specified key does not exist.")
+        self.assertIn("NoSuchKey", str(error))
+
+    def test_unknown_code_cannot_be_raised(self):
+        self.assertRaises(KeyError, S3Error, "NoSuchThing")
+
+    def test_limits_are_those_of_aws(self):
+        self.assertEqual(
+            (gos3rve.MAX_KEY_BYTES, gos3rve.MAX_PART_NUMBER,
+             gos3rve.MIN_PART_BYTES, gos3rve.MAX_PUT_BYTES,
+             gos3rve.MAX_DELETE_KEYS, gos3rve.MAX_LIST_KEYS,
+             gos3rve.MAX_EXPIRES_SECONDS, gos3rve.MAX_SKEW_SECONDS,
+             gos3rve.MAX_USER_METADATA_BYTES),
+            (1024, 10000, 5 << 20, 5 << 30, 1000, 1000, 604800, 900, 2048))
+
+
+###############################################################################
+# 2. Names, dates, ranges and headers
+###############################################################################
+
+class BucketNames(unittest.TestCase):
+
+    def test_names_that_aws_allows(self):
+        for name in ("abc", "a-b", "a.b.c", "1bucket", "0.0", "a" * 63,
+                     "192.168.5", "my--bucket", "docexamplewebsite.com",
+                     "s3alias", "xn-a", "1.2.3.4.5"):
+            with self.subTest(name=name):
+                self.assertTrue(gos3rve.valid_bucket_name(name))
+
+    def test_names_that_aws_forbids(self):
+        # userguide/bucketnamingrules.html
+        for name in ("", "ab", "a" * 64, "Bucket", "a_b", "-ab", "ab-",
+                     ".ab", "ab.", "a..b", "192.168.5.4", "xn--abc",
+                     "sthree-abc", "amzn-s3-demo-abc", "abc-s3alias",
+                     "abc--ol-s3", "abc.mrap", "abc--x-s3",
+                     "abc--table-s3", "a b", "a/b", "a\n", "abc\n",
+                     "caf\xe9", "\u0661\u0662\u0663", "a%b"):
+            with self.subTest(name=name):
+                self.assertFalse(gos3rve.valid_bucket_name(name))
+
+    def test_directory_names_that_could_lead_elsewhere_are_no_buckets(self):
+        for name in ("", ".", "..", ".gos3rve", "../x", "a/b", "a\\b",
+                     "a\0b", "a\n", "-a", "a" * 256, "\u212a"):
+            with self.subTest(name=name):
+                self.assertFalse(gos3rve.usable_bucket_name(name))
+
+    def test_directory_made_by_hand_may_have_capitals_and_underscores(self):
+        for name in ("My_Files", "a", "ab", "A" * 255, "v1.2_x-y"):
+            with self.subTest(name=name):
+                self.assertTrue(gos3rve.usable_bucket_name(name))
+
+    def test_region_is_a_word(self):
+        for name in ("us-east-1", "EU", "mars", "a" * 63):
+            self.assertTrue(gos3rve.valid_region(name), name)
+        for name in ("", "-a", "a b", "a/b", "<x>", "a\n", "a" * 64):
+            self.assertFalse(gos3rve.valid_region(name), name)
+
+
+class Targets(Refusing):
+
+    def test_percent_encoding_is_that_of_sigv4(self):
+        every = bytes(range(128)).decode()
+        plain = ("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+                 "0123456789-._~")
+        expected = "".join(c if c in plain else "%%%02X" % ord(c)
+                           for c in every)
+        self.assertEqual(gos3rve.uri_encode(every), expected)
+        self.assertEqual(gos3rve.uri_encode("\u20ac \U0001f600"),
+                         "%E2%82%AC%20%F0%9F%98%80")
+
+    def test_decoding_gives_back_what_was_encoded(self):
+        for text in ("", "a b", "%", "%41", "+", "a/b", "\u20ac",
+                     "\U0001f600", "e\u0301", "\xe9", "\x00\x01\n", "~"):
+            with self.subTest(text=text):
+                self.assertEqual(gos3rve.uri_decode(
+                    gos3rve.uri_encode(text)), text)
+
+    def test_raw_utf8_on_the_wire_is_decoded(self):
+        self.assertEqual(gos3rve.uri_decode(
+            "caf\xc3\xa9/%e2%82%ac"), "caf\xe9/\u20ac")
+
+    def test_bytes_that_are_no_utf8_answer_InvalidURI(self):
+        for raw_text in ("%ff", "a%C3", "\xe9", "%ED%A0%80", "%C0%AF",
+                         "\u20ac"):
+            with self.subTest(raw=raw_text):
+                self.refused("InvalidURI", gos3rve.uri_decode, raw_text)
+
+    def test_target_splits_into_raw_path_and_query(self):
+        for target, expected in (
+                ("/", ("/", "")), ("/b/k?a=b?c", ("/b/k", "a=b?c")),
+                ("//b//k", ("//b//k", "")), ("/b/%2F+?", ("/b/%2F+", "")),
+                ("http://h/b/k?x", ("/b/k", "x")),
+                ("HTTPS://h:9/b", ("/b", "")), ("http://h", ("/", "")),
+                ("http://h?list-type=2", ("/", "list-type=2")),
+                ("http://h?prefix=a/b", ("/", "prefix=a/b"))):
+            with self.subTest(target=target):
+                self.assertEqual(gos3rve.split_target(target), expected)
+
+    def test_target_that_is_no_path_answers_InvalidURI(self):
+        for target in ("*", "", "b/k", "ftp://h/b", "h:80", "?a"):
+            with self.subTest(target=target):
+                self.refused("InvalidURI", gos3rve.split_target, target)
+
+    def test_query_is_decoded_in_its_order(self):
+        for query, expected in (
+                ("", []), ("uploads", [("uploads", "")]),
+                ("b=2&a=1&b=", [("b", "2"), ("a", "1"), ("b", "")]),
+                ("&&a=b&", [("a", "b")]),
+                ("p=a+b%2Bc%20d", [("p", "a b+c d")]),
+                ("k=a=b==", [("k", "a=b==")]),
+                ("a%3Db=%26", [("a=b", "&")]),
+                ("p=%e2%82%ac", [("p", "\u20ac")])):
+            with self.subTest(query=query):
+                self.assertEqual(gos3rve.parse_query(query), expected)
+
+    def test_path_names_bucket_and_key(self):
+        for path, expected in (
+                ("/", ("", "")), ("/b", ("b", "")), ("/b/", ("b", "")),
+                ("/b/k", ("b", "k")), ("/b//k", ("b", "/k")),
+                ("/b/a//b/", ("b", "a//b/")), ("/b/a%2Fb", ("b", "a/b")),
+                ("/b/../c", ("b", "../c")), ("/b/a+b", ("b", "a+b")),
+                ("/b/%E2%82%AC", ("b", "\u20ac")),
+                ("/b/a%00", ("b", "a\0"))):
+            with self.subTest(path=path):
+                self.assertEqual(gos3rve.split_path(path), expected)
+
+    def test_key_without_a_bucket_answers_InvalidBucketName(self):
+        self.refused("InvalidBucketName", gos3rve.split_path, "//key")
+
+    def test_key_has_1024_bytes_at_most(self):
+        for key in ("k" * 1024, "\u20ac" * 341, "\U0001f600" * 256):
+            self.assertEqual(gos3rve.checked_key(key), key)
+        for key in ("k" * 1025, "\u20ac" * 342, "\U0001f600" * 257):
+            error = self.refused("KeyTooLongError", gos3rve.checked_key,
+                                 key)
+            self.assertEqual(error.status, 400)
+
+    def test_host_names_a_bucket_only_below_a_domain_or_localhost(self):
+        for host, expected in (
+                ("box.s3.test", "box"), ("box.s3.test:9000", "box"),
+                ("BOX.S3.Test", "box"), ("a.b.s3.test", "a.b"),
+                ("box.s3.test.", "box"), ("s3.test", ""),
+                ("s3.test:80", ""), ("box-s3.test", ""), ("a.other.test", ""),
+                ("box.localhost", "box"), ("a.b.localhost:9", "a.b"),
+                ("localhost", ""), ("localhost:9000", ""),
+                ("127.0.0.1", ""), ("127.0.0.1:9000", ""), ("[::1]", ""),
+                ("[::1]:9000", ""), ("10.0.0.1.nip.io", ""), ("", ""),
+                ("box.dc1", "box"), ("box.dc1:80", "box")):
+            with self.subTest(host=host):
+                self.assertEqual(gos3rve.host_bucket(
+                    host, ("s3.test", "dc1")), expected)
+
+    def test_copy_source_names_bucket_key_and_version(self):
+        for value, expected in (
+                ("b/k", ("b", "k", None)), ("/b/k", ("b", "k", None)),
+                ("%2Fb%2Fk", ("b", "k", None)), ("b//k", ("b", "/k", None)),
+                ("b/a%20b%2Bc", ("b", "a b+c", None)),
+                ("b/a/b/", ("b", "a/b/", None)),
+                ("b/%E2%82%AC", ("b", "\u20ac", None)),
+                ("b/\xe2\x82\xac", ("b", "\u20ac", None)),
+                ("b/k?versionId=null", ("b", "k", "null")),
+                ("b/k%3FversionId=x", ("b", "k?versionId=x", None)),
+                ("b/../c/k", ("b", "../c/k", None))):
+            with self.subTest(value=value):
+                self.assertEqual(gos3rve.parse_copy_source(value), expected)
+
+    def test_copy_source_without_a_key_answers_InvalidArgument(self):
+        for value in ("", "/", "b", "/b", "b/", "/b/", "//k",
+                      "?versionId=x"):
+            with self.subTest(value=value):
+                self.refused("InvalidArgument", gos3rve.parse_copy_source,
+                             value)
+
+
+class Dates(unittest.TestCase):
+    NOV_6 = 784111777                   # RFC 9110 section 5.6.7's example
+
+    def test_dates_that_go_out(self):
+        self.assertEqual(gos3rve.http_date(self.NOV_6),
+                         "Sun, 06 Nov 1994 08:49:37 GMT")
+        for time_ns, expected in (
+                (self.NOV_6 * 10**9, "1994-11-06T08:49:37.000Z"),
+                (self.NOV_6 * 10**9 + 999999999, "1994-11-06T08:49:37.999Z"),
+                (0, "1970-01-01T00:00:00.000Z"),
+                (1709210096007000001, "2024-02-29T12:34:56.007Z")):
+            with self.subTest(time_ns=time_ns):
+                self.assertEqual(gos3rve.iso_date(time_ns), expected)
+
+    def test_http_dates_in_the_three_forms_and_iso_8601(self):
+        for text in ("Sun, 06 Nov 1994 08:49:37 GMT",
+                     "Sunday, 06-Nov-94 08:49:37 GMT",
+                     "Sun Nov  6 08:49:37 1994",
+                     "Sun, 06 Nov 1994 09:49:37 +0100",
+                     "19941106T084937Z", "1994-11-06T08:49:37Z",
+                     "1994-11-06T08:49:37.123Z"):
+            with self.subTest(text=text):
+                self.assertEqual(gos3rve.parse_http_date(text), self.NOV_6)
+
+    def test_text_that_is_no_date_gives_none(self):
+        for text in ("", " ", "\xa0", "yesterday", "0", "-1", ",", ":",
+                     "1 Nov , 00:00:00 GMT", "1 Nov 94 , GMT",
+                     "Sun, 06 Nov 99999 08:49:37 GMT",
+                     "1994-13-06T08:49:37Z", "1994-11-06T24:49:37Z",
+                     "Sun, 06 Nov 1994 24:49:37 GMT",
+                     "Sun, 32 Nov 1994 08:49:37 GMT",
+                     "1994-11-06 08:49:37", "\u0661994-11-06T08:49:37Z"):
+            with self.subTest(text=text):
+                self.assertIsNone(gos3rve.parse_http_date(text))
+
+    def test_amz_date_is_basic_iso_8601_only(self):
+        self.assertEqual(gos3rve.parse_amz_date("19941106T084937Z"),
+                         self.NOV_6)
+        for text in ("", "19941106T084937", "19941106 084937Z",
+                     "19941106T084937z", "19941306T084937Z",
+                     "19941100T084937Z", "19941106T244937Z",
+                     "19941106T086037Z", "1994-11-06T08:49:37Z",
+                     "-9941106T084937Z", "1994110\u0666T084937Z",
+                     "19941106T0849 7Z", "19941106T084937Z "):
+            with self.subTest(text=text):
+                self.assertIsNone(gos3rve.parse_amz_date(text))
+
+
+class Ranges(Refusing):
+
+    def test_one_range_gives_start_and_stop(self):
+        for value, size, expected in (
+                ("bytes=0-0", 10, (0, 1)), ("bytes=0-9", 10, (0, 10)),
+                ("bytes=4-7", 10, (4, 8)), ("bytes=4-", 10, (4, 10)),
+                ("bytes=9-", 10, (9, 10)), ("bytes=5-100", 10, (5, 10)),
+                ("bytes=-3", 10, (7, 10)), ("bytes=-100", 10, (0, 10)),
+                ("bytes=-1", 1, (0, 1)), ("BYTES=1-2", 10, (1, 3)),
+                ("bytes=0-99999999999999999999", 5, (0, 5)),
+                ("bytes=00-01", 10, (0, 2))):
+            with self.subTest(value=value, size=size):
+                self.assertEqual(gos3rve.parse_range(value, size), expected)
+
+    def test_malformed_or_several_ranges_are_ignored(self):
+        for value in ("", "bytes", "bytes=", "bytes=-", "bytes=a-b",
+                      "bytes=5-2", "bytes=0-1,3-4", "lines=0-1", "0-1",
+                      "bytes=--1", "bytes=1--2", "bytes=+1-2",
+                      "bytes=1.0-2", "bytes=\u0661-2", "bytes=0x1-2"):
+            with self.subTest(value=value):
+                self.assertIsNone(gos3rve.parse_range(value, 10))
+
+    def test_range_behind_the_end_answers_InvalidRange(self):
+        for value, size in (("bytes=10-", 10), ("bytes=10-20", 10),
+                            ("bytes=-0", 10), ("bytes=0-", 0),
+                            ("bytes=0-0", 0), ("bytes=99999-", 10)):
+            with self.subTest(value=value, size=size):
+                error = self.refused("InvalidRange", gos3rve.parse_range,
+                                     value, size)
+                self.assertEqual(error.status, 416)
+                self.assertEqual(error.headers["Content-Range"],
+                                 "bytes */%d" % size)
+
+
+class Preconditions(Refusing):
+    MTIME = 784111777
+    BEFORE, SAME, AFTER = (
+        "Sun, 06 Nov 1994 08:49:3%d GMT" % n for n in (6, 7, 8))
+
+    def test_etag_lists_match_quoted_bare_and_star(self):
+        for header, expected in (
+                ('"abc"', True), ("abc", True), ("*", True),
+                ('"x", "abc"', True), ('W/"abc"', True), ('"ab"', False),
+                ('"x","y"', False), ("", False), ('"ABC"', False)):
+            with self.subTest(header=header):
+                self.assertIs(gos3rve.etag_matches(header, "abc"), expected)
+
+    # RFC 9110 section 13.2.2: (what is sent, code or None)
+    READS = (
+        ({}, None),
+        ({"if-match": '"abc"'}, None),
+        ({"if-match": '"x"'}, "PreconditionFailed"),
+        ({"if-unmodified-since": SAME}, None),
+        ({"if-unmodified-since": AFTER}, None),
+        ({"if-unmodified-since": BEFORE}, "PreconditionFailed"),
+        ({"if-match": '"abc"', "if-unmodified-since": BEFORE}, None),
+        ({"if-match": '"x"', "if-unmodified-since": AFTER},
+         "PreconditionFailed"),
+        ({"if-none-match": '"x"'}, None),
+        ({"if-none-match": '"abc"'}, "NotModified"),
+        ({"if-none-match": "*"}, "NotModified"),
+        ({"if-modified-since": BEFORE}, None),
+        ({"if-modified-since": SAME}, "NotModified"),
+        ({"if-modified-since": AFTER}, "NotModified"),
+        ({"if-none-match": '"x"', "if-modified-since": AFTER}, None),
+        ({"if-none-match": '"abc"', "if-modified-since": BEFORE},
+         "NotModified"),
+        ({"if-match": '"x"', "if-none-match": '"abc"'},
+         "PreconditionFailed"),
+        ({"if-match": '"abc"', "if-none-match": '"abc"'}, "NotModified"),
+        ({"if-modified-since": "garbage"}, None),
+        ({"if-unmodified-since": "garbage"}, None))
+
+    def test_reads_follow_rfc_9110_precedence(self):
+        for headers, code in self.READS:
+            with self.subTest(headers=headers):
+                if code is None:
+                    self.assertIsNone(gos3rve.check_read_conditions(
+                        headers, "abc", self.MTIME))
+                else:
+                    self.refused(code, gos3rve.check_read_conditions,
+                                 headers, "abc", self.MTIME)
+
+    def test_copies_answer_412_to_every_condition(self):
+        prefix = "x-amz-copy-source-"
+        for headers, code in self.READS:
+            named = {prefix + n: v for n, v in headers.items()}
+            with self.subTest(headers=named):
+                if code is None:
+                    self.assertIsNone(gos3rve.check_read_conditions(
+                        named, "abc", self.MTIME, prefix))
+                else:
+                    self.refused("PreconditionFailed",
+                                 gos3rve.check_read_conditions,
+                                 named, "abc", self.MTIME, prefix)
+
+    def test_writes_are_conditional_on_the_current_object(self):
+        info = types.SimpleNamespace(etag="abc", size=3, mtime=self.MTIME)
+        for headers, current, code in (
+                ({}, info, None), ({}, None, None),
+                ({"if-none-match": "*"}, None, None),
+                ({"if-none-match": "*"}, info, "PreconditionFailed"),
+                ({"if-match": '"abc"'}, info, None),
+                ({"if-match": "abc"}, info, None),
+                ({"if-match": '"x"'}, info, "PreconditionFailed"),
+                ({"if-match": '"abc"'}, None, "NoSuchKey")):
+            with self.subTest(headers=headers, exists=bool(current)):
+                conditions = gos3rve.write_conditions(headers)
+                if code is None:
+                    self.assertIsNone(conditions.check(current))
+                else:
+                    self.refused(code, conditions.check, current)
+
+    def test_if_none_match_of_a_write_takes_only_a_star(self):
+        for headers in ({"if-none-match": '"abc"'},
+                        {"if-none-match": "*", "if-match": '"abc"'}):
+            with self.subTest(headers=headers):
+                self.refused("NotImplemented", gos3rve.write_conditions,
+                             headers)
+
+    def test_deletes_are_conditional_on_etag_size_and_time(self):
+        info = types.SimpleNamespace(etag="abc", size=3, mtime=self.MTIME)
+        for etag, size, mtime, code in (
+                (None, None, None, None), ('"abc"', "3", self.SAME, None),
+                ('"x"', None, None, "PreconditionFailed"),
+                (None, "4", None, "PreconditionFailed"),
+                (None, None, self.AFTER, "PreconditionFailed"),
+                ("*", None, None, None)):
+            with self.subTest(etag=etag, size=size, mtime=mtime):
+                conditions = gos3rve.delete_conditions(etag, size, mtime)
+                if code is None:
+                    self.assertIsNone(conditions.check(info))
+                else:
+                    self.refused(code, conditions.check, info)
+        for size, mtime in (("x", None), ("-1", None), (None, "never")):
+            self.refused("InvalidArgument", gos3rve.delete_conditions,
+                         None, size, mtime)
+
+
+class Headers(Refusing):
+
+    def test_integers_are_bounded(self):
+        for text, expected in (("0", 0), ("7", 7), ("1000", 1000),
+                               ("999999999999", 1000), ("007", 7)):
+            self.assertEqual(gos3rve.parse_int("n", text, 0, 1000),
+                             expected)
+        for text in ("", "-1", "+1", "1.5", "a", " 1", "1 ", "1_0",
+                     "\u0661", "9" * 30, "0x1", "1\n"):
+            with self.subTest(text=text):
+                error = self.refused("InvalidArgument", gos3rve.parse_int,
+                                     "max-keys", text, 0, 1000)
+                self.assertEqual(error.fields["ArgumentName"], "max-keys")
+
+    def test_descriptive_headers_are_kept_by_their_names(self):
+        self.assertEqual(gos3rve.kept_headers({
+            "content-type": "text/html", "cache-control": "no-cache",
+            "content-disposition": "inline", "content-language": "de",
+            "content-encoding": "gzip", "expires": "never",
+            "x-amz-website-redirect-location": "/x", "host": "h",
+            "x-amz-meta-a": "b", "content-length": "3", "range": "x"}), {
+            "Content-Type": "text/html", "Cache-Control": "no-cache",
+            "Content-Disposition": "inline", "Content-Language": "de",
+            "Content-Encoding": "gzip", "Expires": "never",
+            "x-amz-website-redirect-location": "/x"})
+
+    def test_aws_chunked_is_not_kept_as_an_encoding(self):
+        for sent, kept in (("aws-chunked", None), ("gzip", "gzip"),
+                           ("aws-chunked,gzip", "gzip"),
+                           ("gzip, aws-chunked", "gzip"),
+                           ("aws-chunked, ", None),
+                           ("a,aws-chunked,b", "a,b")):
+            with self.subTest(sent=sent):
+                self.assertEqual(gos3rve.kept_headers(
+                    {"content-encoding": sent}).get("Content-Encoding"),
+                    kept)
+
+    def test_user_metadata_is_decoded_and_bounded_to_2_KB(self):
+        self.assertEqual(gos3rve.user_metadata({
+            "x-amz-meta-a": "b", "x-amz-meta-": "n", "x-amz-metal": "no",
+            "x-amz-meta-u": "\xe2\x82\xac", "x-amz-meta-l": "\xe9"}),
+            {"a": "b", "": "n", "u": "\u20ac", "l": "\xe9"})
+        fits = {"x-amz-meta-abc": "v" * 2045}
+        self.assertEqual(gos3rve.user_metadata(fits), {"abc": "v" * 2045})
+        fits["x-amz-meta-d"] = ""
+        self.refused("MetadataTooLarge", gos3rve.user_metadata, fits)
+        self.refused("MetadataTooLarge", gos3rve.user_metadata,
+                     {"x-amz-meta-abc": "\xe2\x82\xac" * 682})
+
+    def test_metadata_that_is_not_ascii_goes_out_as_rfc_2047(self):
+        self.assertEqual(gos3rve.metadata_header("plain text"),
+                         "plain text")
+        for value in ("\u20ac", "caf\xe9", "tab\there"):
+            header = gos3rve.metadata_header(value)
+            match = re.match(r"=\?UTF-8\?B\?([A-Za-z0-9+/=]+)\?=\Z", header)
+            self.assertEqual(base64.b64decode(match[1]).decode(), value)
+
+    def test_storage_class_must_be_one_of_aws(self):
+        for value, expected in (
+                (None, None), ("STANDARD", None),
+                ("GLACIER", "GLACIER"), ("STANDARD_IA", "STANDARD_IA"),
+                ("REDUCED_REDUNDANCY", "REDUCED_REDUNDANCY")):
+            headers = {} if value is None else {"x-amz-storage-class": value}
+            self.assertEqual(gos3rve.storage_class(headers), expected)
+        for value in ("", "standard", "FAST"):
+            self.refused("InvalidStorageClass", gos3rve.storage_class,
+                         {"x-amz-storage-class": value})
+
+
+###############################################################################
+# 3. XML
+###############################################################################
+
+class XmlOut(unittest.TestCase):
+
+    def test_document_has_declaration_namespace_and_children_in_order(self):
+        self.assertEqual(gos3rve.xml_document("A", [
+            ("B", 1), ("C", None), ("D", True), ("E", False), ("F", ""),
+            ("G", [("H", "x"), ("H", "y")]), ('I t="v"', "z")]),
+            b'<?xml version="1.0" encoding="UTF-8"?>\n'
+            b'<A xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><B>1</B>'
+            b'<D>true</D><E>false</E><F></F><G><H>x</H><H>y</H></G>'
+            b'<I t="v">z</I></A>')
+
+    def test_error_document_has_no_namespace(self):
+        self.assertIn(b"\n<Error><Code>X</Code></Error>",
+                      gos3rve.xml_document("Error", [("Code", "X")], None))
+
+    def test_every_character_xml_allows_comes_back_from_a_parser(self):
+        text = "\t\n\r" + "".join(map(chr, range(32, 0x2100))) \
+            + "\ue000\ufffd\U0001f600\U0010ffff]]>&amp;<![CDATA["
+        document = gos3rve.xml_document("A", [("Key", text)])
+        self.assertEqual(ElementTree.fromstring(document)[0].text, text)
+
+    def test_control_characters_become_references(self):
+        # as AWS writes them: readable with encoding-type=url only
+        text = gos3rve.xml_escape("a\x01b\x1fc\x00\r")
+        self.assertEqual(text, "a&#1;b&#31;c&#0;&#13;")
+
+    def test_document_is_utf8_whatever_the_text(self):
+        for text in ("\ud800", "\udcff", "\ufffe"):
+            data = gos3rve.xml_document("A", [("Key", text)])
+            self.assertTrue(data.decode("utf-8").endswith("</Key></A>"))
+
+    def test_markup_is_not_escaped_twice(self):
+        inner = gos3rve.xml_fragment([("B", "<&>")])
+        self.assertEqual(gos3rve.xml_fragment([("A", inner)]),
+                         "<A><B>&lt;&amp;&gt;</B></A>")
+
+
+class XmlIn(Refusing):
+
+    def test_namespaces_are_dropped_from_tags_and_attributes(self):
+        root = gos3rve.parse_xml(
+            b'<?xml version="1.0"?><A xmlns="http://x/" xmlns:y="http://y/">'
+            b'<y:B y:t="v"> a &amp; b </y:B><C/></A>', "A")
+        self.assertEqual((root.tag, [e.tag for e in root]), ("A", ["B", "C"]))
+        self.assertEqual(root[0].attrib, {"t": "v"})
+        self.assertEqual(gos3rve.xml_text(root, "B"), "a & b")
+        self.assertEqual(gos3rve.xml_text(root, "C"), "")
+        self.assertEqual(gos3rve.xml_text(root, "D", "none"), "none")
+
+    def test_text_is_kept_as_it_is(self):
+        for text in (" a ", "\u20ac", "a\nb", "]]", "a\tb"):
+            data = gos3rve.xml_document("A", [("Key", text)])
+            self.assertEqual(gos3rve.parse_xml(data).findtext("Key"), text)
+
+    def test_other_encodings_are_read(self):
+        for name in ("utf-8", "utf-16", "iso-8859-1", "us-ascii"):
+            text = '<?xml version="1.0" encoding="%s"?><A>x</A>' % name
+            self.assertEqual(gos3rve.parse_xml(text.encode(name)).text, "x")
+
+    def test_what_is_not_well_formed_answers_MalformedXML(self):
+        for data in (b"", b" ", b"text", b"<A>", b"<A></B>", b"<A/><B/>",
+                     b"<A/>tail", b"<A>\xff</A>", b"<A>&nbsp;</A>",
+                     b"<A a='1' a='2'/>", b"<A>&#0;</A>", b"<A>\x01</A>",
+                     b"\x00", b"<y:A/>", b"{}", b"<A><![CDATA[</A>",
+                     b'<?xml version="1.0" encoding="hex"?><A/>',
+                     b'<?xml version="1.0" encoding="utf-7"?><A/>',
+                     b'<?xml version="1.0" encoding="idna"?><A/>',
+                     b'<?xml version="1.0" encoding="nosuch"?><A/>'):
+            with self.subTest(data=data):
+                self.refused("MalformedXML", gos3rve.parse_xml, data)
+
+    def test_another_root_answers_MalformedXML(self):
+        self.refused("MalformedXML", gos3rve.parse_xml, b"<A/>", "Delete")
+
+    def test_document_type_answers_MalformedXML(self):
+        for data in (b"<!DOCTYPE A><A/>",
+                     b'<!DOCTYPE A SYSTEM "file:///etc/passwd"><A/>',
+                     b'<!DOCTYPE A [<!ENTITY x "y">]><A>&x;</A>',
+                     b'<!DOCTYPE A [<!ENTITY x SYSTEM "/etc/passwd">]>'
+                     b'<A>&x;</A>'):
+            with self.subTest(data=data):
+                self.refused("MalformedXML", gos3rve.parse_xml, data)
+
+    def test_depth_is_bounded(self):
+        most = gos3rve.MAX_XML_DEPTH
+        self.assertEqual(gos3rve.parse_xml(
+            b"<A>" * most + b"</A>" * most).tag, "A")
+        for depth in (most + 1, 100000):
+            self.refused("MalformedXML", gos3rve.parse_xml,
+                         b"<A>" * depth + b"</A>" * depth)
+
+
+###############################################################################
+# 4. Signatures
+###############################################################################
+#
+# AWS's own examples first; the rest is signed by the tools' Client.
+
+AMAZON = Account("AKIAIOSFODNN7EXAMPLE",
+                 "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+                 "amazon-id", "amazon")
+MAY_24 = calendar.timegm((2013, 5, 24, 0, 0, 0))    # of the V4 examples
+ACCOUNTS = {a.key_id: a for a in (ALICE, BOB, AMAZON)}
+
+
+def asked(method, target, headers=(), bucket=""):
+    """What room 4 wants of a request, from its parts on the wire."""
+    raw_path, raw_query = gos3rve.split_target(target)
+    pairs, query = gos3rve.parse_query(raw_query), {}
+    for name, value in pairs:
+        query.setdefault(name, value)
+    return types.SimpleNamespace(
+        method=method, raw_path=raw_path, pairs=pairs, query=query,
+        headers={n.lower(): v for n, v in dict(headers).items()},
+        host_bucket=bucket)
+
+
+def example(method, target, headers, signature):
+    """A request of AWS's SigV4 pages; every header given is signed."""
+    headers = {n.lower(): v for n, v in headers.items()}
+    headers.setdefault("host", "examplebucket.s3.amazonaws.com")
+    headers["x-amz-date"] = "20130524T000000Z"
+    headers.setdefault("x-amz-content-sha256",
+                       hashlib.sha256(b"").hexdigest())
+    headers["authorization"] = (
+        "AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/20130524/"
+        "us-east-1/s3/aws4_request,SignedHeaders=%s,Signature=%s"
+        % (";".join(sorted(headers)), signature))
+    return asked(method, target, headers)
+
+
+class Signing(Refusing):
+    """client: a signer; who(request): the account's key id."""
+
+    client = Client("http://s3.test", ALICE.key_id, ALICE.secret)
+
+    def who(self, request, now=MAY_24, **more):
+        """The key id of the account that a request is signed by."""
+        return gos3rve.authenticate(request, ACCOUNTS, now,
+                                    **more).account.key_id
+
+    def signed(self, method="GET", path="/box/key", query=(), headers=None,
+               payload="UNSIGNED-PAYLOAD", when=MAY_24, target=None,
+               client=None):
+        """A request signed in its header; target: sent in path's place."""
+        headers = (client or self.client).sign(
+            method, path, query, headers or {}, payload, when)
+        if target is None:
+            target = path + "?" * bool(query) + "&".join(
+                "%s=%s" % (quote(n), quote(v)) for n, v in query)
+        return asked(method, target, headers)
+
+    def presigned(self, expires=60, when=MAY_24, client=None, **more):
+        """A request by a presigned URL."""
+        url = (client or self.client).presign(
+            "GET", "/box/key", expires=expires, when=when, **more)
+        return asked("GET", url[len("http://s3.test"):], {"host": "s3.test"})
+
+
+class SigV4Examples(Signing):
+
+    def test_examples_of_sig_v4_header_based_auth(self):
+        body = hashlib.sha256(b"Welcome to Amazon S3.").hexdigest()
+        put = {"Date": "Fri, 24 May 2013 00:00:00 GMT",
+               "x-amz-storage-class": "REDUCED_REDUNDANCY",
+               "x-amz-content-sha256": body}
+        stored = ("98ad721746da40c64f1a55b78f14c238"
+                  "d841ea1380cd77a1b5971af0ece108bd")
+        for method, target, headers, signature in (
+                ("GET", "/test.txt", {"Range": "bytes=0-9"},
+                 "f0e8bdb87c964420e857bd35b5d6ed31"
+                 "0bd44f0170aba48dd91039c6036bdb41"),
+                ("PUT", "/test%24file.text", put, stored),
+                ("PUT", "/test$file.text", put, stored),
+                ("GET", "/?lifecycle", {},
+                 "fea454ca298b7da1c68078a5d1bdbfbb"
+                 "e0d65c699e0f91ac7a200a0136783543"),
+                ("GET", "/?max-keys=2&prefix=J", {},
+                 "34b48302e7b5fa45bde8084f4b7868a8"
+                 "6f0a534bc59db6670ed5711ef69dc6f7")):
+            with self.subTest(method=method, target=target):
+                request = example(method, target, headers, signature)
+                self.assertEqual(self.who(request), AMAZON.key_id)
+                request.headers["x-amz-date"] = "20130524T000001Z"
+                self.refused("SignatureDoesNotMatch", self.who, request)
+
+    def test_example_of_sigv4_query_string_auth(self):
+        target = (
+            "/test.txt?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential="
+            "AKIAIOSFODNN7EXAMPLE%2F20130524%2Fus-east-1%2Fs3%2F"
+            "aws4_request&X-Amz-Date=20130524T000000Z&X-Amz-Expires=86400&"
+            "X-Amz-SignedHeaders=host&X-Amz-Signature=aeeed9bbccd4d02ee5c01"
+            "09b86d86835f995330da4c265957d157751f604d404")
+        headers = {"host": "examplebucket.s3.amazonaws.com"}
+        request = asked("GET", target, headers)
+        self.assertEqual(self.who(request, MAY_24 + 86399), AMAZON.key_id)
+        self.refused("AccessDenied", self.who, request, MAY_24 + 86401)
+        for changed in (target.replace("test.txt", "other.txt"),
+                        target.replace("86400", "86401"),
+                        target + "&versionId=x", target[:-1] + "5"):
+            with self.subTest(target=changed):
+                self.refused("SignatureDoesNotMatch", self.who,
+                             asked("GET", changed, headers))
+        self.refused("SignatureDoesNotMatch", self.who,
+                     asked("PUT", target, headers))
+        self.refused("SignatureDoesNotMatch", self.who,
+                     asked("GET", target, {"host": "other.test"}))
+
+    STREAM = {"Host": "s3.amazonaws.com",
+              "x-amz-storage-class": "REDUCED_REDUNDANCY",
+              "Content-Encoding": "aws-chunked",
+              "x-amz-decoded-content-length": "66560"}
+
+    def decoded(self, request, wire, step=100000):
+        """The body of an example, received `step` bytes at a time."""
+        identity = gos3rve.authenticate(request, ACCOUNTS, MAY_24)
+        frame = gos3rve.LengthReader(Drip(wire, step), len(wire))
+        return gos3rve.open_body(frame, request.headers,
+                                 identity).read_all()
+
+    def stream(self, step, damage=lambda wire: wire):
+        """The example of sigv4-streaming.html."""
+        request = example("PUT", "/examplebucket/chunkObject.txt", dict(
+            self.STREAM, **{
+                "Content-Length": "66824", "x-amz-content-sha256":
+                "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"}),
+            "4f232c4386841ef735655705268965c4"
+            "4a0e4690baa4adea153f7db9fa80a0a9")
+        wire = b"".join(b"%x;chunk-signature=%s\r\n%s\r\n" % (
+            size, signature, b"a" * size) for size, signature in (
+                (65536, b"ad80c730a21e5b8d04586a2213dd63b9"
+                        b"a0e99e0e2307b0ade35a65485a288648"),
+                (1024, b"0055627c9e194cb4542bae2aa5492e3c"
+                       b"1575bbb81b612b7d234b86a503ef5497"),
+                (0, b"b6c6ea8a5354eaf15b3cb7646744f427"
+                    b"5b71ea724fed81ceb9323e279d449df9")))
+        self.assertEqual(len(wire), 66824)
+        return self.decoded(request, damage(wire), step)
+
+    def test_example_of_sigv4_streaming(self):
+        for step in (1, 7, 4096, 100000):
+            with self.subTest(step=step):
+                self.assertEqual(self.stream(step), b"a" * 66560)
+
+    def test_one_changed_byte_of_the_stream_is_refused(self):
+        for place in (100, 65535, 65700, 66700):
+            with self.subTest(place=place):
+                self.refused(
+                    "SignatureDoesNotMatch", self.stream, 100000,
+                    lambda wire: wire[:place] + b"b" + wire[place + 1:])
+
+    def trailed(self, step, damage=lambda wire: wire):
+        """The example of sigv4-streaming-trailers.html."""
+        request = example("PUT", "/examplebucket/chunkObject.txt", dict(
+            self.STREAM, **{
+                "x-amz-trailer": "x-amz-checksum-crc32c",
+                "x-amz-content-sha256":
+                "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER"}),
+            "106e2a8a18243abcf37539882f36619c"
+            "00e2dfc72633413f02d3b74544bfeb8e")
+        wire = (
+            b"10000;chunk-signature=b474d8862b1487a5145d686f57f013e5"
+            b"4db672cee1c953b3010fb58501ef5aa2\r\n" + b"a" * 65536
+            + b"\r\n400;chunk-signature=1c1344b170168f8e65b41376b44b20fe"
+            b"354e373826ccbbe2c1d40a8cae51e5c7\r\n" + b"a" * 1024
+            + b"\r\n0;chunk-signature=2ca2aba2005185cf7159c6277faf8379"
+            b"5951dd77a3a99e6e65d5c9f85863f992\r\n"
+            b"x-amz-checksum-crc32c:sOO8/Q==\r\n"
+            b"x-amz-trailer-signature:d81f82fc3505edab99d459891051a732"
+            b"e8730629a2e4a59689829ca17fe2e435\r\n\r\n")
+        return self.decoded(request, damage(wire), step)
+
+    def test_example_of_sigv4_streaming_trailers(self):
+        for step in (1, 100000):
+            with self.subTest(step=step):
+                self.assertEqual(self.trailed(step), b"a" * 66560)
+
+    def test_trailer_is_under_its_signature(self):
+        for old, new, code in (
+                (b"sOO8/Q==", b"sOO8/A==", "SignatureDoesNotMatch"),
+                (b"d81f82fc", b"d81f82fd", "SignatureDoesNotMatch"),
+                (b"\r\nx-amz-trailer-", b"\r\nx-amz-nothing-",
+                 "MalformedTrailerError"),
+                (b"x-amz-checksum-crc32c:", b"x-amz-checksum-crc32x:",
+                 "MalformedTrailerError"),
+                (b"\r\nx-amz-trailer-", b"\r\na:b\r\nx-amz-trailer-",
+                 "SignatureDoesNotMatch")):
+            with self.subTest(new=new):
+                self.refused(code, self.trailed, 100000,
+                             lambda wire: wire.replace(old, new))
+
+
+class SigV4Canonical(Signing):
+
+    def test_odd_paths_are_encoded_once(self):
+        for target, canonical in (
+                ("/box/a%20b", "/box/a%20b"), ("/box/a+b", "/box/a%2Bb"),
+                ("/box/a%2Bb", "/box/a%2Bb"), ("/box/a%2bb", "/box/a%2Bb"),
+                ("/box/a@b", "/box/a%40b"), ("/box/a%40b", "/box/a%40b"),
+                ("/box/~a", "/box/~a"), ("/box/%7Ea", "/box/~a"),
+                ("/box//a//", "/box//a//"), ("//box/a", "//box/a"),
+                ("/box/a%2Fb", "/box/a/b"), ("/box/a%25b", "/box/a%25b"),
+                ("/box/%2541", "/box/%2541"),
+                ("/box/%e2%82%ac", "/box/%E2%82%AC"),
+                ("/box/\xe2\x82\xac", "/box/%E2%82%AC"),
+                ("/box/../a/./b", "/box/../a/./b"),
+                ("/box/(a)!'*", "/box/%28a%29%21%27%2A"),
+                ("/box/a=b&c;d:e,f$", "/box/a%3Db%26c%3Bd%3Ae%2Cf%24"),
+                ("/box/%0A%00", "/box/%0A%00"), ("/", "/"),
+                ("/box/%61", "/box/a"), ("/box/a-._~", "/box/a-._~"),
+                ("/box/e%CC%81", "/box/e%CC%81")):
+            with self.subTest(target=target):
+                request = self.signed(path=canonical, target=target)
+                self.assertEqual(self.who(request), ALICE.key_id)
+                request.raw_path += "x"
+                self.refused("SignatureDoesNotMatch", self.who, request)
+
+    def test_query_is_sorted_by_name_then_value_and_encoded(self):
+        for raw_query, pairs in (
+                ("uploads", [("uploads", "")]),
+                ("uploads=", [("uploads", "")]),
+                ("b=2&a=1", [("a", "1"), ("b", "2")]),
+                ("a=2&a=1&a=", [("a", ""), ("a", "1"), ("a", "2")]),
+                ("prefix=a%20b", [("prefix", "a b")]),
+                ("prefix=a%2Bb", [("prefix", "a+b")]),
+                ("prefix=a/b", [("prefix", "a/b")]),
+                ("prefix=a%2fb", [("prefix", "a/b")]),
+                ("prefix=%e2%82%ac", [("prefix", "\u20ac")]),
+                ("prefix=\xe2\x82\xac", [("prefix", "\u20ac")]),
+                ("marker=a=b", [("marker", "a=b")]),
+                ("p=~-_.", [("p", "~-_.")]), ("B=1&a=2", [
+                    ("B", "1"), ("a", "2")]),
+                ("x-id=PutObject", [("x-id", "PutObject")])):
+            with self.subTest(query=raw_query):
+                self.assertEqual(self.who(self.signed(
+                    query=pairs, target="/box/key?" + raw_query)),
+                    ALICE.key_id)
+
+    def test_name_that_begins_another_sorts_before_it(self):
+        # sorted as `name=value`, `select-type=` would come before `select=`
+        for names in (("select", "select-type"), ("a", "a1"), ("a", "a.b"),
+                      ("a", "a b")):
+            with self.subTest(names=names):
+                pairs = [(name, "2") for name in names]
+                self.assertEqual(self.who(self.signed(
+                    query=pairs)), ALICE.key_id)
+
+    def test_header_values_are_trimmed_and_runs_of_spaces_folded(self):
+        for value in ("a  b   c", " a b ", "", "a,b", "\xc3\xa9 x"):
+            with self.subTest(value=value):
+                request = self.signed(headers={"x-amz-meta-a": value})
+                self.assertEqual(self.who(request), ALICE.key_id)
+
+    def test_utf8_bytes_in_a_header_are_not_spaces(self):
+        # U+00E0 ends in 0xA0 and U+00C5 in 0x85, which are spaces to
+        # str.split() once they were decoded as latin-1
+        for text in ("voil\xe0", "\xe0  la carte", "\xc5", "a  \xc5  b"):
+            value = text.encode("utf-8").decode("latin-1")
+            headers = {"host": "s3.test", "x-amz-content-sha256":
+                       "UNSIGNED-PAYLOAD", "x-amz-date": amz_date(MAY_24),
+                       "x-amz-meta-a": value}
+            scope = "20130524/us-east-1/s3/aws4_request"
+            lines = ["GET", "/box/key", ""]
+            lines += ["%s:%s" % (n, re.sub(" +", " ", v))
+                      for n, v in sorted(headers.items())]
+            canonical = "\n".join(lines + [
+                "", ";".join(sorted(headers)), "UNSIGNED-PAYLOAD"])
+            headers["authorization"] = (
+                "AWS4-HMAC-SHA256 Credential=%s/%s,SignedHeaders=%s,"
+                "Signature=%s" % (
+                    ALICE.key_id, scope, ";".join(sorted(headers)),
+                    v4_signature(ALICE.secret, scope, amz_date(MAY_24),
+                                 canonical)))
+            with self.subTest(text=text):
+                self.assertEqual(self.who(asked(
+                    "GET", "/box/key", headers)), ALICE.key_id)
+
+    def test_authorization_header_may_have_spaces_after_its_commas(self):
+        request = self.signed()
+        text = request.headers["authorization"]
+        request.headers["authorization"] = text.replace(",", ", ")
+        self.assertEqual(self.who(request), ALICE.key_id)
+
+    def test_date_header_stands_in_for_x_amz_date(self):
+        date = "Fri, 24 May 2013 00:00:00 GMT"
+        request = self.signed(headers={"Date": date})
+        headers = request.headers
+        del headers["x-amz-date"]
+        names = ["date", "host", "x-amz-content-sha256"]
+        scope = "20130524/us-east-1/s3/aws4_request"
+        canonical = v4_canonical("GET", "/box/key", [], headers, names,
+                                 "UNSIGNED-PAYLOAD")
+        headers["authorization"] = (
+            "AWS4-HMAC-SHA256 Credential=%s/%s,SignedHeaders=%s,"
+            "Signature=%s" % (ALICE.key_id, scope, ";".join(names),
+                              v4_signature(ALICE.secret, scope,
+                                           "20130524T000000Z", canonical)))
+        self.assertEqual(self.who(request), ALICE.key_id)
+        headers["date"] = "no date"
+        self.refused("AccessDenied", self.who, request)
+
+    def test_signature_over_another_of_the_servers_names_is_taken(self):
+        request = self.signed()
+        request.headers["host"] = "10.0.0.1:9000"
+        self.refused("SignatureDoesNotMatch", self.who, request)
+        self.assertEqual(self.who(request, hosts=("a.test", "s3.test")),
+                         ALICE.key_id)
+        self.refused("SignatureDoesNotMatch", self.who, request,
+                     hosts=("a.test",))
+
+
+class SigV4Refusals(Signing):
+
+    def test_unsigned_request_has_no_account(self):
+        identity = gos3rve.authenticate(asked("GET", "/box/key", {
+            "host": "s3.test"}), ACCOUNTS, MAY_24)
+        self.assertIsNone(identity.account)
+        self.assertIsNone(identity.chain)
+
+    def test_key_of_nobody_answers_InvalidAccessKeyId(self):
+        client = Client("http://s3.test", "NOBODY", ALICE.secret)
+        self.refused("InvalidAccessKeyId", self.who,
+                     self.signed(client=client))
+        self.refused("InvalidAccessKeyId", self.who,
+                     self.presigned(client=client))
+
+    def test_secret_of_another_answers_SignatureDoesNotMatch(self):
+        client = Client("http://s3.test", ALICE.key_id, BOB.secret)
+        for request in (self.signed(client=client),
+                        self.presigned(client=client)):
+            error = self.refused("SignatureDoesNotMatch", self.who, request)
+            self.assertEqual(error.status, 403)
+            self.assertEqual(error.fields["AWSAccessKeyId"], ALICE.key_id)
+            self.assertTrue(error.fields["StringToSign"].startswith(
+                "AWS4-HMAC-SHA256\n20130524T000000Z\n20130524/us-east-1/s3/"
+                "aws4_request\n"))
+            self.assertTrue(error.fields["CanonicalRequest"].startswith(
+                "GET\n/box/key\n"))
+            self.assertEqual(
+                bytes.fromhex(error.fields["StringToSignBytes"].replace(
+                    " ", "")).decode(), error.fields["StringToSign"])
+            self.assertNotIn(ALICE.secret, repr(error.fields))
+
+    def test_clock_may_differ_by_fifteen_minutes(self):
+        request = self.signed()
+        for offset in (-899, -1, 0, 1, 899):
+            self.assertEqual(self.who(request, MAY_24 + offset),
+                             ALICE.key_id)
+        for offset in (-86400, -901, 901, 86400, 10**8):
+            with self.subTest(offset=offset):
+                error = self.refused("RequestTimeTooSkewed", self.who,
+                                     request, MAY_24 + offset)
+                self.assertEqual(error.fields["RequestTime"],
+                                 "20130524T000000Z")
+
+    def test_fractions_of_seconds_do_not_matter(self):
+        self.assertEqual(self.who(self.signed(), MAY_24 + 0.5),
+                         ALICE.key_id)
+        self.assertEqual(self.who(self.presigned(), MAY_24 + 59.5),
+                         ALICE.key_id)
+        self.refused("RequestTimeTooSkewed", self.who, self.signed(),
+                     MAY_24 + 1000.5)
+        self.refused("AccessDenied", self.who, self.presigned(),
+                     MAY_24 + 100.5)
+
+    def test_region_is_checked_only_where_one_is_set(self):
+        mars = Client("http://s3.test", ALICE.key_id, ALICE.secret, "mars")
+        for request, code in (
+                (self.signed(client=mars), "AuthorizationHeaderMalformed"),
+                (self.presigned(client=mars),
+                 "AuthorizationQueryParametersError")):
+            with self.subTest(code=code):
+                self.assertEqual(self.who(request), ALICE.key_id)
+                self.assertEqual(self.who(request, region="mars"),
+                                 ALICE.key_id)
+                error = self.refused(code, self.who, request,
+                                     region="us-east-1")
+                self.assertEqual(error.fields["Region"], "us-east-1")
+                self.assertIn("mars", error.message)
+
+    def test_scope_must_fit_the_request(self):
+        code = "AuthorizationHeaderMalformed"
+        for old, new in (
+                ("/20130524/", "/20130525/"), ("/s3/", "/sqs/"),
+                ("/aws4_request", "/aws5_request"),
+                ("/20130524/us-east-1", "/us-east-1"),
+                ("/20130524/us-east-1/s3/aws4_request", ""),
+                ("Credential=", "Credentials="),
+                ("Signature=", "Sig="), ("SignedHeaders=", "Headers="),
+                (ALICE.key_id + "/", "/"), (ALICE.key_id, "")):
+            request = self.signed()
+            text = request.headers["authorization"]
+            request.headers["authorization"] = text.replace(old, new)
+            with self.subTest(new=new):
+                self.assertEqual(self.refused(code, self.who,
+                                              request).status, 400)
+
+    def test_key_of_another_day_region_or_service_does_not_fit(self):
+        for place, value in ((0, "20130523"), (1, "mars"), (2, "sqs")):
+            parts = ["20130524", "us-east-1", "s3", "aws4_request"]
+            request = self.signed()
+            headers = request.headers
+            names = re.search("SignedHeaders=([^,]+)",
+                              headers["authorization"])[1].split(";")
+            canonical = v4_canonical("GET", "/box/key", [], headers, names,
+                                     "UNSIGNED-PAYLOAD")
+            stated = "/".join(parts)
+            parts[place] = value
+            signature = hmac.new(
+                v4_key(ALICE.secret, *parts[:3]), "\n".join((
+                    "AWS4-HMAC-SHA256", headers["x-amz-date"], stated,
+                    hashlib.sha256(canonical.encode()).hexdigest())).encode(),
+                hashlib.sha256).hexdigest()
+            headers["authorization"] = re.sub(
+                "Signature=.*", "Signature=" + signature,
+                headers["authorization"])
+            with self.subTest(value=value):
+                self.refused("SignatureDoesNotMatch", self.who, request)
+
+    def test_date_must_be_one(self):
+        for date in ("", "yesterday", "2013-05-24T00:00:00Z"):
+            request = self.signed()
+            request.headers["x-amz-date"] = date
+            with self.subTest(date=date):
+                self.refused("AccessDenied", self.who, request)
+
+    def test_every_x_amz_header_and_the_host_must_be_signed(self):
+        for name in ("x-amz-acl", "x-amz-meta-a", "x-amz-copy-source"):
+            for request in (self.signed(), self.presigned()):
+                request.headers[name] = "v"
+                with self.subTest(name=name):
+                    error = self.refused("AccessDenied", self.who, request)
+                    self.assertEqual(error.fields["HeadersNotSigned"], name)
+        request = self.signed()
+        text = request.headers["authorization"]
+        request.headers["authorization"] = text.replace("host;", "")
+        self.refused("AccessDenied", self.who, request)
+
+    def test_other_headers_need_not_be_signed(self):
+        request = self.signed()
+        request.headers.update({"range": "bytes=0-1", "accept": "*/*"})
+        self.assertEqual(self.who(request), ALICE.key_id)
+
+    def test_signed_header_that_was_changed_or_dropped_is_refused(self):
+        for change in ({"x-amz-meta-a": "c"}, {"range": "bytes=0-2"}):
+            request = self.signed(headers={"x-amz-meta-a": "b",
+                                           "range": "bytes=0-1"})
+            self.assertEqual(self.who(request), ALICE.key_id)
+            request.headers.update(change)
+            self.refused("SignatureDoesNotMatch", self.who, request)
+        del request.headers["range"]
+        self.refused("SignatureDoesNotMatch", self.who, request)
+
+    def test_session_token_answers_InvalidToken(self):
+        self.refused("InvalidToken", self.who, self.signed(
+            headers={"x-amz-security-token": "t"}))
+        self.refused("InvalidToken", self.who, self.presigned(
+            query=[("X-Amz-Security-Token", "t")]))
+
+    def test_payload_hash_is_needed_and_has_one_of_the_known_forms(self):
+        for payload in ("UNSIGNED-PAYLOAD", "0" * 64,
+                        "STREAMING-UNSIGNED-PAYLOAD-TRAILER",
+                        "STREAMING-AWS4-HMAC-SHA256-PAYLOAD",
+                        "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER"):
+            identity = gos3rve.authenticate(self.signed(payload=payload),
+                                            ACCOUNTS, MAY_24)
+            self.assertEqual(identity.payload, payload)
+            self.assertEqual(identity.chain is not None,
+                             "AWS4" in payload, payload)
+        for payload in ("", "0" * 63, "0" * 65, "g" * 64, "unsigned-payload",
+                        "STREAMING-PAYLOAD", "0" * 64 + "\n"):
+            with self.subTest(payload=payload):
+                self.refused("InvalidArgument", self.who,
+                             self.signed(payload=payload))
+        self.refused("NotImplemented", self.who, self.signed(
+            payload="STREAMING-AWS4-ECDSA-P256-SHA256-PAYLOAD"))
+        request = self.signed()
+        del request.headers["x-amz-content-sha256"]
+        self.refused("InvalidRequest", self.who, request)
+
+    def test_payload_hash_of_an_unsigned_request_cannot_break_anything(self):
+        request = asked("PUT", "/box/key", {
+            "host": "s3.test", "x-amz-content-sha256": "z" * 64})
+
+        def receive():
+            identity = gos3rve.authenticate(request, ACCOUNTS, MAY_24)
+            frame = gos3rve.LengthReader(io.BytesIO(b"abc"), 3)
+            gos3rve.open_body(frame, request.headers, identity).read_all()
+
+        self.assertRaises(S3Error, receive)
+
+    def test_unknown_or_second_scheme_answers_InvalidArgument(self):
+        for text in ("Basic YTpi", "Bearer x", "", "AWS4-ECDSA x",
+                     "AWS", "AWS x"):
+            with self.subTest(authorization=text):
+                self.refused("InvalidArgument", self.who, asked(
+                    "GET", "/box/key", {"host": "s3.test",
+                                        "authorization": text}))
+        request = self.presigned()
+        request.headers["authorization"] = \
+            self.signed().headers["authorization"]
+        self.refused("InvalidArgument", self.who, request)
+
+    def test_signature_that_is_not_ascii_is_refused(self):
+        request = self.signed()
+        request.headers["authorization"] += "\xe9"
+        self.refused("SignatureDoesNotMatch", self.who, request)
+
+
+class SigV4Presigned(Signing):
+
+    def test_url_holds_until_it_expires(self):
+        request = self.presigned(expires=60)
+        for offset in (-800, 0, 59):
+            self.assertEqual(self.who(request, MAY_24 + offset),
+                             ALICE.key_id)
+        for offset in (61, 100, 10**8):
+            error = self.refused("AccessDenied", self.who, request,
+                                 MAY_24 + offset)
+            self.assertEqual(error.message, "Request has expired")
+
+    def test_url_of_the_future_is_not_valid_yet(self):
+        self.refused("AccessDenied", self.who, self.presigned(),
+                     MAY_24 - 901)
+
+    def test_url_may_live_for_a_week(self):
+        self.assertEqual(self.who(self.presigned(expires=604800),
+                                  MAY_24 + 604799), ALICE.key_id)
+        for expires in ("604801", "-1", "x", "1.5", "9" * 40, "\u0661",
+                        "1\n"):
+            with self.subTest(expires=expires):
+                self.refused("AuthorizationQueryParametersError", self.who,
+                             self.presigned(expires=expires))
+
+    def test_missing_or_wrong_parameters(self):
+        names = ("X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-Date",
+                 "X-Amz-Expires", "X-Amz-SignedHeaders", "X-Amz-Signature")
+        for name in names:
+            request = self.presigned()
+            request.pairs = [p for p in request.pairs if p[0] != name]
+            del request.query[name]
+            with self.subTest(missing=name):
+                self.refused("AuthorizationQueryParametersError", self.who,
+                             request)
+        for name, value in (
+                ("X-Amz-Algorithm", "AWS4-HMAC-SHA1"),
+                ("X-Amz-Credential", "ALICEKEY"),
+                ("X-Amz-Credential",
+                 "ALICEKEY/20130525/us-east-1/s3/aws4_request"),
+                ("X-Amz-Credential",
+                 "ALICEKEY/20130524/us-east-1/sqs/aws4_request"),
+                ("X-Amz-Date", "yesterday"), ("X-Amz-Date", "20130524")):
+            request = self.presigned()
+            request.query[name] = value
+            with self.subTest(name=name, value=value):
+                self.refused("AuthorizationQueryParametersError", self.who,
+                             request)
+
+    def test_headers_of_the_url_must_come_as_they_were_signed(self):
+        request = self.presigned(headers={"Content-Type": "text/plain"})
+        self.refused("SignatureDoesNotMatch", self.who, request)
+        request.headers["content-type"] = "text/html"
+        self.refused("SignatureDoesNotMatch", self.who, request)
+        request.headers["content-type"] = "text/plain"
+        self.assertEqual(self.who(request), ALICE.key_id)
+
+    def test_parameters_of_the_url_are_under_its_signature(self):
+        request = self.presigned(query=[("response-content-type", "a/b")])
+        self.assertEqual(self.who(request), ALICE.key_id)
+        request.pairs = [(n, "a/c" if n.startswith("r") else v)
+                         for n, v in request.pairs]
+        self.refused("SignatureDoesNotMatch", self.who, request)
+
+    def test_second_signature_parameter_does_not_override_the_first(self):
+        request = self.presigned()
+        bad = dict(request.query, **{"X-Amz-Signature": "0" * 64})
+        request.query = bad
+        self.refused("SignatureDoesNotMatch", self.who, request)
+
+
+class SigV2(Signing):
+    """API/RESTAuthentication.html.  AWS renamed johnsmith's bucket in its
+    examples later on and left two of them wrong: both sets are used where
+    they agree with the rules of the page."""
+
+    MARCH_27 = calendar.timegm((2007, 3, 27, 19, 36, 42))
+
+    def example(self, method, target, headers, signature, bucket=""):
+        """A request of the page, and the time of its signature."""
+        headers = dict(headers)
+        headers.setdefault("Host", "s3.amazonaws.com")
+        headers["Authorization"] = "AWS AKIAIOSFODNN7EXAMPLE:" + signature
+        request = asked(method, target, headers, bucket)
+        text = headers.get("x-amz-date") or headers["Date"]
+        return request, calendar.timegm(time.strptime(
+            text, "%a, %d %b %Y %H:%M:%S +0000"))
+
+    EXAMPLES = (
+        ("GET", "/photos/puppy.jpg",
+         {"Date": "Tue, 27 Mar 2007 19:36:42 +0000"}, (
+             ("johnsmith", "bWq2s1WEIj+Ydj0vQ697zp+IXMU="),
+             ("awsexamplebucket1", "qgk2+6Sv9/oM7G3qLEjTH1a1l1g="))),
+        ("PUT", "/photos/puppy.jpg",
+         {"Content-Type": "image/jpeg", "Content-Length": "94328",
+          "Date": "Tue, 27 Mar 2007 21:15:45 +0000"}, (
+              ("johnsmith", "MyyxeRY7whkBe+bq8fHCL/2kKUg="),
+              ("awsexamplebucket1", "iqRzw+ileNPu1fhspnRs8nOjjIA="))),
+        ("GET", "/?prefix=photos&max-keys=50&marker=puppy",
+         {"User-Agent": "Mozilla/5.0",
+          "Date": "Tue, 27 Mar 2007 19:42:41 +0000"}, (
+              ("johnsmith", "htDYFYduRNen8P9ZfE/s9SuKy0U="),
+              ("awsexamplebucket1", "m0WP8eCtspQl5Ahe6L1SozdX9YA="))),
+        ("GET", "/?acl", {"Date": "Tue, 27 Mar 2007 19:44:46 +0000"}, (
+            ("johnsmith", "c2WLPFtWHVgbEmeEG93a4cG37dM="),
+            ("awsexamplebucket1", "82ZHiFIjc+WbcwFKGUVEQspPn+0="))),
+        ("DELETE", "/photos/puppy.jpg",
+         {"User-Agent": "dotnet", "Date": "Tue, 27 Mar 2007 21:20:27 +0000",
+          "x-amz-date": "Tue, 27 Mar 2007 21:20:26 +0000"}, (
+              ("johnsmith", "R4dJ53KECjStyBO5iTBJZ4XVOaI="),)),
+        ("PUT", "/db-backup.dat.gz",
+         {"User-Agent": "curl/7.15.5",
+          "Date": "Tue, 27 Mar 2007 21:06:08 +0000",
+          "x-amz-acl": "public-read",
+          "content-type": "application/x-download",
+          "Content-MD5": "4gJE4saaMU4BqNR0kLY+lw==",
+          "X-Amz-Meta-ReviewedBy": "joe@johnsmith.net,jane@johnsmith.net",
+          "X-Amz-Meta-FileChecksum": "0x02661779",
+          "X-Amz-Meta-ChecksumAlgorithm": "crc32",
+          "Content-Disposition": "attachment; filename=database.dat",
+          "Content-Encoding": "gzip", "Content-Length": "5913339"}, (
+              ("static.johnsmith.net", "ilyl83RwaSoYIEdixDQcA4OnAnc="),)))
+
+    def test_examples_of_the_page_in_both_styles(self):
+        for method, target, headers, signatures in self.EXAMPLES:
+            for bucket, signature in signatures:
+                for path, host in ((target, bucket),
+                                   ("/" + bucket + target, "")):
+                    request, now = self.example(method, path, headers,
+                                                signature, host)
+                    with self.subTest(method=method, path=path):
+                        self.assertEqual(self.who(request, now),
+                                         AMAZON.key_id)
+                        request.method = "POST"
+                        self.refused("SignatureDoesNotMatch", self.who,
+                                     request, now)
+
+    def test_examples_without_a_bucket_and_with_unicode(self):
+        for target, date, signature in (
+                ("/", "Wed, 28 Mar 2007 01:29:59 +0000",
+                 "qGdzdERIC03wnaRNKh6OqZehG9s="),
+                ("/dictionary/fran%C3%A7ais/pr%c3%a9f%c3%a8re",
+                 "Wed, 28 Mar 2007 01:49:49 +0000",
+                 "DNEZGsoieTZ92F3bUfSPQcbGmlM=")):
+            with self.subTest(target=target):
+                self.assertEqual(self.who(*self.example(
+                    "GET", target, {"Date": date}, signature)),
+                    AMAZON.key_id)
+
+    def test_example_of_a_presigned_url(self):
+        target = ("/photos/puppy.jpg?AWSAccessKeyId=AKIAIOSFODNN7EXAMPLE"
+                  "&Signature=NpgCjnDzrM%2BWFzoENXmpNDUsSn8%3D"
+                  "&Expires=1175139620")
+        request = asked("GET", target, {"host": "x"}, "johnsmith")
+        self.assertEqual(self.who(request, 1175139619), AMAZON.key_id)
+        error = self.refused("AccessDenied", self.who, request, 1175139621)
+        self.assertEqual(error.message, "Request has expired")
+        for old, new in (("puppy", "kitty"), ("=1175", "=1176"),
+                         ("NpgC", "npgC"), ("Expires=", "expires="),
+                         ("1175139620", "soon")):
+            request = asked("GET", target.replace(old, new), {}, "johnsmith")
+            with self.subTest(new=new):
+                self.assertRaises(S3Error, self.who, request, 1175139000)
+
+    def sign(self, method, target, headers, lines, resource):
+        """A request signed by SigV2 with these x-amz- lines, resource."""
+        headers = dict({"host": "s3.test",
+                        "date": "Tue, 27 Mar 2007 19:36:42 +0000"},
+                       **headers)
+        text = "\n".join([
+            method, headers.get("content-md5", ""),
+            headers.get("content-type", ""), headers["date"]] + lines
+            + [resource])
+        headers["authorization"] = "AWS %s:%s" % (
+            ALICE.key_id, base64.b64encode(hmac.new(
+                ALICE.secret.encode(), text.encode("latin-1"),
+                hashlib.sha1).digest()).decode())
+        return asked(method, target, headers)
+
+    def test_subresources_and_overrides_are_signed_decoded_and_sorted(self):
+        utf8 = "attachment; filename=\u65e5.txt".encode().decode("latin-1")
+        for query, signed in (
+                ("uploads", "?uploads"),
+                ("uploadId=x&partNumber=2", "?partNumber=2&uploadId=x"),
+                ("prefix=a&delimiter=b", ""),
+                ("response-content-type=a%2Fb%3B+c",
+                 "?response-content-type=a/b; c"),
+                ("versionId=null&x=y", "?versionId=null"),
+                ("response-content-disposition=attachment%3B%20filename%3D"
+                 "%E6%97%A5.txt", "?response-content-disposition=" + utf8)):
+            with self.subTest(query=query):
+                self.assertEqual(self.who(self.sign(
+                    "GET", "/box/key?" + query, {}, [],
+                    "/box/key" + signed), self.MARCH_27), ALICE.key_id)
+
+    def test_names_in_other_scripts_are_not_interchangeable(self):
+        override = "/box/key?response-content-disposition="
+        request = self.sign("GET", override + "%E6%97%A5", {}, [],
+                            override + "\xe6\x97\xa5")
+        request.pairs = [(request.pairs[0][0], "\u672c")]
+        self.refused("SignatureDoesNotMatch", self.who, request,
+                     self.MARCH_27)
+        mark = self.sign("GET", override + "%3F", {}, [], override + "?")
+        mark.pairs = [(mark.pairs[0][0], "\u672c")]
+        self.refused("SignatureDoesNotMatch", self.who, mark, self.MARCH_27)
+
+    def test_spaces_inside_a_header_are_signed_as_they_are(self):
+        # the page unfolds lines and trims around the colon, no more;
+        # botocore's HmacV1Auth and s3cmd do the same
+        for value in ("a  b", "\xc3\xa0 la carte", "voil\xc3\xa0"):
+            with self.subTest(value=value):
+                self.assertEqual(self.who(self.sign(
+                    "PUT", "/box/key", {"x-amz-meta-a": value},
+                    ["x-amz-meta-a:" + value], "/box/key"),
+                    self.MARCH_27), ALICE.key_id)
+
+    def test_bucket_may_be_signed_with_a_slash_at_its_end(self):
+        # botocore's HmacV1Auth signs /box/ and sends /box
+        for target, resource in (("/box", "/box/"), ("/box", "/box"),
+                                 ("/box/", "/box/"),
+                                 ("/box?uploads", "/box/?uploads")):
+            with self.subTest(target=target, resource=resource):
+                self.assertEqual(self.who(self.sign(
+                    "GET", target, {}, [], resource), self.MARCH_27),
+                    ALICE.key_id)
+        self.refused("SignatureDoesNotMatch", self.who, self.sign(
+            "GET", "/box/key", {}, [], "/box/key/"), self.MARCH_27)
+
+    def test_clock_may_differ_by_fifteen_minutes(self):
+        request = self.sign("GET", "/box/key", {}, [], "/box/key")
+        for offset in (-899, 899):
+            self.assertEqual(self.who(request, self.MARCH_27 + offset),
+                             ALICE.key_id)
+        for offset in (-901, 901, 10**8):
+            self.refused("RequestTimeTooSkewed", self.who, request,
+                         self.MARCH_27 + offset)
+
+    def test_refusals(self):
+        good = "Tue, 27 Mar 2007 19:36:42 +0000"
+        for authorization, date, code in (
+                ("AWS ALICEKEY", good, "InvalidArgument"),
+                ("AWS :x", good, "InvalidArgument"),
+                ("AWS NOBODY:x", good, "InvalidAccessKeyId"),
+                ("AWS ALICEKEY:", good, "SignatureDoesNotMatch"),
+                ("AWS ALICEKEY:\xe9", good, "SignatureDoesNotMatch"),
+                ("AWS ALICEKEY:x", "", "AccessDenied"),
+                ("AWS ALICEKEY:x", "noon", "AccessDenied")):
+            with self.subTest(authorization=authorization, date=date):
+                self.refused(code, self.who, asked("GET", "/box/key", {
+                    "host": "s3.test", "date": date,
+                    "authorization": authorization}), self.MARCH_27)
+        self.refused("InvalidToken", self.who, self.sign(
+            "GET", "/box/key", {"x-amz-security-token": "t"},
+            ["x-amz-security-token:t"], "/box/key"), self.MARCH_27)
+
+
+###############################################################################
+# 5. Bodies and checksums
+###############################################################################
+
+def bytewise_crcs(width, polynomial, data):
+    """The reflected CRCs of all prefixes of data, the plain slow way."""
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ polynomial * (value & 1)
+        table.append(value)
+    ones = (1 << width) - 1
+    crc, found = ones, [0]
+    for byte in data:
+        crc = table[(crc ^ byte) & 255] ^ crc >> 8
+        found.append(crc ^ ones)
+    return found
+
+
+class Crcs(unittest.TestCase):
+    # name, width, reflected polynomial
+    ALL = (("CRC32", 32, 0xEDB88320), ("CRC32C", 32, 0x82F63B78),
+           ("CRC64NVME", 64, 0x9A6C9329AC4BC9B5))
+
+    def crc(self, name, *pieces):
+        """The CRC of pieces fed one after the other, as a number."""
+        digest = gos3rve.DIGESTS[name].new()
+        for piece in pieces:
+            digest.update(piece)
+        return int.from_bytes(digest.digest(), "big")
+
+    def test_published_vectors(self):
+        rising = bytes(range(256)) * 16
+        read_pdu = bytes.fromhex(
+            "01c00000000000000000000000000000140000000000040000000014"
+            "000000182800000000000000" "0200000000000000")
+        for name, data, expected in (
+                ("CRC32", b"123456789", 0xCBF43926),
+                # RFC 3720 section B.4
+                ("CRC32C", b"123456789", 0xE3069283),
+                ("CRC32C", bytes(32), 0x8A9136AA),
+                ("CRC32C", b"\xff" * 32, 0x62A8AB43),
+                ("CRC32C", bytes(range(32)), 0x46DD794E),
+                ("CRC32C", bytes(range(31, -1, -1)), 0x113FDB5C),
+                ("CRC32C", read_pdu, 0xD9963A56),
+                # NVM Command Set Specification 1.0d, section 5.2.1.3.5
+                ("CRC64NVME", b"123456789", 0xAE8B14860A799888),
+                ("CRC64NVME", bytes(4096), 0x6482D367EB22B64E),
+                ("CRC64NVME", b"\xff" * 4096, 0xC0DDBA7302ECA3AC),
+                ("CRC64NVME", rising, 0x3E729F5F6750449C),
+                ("CRC64NVME", rising[::-1], 0x9A2DF64B8E9E517E)):
+            with self.subTest(name=name, data=data[:10]):
+                self.assertEqual(self.crc(name, data), expected)
+
+    def test_every_length_agrees_with_the_bytewise_definition(self):
+        data = random.Random(1).getrandbits(8 * 140001).to_bytes(
+            140001, "little")
+        lengths = list(range(1200)) + list(range(1200, 140001, 1733))
+        lengths += [n + d for n in (4096, 8192, 16384, 32768, 65536, 131072)
+                    for d in (-1, 0, 1)]
+        for name, width, polynomial in self.ALL:
+            expected = bytewise_crcs(width, polynomial, data)
+            wrong = [n for n in lengths
+                     if self.crc(name, data[:n]) != expected[n]]
+            self.assertEqual(wrong, [], name)
+            for cut in (0, 1, 7, 500, 33333, 70000, 140001):
+                self.assertEqual(self.crc(name, data[:cut], b"", data[cut:]),
+                                 expected[-1], (name, cut))
+            steps = [data[n:n + 997] for n in range(0, len(data), 997)]
+            self.assertEqual(self.crc(name, *steps), expected[-1], name)
+
+    def test_runs_of_one_byte_agree_with_the_bytewise_definition(self):
+        for name, width, polynomial in self.ALL:
+            for value in (0, 255, 128, 1):
+                data = bytes([value]) * 70001
+                expected = bytewise_crcs(width, polynomial, data)
+                for length in (1, 63, 3000, 65536, 70001):
+                    self.assertEqual(self.crc(name, data[:length]),
+                                     expected[length], (name, value, length))
+
+    def test_any_buffer_can_be_fed(self):
+        data = bytes(range(256)) * 300
+        for name, _, _ in self.ALL:
+            expected = self.crc(name, data[3:-5])
+            for piece in (bytearray(data[3:-5]), memoryview(data)[3:-5]):
+                self.assertEqual(self.crc(name, piece), expected, name)
+
+    def test_crc_of_two_parts_is_combined(self):
+        pick = random.Random(2)
+        for name, _, _ in self.ALL:
+            combine = gos3rve.DIGESTS[name].crc.combine
+            for _ in range(20):
+                data = bytes(pick.getrandbits(8)
+                             for _ in range(pick.randrange(3000)))
+                cut = pick.randrange(len(data) + 1)
+                self.assertEqual(
+                    combine(self.crc(name, data[:cut]),
+                            self.crc(name, data[cut:]), len(data) - cut),
+                    self.crc(name, data), (name, len(data), cut))
+
+    def test_parts_of_terabytes_can_be_combined_in_any_order(self):
+        pick = random.Random(3)
+        for name, width, _ in self.ALL:
+            combine = gos3rve.DIGESTS[name].crc.combine
+            for size in (1, 5 << 30, 48 << 40, (1 << 50) - 1):
+                a, b, c = (pick.getrandbits(width) for _ in range(3))
+                other = pick.randrange(1 << 42)
+                self.assertEqual(
+                    combine(combine(a, b, other), c, size),
+                    combine(a, combine(b, c, size), other + size),
+                    (name, size))
+
+    def test_whole_objects_crc_comes_from_its_parts(self):
+        data = bytes(range(256)) * 50
+        parts = [data[:5000], data[5000:5001], b"", data[5001:]]
+        for name, width, _ in self.ALL:
+            digests = [(self.crc(name, part).to_bytes(width // 8, "big"),
+                        len(part)) for part in parts]
+            self.assertEqual(
+                gos3rve.combined_crc(name, digests),
+                base64.b64encode(self.crc(name, data).to_bytes(
+                    width // 8, "big")).decode(), name)
+
+
+class Checksums(Refusing):
+
+    def test_composite_checksum_is_that_of_the_parts_digests(self):
+        # userguide/checking-object-integrity.html, checksum of checksums
+        digests = [hashlib.sha256(part).digest() for part in (b"a", b"b")]
+        self.assertEqual(
+            gos3rve.composite_checksum("SHA256", digests),
+            digest64("sha256", b"".join(digests)) + "-2")
+        crcs = [zlib.crc32(part).to_bytes(4, "big") for part in (b"a", b"b",
+                                                                 b"c")]
+        self.assertEqual(gos3rve.composite_checksum("CRC32", crcs),
+                         crc64(b"".join(crcs)) + "-3")
+
+    def test_algorithms_are_known_by_any_case(self):
+        for name in ("CRC32", "crc32c", "Crc64Nvme", "sha1", "SHA256"):
+            self.assertEqual(gos3rve.checksum_algorithm(name), name.upper())
+        for name in ("", "CRC", "SHA-256", "sha3"):
+            self.refused("InvalidRequest", gos3rve.checksum_algorithm, name)
+        self.refused("NotImplemented", gos3rve.checksum_algorithm,
+                     "XXHASH64")
+
+    def test_digest_is_strict_base64_of_the_right_size(self):
+        self.assertEqual(gos3rve.decode_digest("AAECAw==", 4),
+                         b"\0\1\2\3")
+        for text in ("", "AAECAw", "AAECAw=", "AAEC Aw==", "AAECAw==\n",
+                     "AAECAwQ=", "AAEC", "????", "AAECA\xe9==",
+                     "-_ECAw==", "00010203"):
+            with self.subTest(text=text):
+                self.assertIsNone(gos3rve.decode_digest(text, 4))
+
+    # header -> its value for b"hello"
+    HELLO = {
+        "content-md5": digest64("md5", b"hello"),
+        "x-amz-checksum-sha1": digest64("sha1", b"hello"),
+        "x-amz-checksum-sha256": digest64("sha256", b"hello"),
+        "x-amz-checksum-crc32": crc64(b"hello"),
+        "x-amz-checksum-crc32c": base64.b64encode(
+            bytewise_crcs(32, 0x82F63B78, b"hello")[-1].to_bytes(
+                4, "big")).decode(),
+        "x-amz-checksum-crc64nvme": base64.b64encode(
+            bytewise_crcs(64, 0x9A6C9329AC4BC9B5, b"hello")[-1].to_bytes(
+                8, "big")).decode()}
+
+    def receive(self, data, headers, payload="UNSIGNED-PAYLOAD", step=2):
+        """The verified body of a plain request."""
+        return gos3rve.open_body(
+            gos3rve.LengthReader(Drip(data, step), len(data)), headers,
+            gos3rve.Identity(ALICE, payload)).read_all()
+
+    def test_right_digest_lets_the_body_through(self):
+        for name, value in self.HELLO.items():
+            with self.subTest(name=name):
+                self.assertEqual(self.receive(b"hello", {name: value}),
+                                 b"hello")
+
+    def test_wrong_digest_answers_BadDigest(self):
+        for name, value in self.HELLO.items():
+            for data in (b"hellp", b"", b"hello "):
+                with self.subTest(name=name, data=data):
+                    self.refused("BadDigest", self.receive, data,
+                                 {name: value})
+
+    def test_malformed_digest_is_refused_before_the_body(self):
+        for name, value in self.HELLO.items():
+            code = "InvalidDigest" if "md5" in name else "InvalidRequest"
+            for bad in ("", "x", value[:-1], value + "AAAA",
+                        base64.b64decode(value).hex()):
+                with self.subTest(name=name, value=bad):
+                    self.refused(code, gos3rve.body_claims, {name: bad},
+                                 "UNSIGNED-PAYLOAD")
+
+    def test_wrong_payload_hash_answers_XAmzContentSHA256Mismatch(self):
+        payload = hashlib.sha256(b"hello").hexdigest()
+        self.assertEqual(self.receive(b"hello", {}, payload), b"hello")
+        for data in (b"hellp", b""):
+            error = self.refused("XAmzContentSHA256Mismatch", self.receive,
+                                 data, {}, payload)
+            self.assertEqual(
+                error.fields["S3ComputedContentSHA256"],
+                hashlib.sha256(data).hexdigest())
+
+    def test_all_claims_are_checked(self):
+        payload = hashlib.sha256(b"hello").hexdigest()
+        names = ("content-md5", "x-amz-checksum-sha256")
+        good = {name: self.HELLO[name] for name in names}
+        self.assertEqual(self.receive(b"hello", good, payload), b"hello")
+        for name, wrong in (("content-md5", digest64("md5", b"x")),
+                            ("x-amz-checksum-sha256",
+                             digest64("sha256", b"x"))):
+            with self.subTest(name=name):
+                self.refused("BadDigest", self.receive, b"hello",
+                             dict(good, **{name: wrong}), payload)
+
+    def test_one_checksum_header_at_most(self):
+        two = {name: self.HELLO[name] for name in (
+            "x-amz-checksum-crc32", "x-amz-checksum-sha1")}
+        self.refused("InvalidRequest", self.receive, b"hello", two)
+        self.refused("InvalidRequest", gos3rve.body_claims, {
+            "x-amz-checksum-crc32": self.HELLO["x-amz-checksum-crc32"],
+            "x-amz-trailer": "x-amz-checksum-sha1"}, "UNSIGNED-PAYLOAD")
+
+    def test_unknown_checksum_header_is_refused(self):
+        for name, code in (("x-amz-checksum-foo", "InvalidRequest"),
+                           ("x-amz-checksum-xxhash64", "NotImplemented")):
+            self.refused(code, gos3rve.body_claims, {name: "AAAAAA=="},
+                         "UNSIGNED-PAYLOAD")
+        self.refused("InvalidRequest", gos3rve.body_claims,
+                     {"x-amz-sdk-checksum-algorithm": "FOO"},
+                     "UNSIGNED-PAYLOAD")
+
+    def test_words_about_checksums_are_no_checksums(self):
+        claims, algorithm = gos3rve.body_claims({
+            "x-amz-checksum-algorithm": "SHA256",
+            "x-amz-checksum-mode": "ENABLED",
+            "x-amz-checksum-type": "FULL_OBJECT"}, "UNSIGNED-PAYLOAD")
+        self.assertEqual((list(claims), algorithm), ([], None))
+
+    def test_clients_algorithm_is_told(self):
+        for name, value in self.HELLO.items():
+            _, algorithm = gos3rve.body_claims({name: value},
+                                               "UNSIGNED-PAYLOAD")
+            self.assertEqual(algorithm, None if "md5" in name
+                             else name[15:].upper())
+
+
+class Bodies(Refusing):
+
+    def body(self, data, length=None, headers=None, step=1):
+        """A plain Body of `length` bytes, of which data arrives."""
+        length = len(data) if length is None else length
+        return gos3rve.open_body(
+            gos3rve.LengthReader(Drip(data, step), length), headers or {},
+            gos3rve.Identity(ALICE))
+
+    def test_blocks_are_whole_however_the_bytes_arrive(self):
+        data = bytes(range(256)) * 5
+        for step in (1, 3, 100, 5000):
+            for size in (1, 7, 640, 1279, 1280, 1281):
+                with self.subTest(step=step, size=size):
+                    blocks = list(self.body(data, step=step).blocks(size))
+                    self.assertEqual(b"".join(blocks), data)
+                    self.assertEqual({len(b) for b in blocks[:-1]},
+                                     {size} if blocks[1:] else set())
+
+    def test_bytes_behind_the_body_stay_in_the_source(self):
+        source = Drip(b"helloGET / HTTP/1.1", 100)
+        body = gos3rve.open_body(gos3rve.LengthReader(source, 5), {},
+                                 gos3rve.Identity(ALICE))
+        self.assertEqual(body.read_all(), b"hello")
+        self.assertEqual(source.readline(100), b"GET / HTTP/1.1")
+
+    def test_body_cut_short_answers_IncompleteBody(self):
+        data = b"0123456789"
+        for arrived in range(10):
+            for size in (1, 4, 10, 100):
+                with self.subTest(arrived=arrived, size=size):
+                    body = self.body(data[:arrived], 10)
+                    self.refused("IncompleteBody", list, body.blocks(size))
+
+    def test_last_block_is_not_seen_before_the_digest_holds(self):
+        for size, expected in ((100, b""), (10, b""), (4, b"01234567"),
+                               (5, b"01234")):
+            body = self.body(b"0123456789", headers={
+                "content-md5": digest64("md5", b"other")})
+            seen = []
+
+            def take():
+                for block in body.blocks(size):
+                    seen.append(block)
+
+            with self.subTest(size=size):
+                self.refused("BadDigest", take)
+                self.assertEqual(b"".join(seen), expected)
+
+    def test_digests_asked_for_are_computed(self):
+        body = self.body(b"hello", headers={
+            "content-md5": digest64("md5", b"hello")})
+        body.want("MD5", None, "SHA1")
+        self.assertEqual(body.read_all(), b"hello")
+        self.assertEqual(body.digest("MD5"), hashlib.md5(b"hello").digest())
+        self.assertEqual(body.digest("SHA1"),
+                         hashlib.sha1(b"hello").digest())
+        self.assertEqual(body.received, 5)
+
+    def test_empty_body_is_verified_too(self):
+        self.assertEqual(self.body(b"").read_all(), b"")
+        body = self.body(b"", headers={"content-md5":
+                                       digest64("md5", b"x")})
+        self.refused("BadDigest", body.read_all)
+
+    def test_document_is_bounded_with_and_without_a_length(self):
+        self.assertEqual(self.body(b"12345").read_all(5), b"12345")
+        source = Drip(b"123456")
+        body = gos3rve.open_body(gos3rve.LengthReader(source, 6), {},
+                                 gos3rve.Identity(ALICE))
+        self.refused("MaxMessageLengthExceeded", body.read_all, 5)
+        self.assertEqual(source.tell(), 0)      # not a byte is asked for
+        chunked = gos3rve.ChunkedReader(Drip(b"6\r\n123456\r\n0\r\n\r\n"))
+        body = gos3rve.open_body(chunked, {}, gos3rve.Identity(ALICE))
+        self.refused("MaxMessageLengthExceeded", body.read_all, 5)
+
+
+class HttpChunked(Refusing):
+    """RFC 9112 section 7.1."""
+
+    GOOD = b"5\r\nhello\r\n0006;a=b;c\r\n world\r\nA\r\n0123456789\r\n0\r\n"
+
+    def receive(self, wire, step=1):
+        """The body, and what is left in the source behind it."""
+        source = Drip(wire, step)
+        body = gos3rve.open_body(gos3rve.ChunkedReader(source), {},
+                                 gos3rve.Identity(ALICE))
+        return body.read_all(), source.readline(1000)
+
+    def test_chunks_extensions_and_trailers_are_read(self):
+        for tail in (b"\r\n", b"a: b\r\nc: d\r\n\r\n"):
+            for step in (1, 2, 1000):
+                with self.subTest(tail=tail, step=step):
+                    self.assertEqual(
+                        self.receive(self.GOOD + tail + b"next", step),
+                        (b"hello world0123456789", b"next"))
+        self.assertEqual(self.receive(b"0\r\n\r\n"), (b"", b""))
+
+    def test_body_cut_anywhere_answers_IncompleteBody(self):
+        wire = self.GOOD + b"a: b\r\n\r\n"
+        for cut in range(len(wire)):
+            with self.subTest(cut=cut):
+                self.refused("IncompleteBody", self.receive, wire[:cut])
+
+    def test_damaged_framing_answers_400(self):
+        for wire in (b"g\r\nhello\r\n0\r\n\r\n", b"-5\r\nhello\r\n0\r\n\r\n",
+                     b"+5\r\nhello\r\n0\r\n\r\n",
+                     b"0x5\r\nhello\r\n0\r\n\r\n",
+                     b" 5\r\nhello\r\n0\r\n\r\n", b"\r\nhello\r\n0\r\n\r\n",
+                     b"5_0\r\nhello\r\n0\r\n\r\n",
+                     b"5\nhello\r\n0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
+                     b"4\r\nhello\r\n0\r\n\r\n", b"6\r\nhello\r\n0\r\n\r\n",
+                     b"7\r\nhello\r\n0\r\n\r\n",
+                     b"5\r\nhello0\r\n\r\n", b"f" * 16 + b"\r\nx",
+                     b"5;" + b"a" * 100000 + b"\r\nhello\r\n0\r\n\r\n",
+                     b"0\r\n" + b"a: b\r\n" * 100000 + b"\r\n",
+                     b"f" * 15 + b"\r\nhello"):
+            for step in (1, 1000):
+                with self.subTest(wire=wire[:30], step=step):
+                    with self.assertRaises(S3Error) as caught:
+                        self.receive(wire, step)
+                    self.assertEqual(caught.exception.status, 400)
+
+
+class AwsChunked(Refusing):
+    """Unsigned chunks with a trailer, as SDKs send them by default."""
+
+    UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
+    CRC = crc64(b"hello world").encode()
+    LINE = b"x-amz-checksum-crc32:" + CRC + b"\r\n"
+    GOOD = b"5\r\nhello\r\n6\r\n world\r\n0\r\n" + LINE + b"\r\n"
+    HEADERS = {"x-amz-decoded-content-length": "11",
+               "x-amz-trailer": "x-amz-checksum-crc32",
+               "content-encoding": "aws-chunked"}
+
+    def receive(self, wire, step=1, headers=None, length=None, frame=None,
+                payload=UNSIGNED):
+        """The body that was wrapped in aws-chunked."""
+        if frame is None:
+            length = len(wire) if length is None else length
+            frame = gos3rve.LengthReader(Drip(wire, step), length)
+        return gos3rve.open_body(
+            frame, self.HEADERS if headers is None else headers,
+            gos3rve.Identity(ALICE, payload)).read_all()
+
+    @staticmethod
+    def wrapped(wire, size):
+        """HTTP chunked around something."""
+        return b"".join(b"%x\r\n%s\r\n" % (len(wire[n:n + size]),
+                                           wire[n:n + size])
+                        for n in range(0, len(wire), size)) + b"0\r\n\r\n"
+
+    def test_body_comes_out_however_it_arrives(self):
+        for step in (1, 2, 3, 10, 1000):
+            self.assertEqual(self.receive(self.GOOD, step), b"hello world")
+
+    def test_http_chunked_may_wrap_it(self):
+        for size in (1, 2, 7, 1000):
+            for step in (1, 5, 1000):
+                with self.subTest(size=size, step=step):
+                    frame = gos3rve.ChunkedReader(Drip(
+                        self.wrapped(self.GOOD, size), step))
+                    self.assertEqual(self.receive(b"", frame=frame),
+                                     b"hello world")
+
+    def test_http_chunked_around_it_is_read_to_its_end(self):
+        # else the connection cannot take the next request
+        for size in (7, 1000):
+            frame = gos3rve.ChunkedReader(Drip(
+                self.wrapped(self.GOOD, size), 1000))
+            self.receive(b"", frame=frame)
+            self.assertEqual((size, frame.left), (size, 0))
+
+    def test_content_length_around_it_is_read_to_its_end(self):
+        for step in (1, 1000):
+            frame = gos3rve.LengthReader(Drip(self.GOOD, step),
+                                         len(self.GOOD))
+            self.receive(b"", frame=frame)
+            self.assertEqual(frame.left, 0)
+
+    def test_decoded_length_may_be_unknown(self):
+        headers = dict(self.HEADERS)
+        del headers["x-amz-decoded-content-length"]
+        self.assertEqual(self.receive(self.GOOD, headers=headers),
+                         b"hello world")
+
+    def test_empty_body(self):
+        wire = b"0\r\nx-amz-checksum-crc32:AAAAAA==\r\n\r\n"
+        self.assertEqual(self.receive(wire, headers=dict(
+            self.HEADERS, **{"x-amz-decoded-content-length": "0"})), b"")
+
+    def test_large_chunks_come_out_whole(self):
+        data = bytes(range(256)) * 2048
+        wire = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (
+            data[:300000], data[300000:])) + b"0\r\n\r\n"
+        self.assertEqual(self.receive(wire, 65536, headers={
+            "x-amz-decoded-content-length": str(len(data))}), data)
+
+    def test_unsigned_payload_with_a_decoded_length_is_decoded_too(self):
+        self.assertEqual(self.receive(self.GOOD, payload="UNSIGNED-PAYLOAD"),
+                         b"hello world")
+
+    def test_every_checksum_can_be_in_the_trailer(self):
+        for name, value in Checksums.HELLO.items():
+            if name == "content-md5":
+                continue
+            headers = {"x-amz-trailer": name,
+                       "x-amz-decoded-content-length": "5"}
+            for sent, code in ((value, None),
+                               ("A" + value[1:], "BadDigest"),
+                               ("B" + value[1:], "BadDigest")):
+                wire = b"5\r\nhello\r\n0\r\n%s: %s \r\n\r\n" % (
+                    name.title().encode(), sent.encode())
+                if code is None or sent == value:
+                    self.assertEqual(self.receive(wire, headers=headers),
+                                     b"hello")
+                else:
+                    self.refused(code, self.receive, wire, headers=headers)
+
+    def test_body_cut_anywhere_is_refused(self):
+        for cut in range(len(self.GOOD)):
+            with self.subTest(cut=cut):
+                self.refused("IncompleteBody", self.receive,
+                             self.GOOD[:cut], length=len(self.GOOD))
+
+    def test_body_that_ends_early_within_its_length_is_refused(self):
+        # some SDKs leave the empty line at the very end away
+        for cut in range(len(self.GOOD) - 4):
+            with self.subTest(cut=cut):
+                with self.assertRaises(S3Error) as caught:
+                    self.receive(self.GOOD[:cut])
+                self.assertEqual(caught.exception.status, 400)
+
+    def test_http_chunks_that_end_early_are_refused(self):
+        for cut in range(len(self.GOOD) - 4):
+            with self.subTest(cut=cut):
+                frame = gos3rve.ChunkedReader(Drip(
+                    self.wrapped(self.GOOD[:cut], 9)))
+                self.assertRaises(S3Error, self.receive, b"", frame=frame)
+
+    def test_wrong_decoded_length_answers_IncompleteBody(self):
+        for length in ("0", "1", "5", "10", "12", "1000"):
+            with self.subTest(length=length):
+                self.refused("IncompleteBody", self.receive, self.GOOD,
+                             headers=dict(self.HEADERS, **{
+                                 "x-amz-decoded-content-length": length}))
+
+    def test_decoded_length_that_is_no_number_is_refused(self):
+        for length in ("", "-1", "x", "1.5", "\u0661", "11, 11"):
+            with self.subTest(length=length):
+                with self.assertRaises(S3Error) as caught:
+                    self.receive(self.GOOD, headers=dict(
+                        self.HEADERS,
+                        **{"x-amz-decoded-content-length": length}))
+                self.assertEqual(caught.exception.status, 400)
+
+    def test_damaged_framing_answers_400(self):
+        for old, new in (
+                (b"5\r\nh", b"4\r\nh"), (b"5\r\nh", b"6\r\nh"),
+                (b"5\r\nh", b"7\r\nh"), (b"5\r\nh", b"8\r\nh"),
+                (b"5\r\nh", b"g\r\nh"), (b"5\r\nh", b"-5\r\nh"),
+                (b"5\r\nh", b"+5\r\nh"), (b"5\r\nh", b"0x5\r\nh"),
+                (b"5\r\nh", b"\r\nh"), (b"5\r\nh", b"5\nh"),
+                (b"5\r\nh", b"0\r\n\r\n5\r\nh"),
+                (b"5\r\nh", b"f" * 15 + b"\r\nh"),
+                (b"5\r\nh", b"f" * 16 + b"\r\nh"),
+                (b"5\r\nh", b"5" + b" " * 100000 + b"\r\nh"),
+                (b"hello\r\n", b"hello"), (b"hello\r\n", b"hello\n"),
+                (b"0\r\nx", b"x"), (b"0\r\nx", b"00000000000000000\r\nx"),
+                (b"x-amz-checksum-crc32:", b"x-amz-checksum-crc32"),
+                (b"x-amz-checksum-crc32:", b"x-amz-checksum-sha1:"),
+                (b"x-amz-checksum-crc32:", b"a" * 100000 + b":"),
+                (self.LINE, b""), (self.LINE, b"x-amz-checksum-crc32:\r\n"),
+                (self.LINE, b"x-amz-checksum-crc32:AAAA\r\n"),
+                (self.LINE, b"x-amz-checksum-crc32:AAAAAA==\r\n"),
+                (self.LINE, self.LINE[:-3] + b"\r\n"),
+                (self.LINE, self.LINE[:-2] + b" " * 100000 + b"\r\n")):
+            wire = self.GOOD.replace(old, new, 1)
+            self.assertNotEqual(wire, self.GOOD)
+            for step in (1, 1000):
+                with self.subTest(old=old, new=new[:30], step=step):
+                    with self.assertRaises(S3Error) as caught:
+                        self.receive(wire, step)
+                    self.assertEqual(caught.exception.status, 400)
+
+    def test_missing_trailer_answers_MalformedTrailerError(self):
+        self.refused("MalformedTrailerError", self.receive,
+                     self.GOOD.replace(self.LINE, b""))
+
+    def test_trailer_without_end_is_bounded(self):
+        endless = self.GOOD[:-2] + b"a: b\r\n" * 100000 + b"\r\n"
+        self.assertRaises(S3Error, self.receive, endless, 1000)
+
+
+class SignedChunks(Signing):
+    """Chunks under a chain of signatures that the test makes itself."""
+
+    PLAIN = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
+
+    def setUp(self):
+        headers = {"x-amz-decoded-content-length": "10"}
+        self.request = self.signed("PUT", headers=headers,
+                                   payload=self.PLAIN)
+        self.seed = self.request.headers["authorization"][-64:]
+        parts = self.parts = []
+        for data in (b"01234", b"56789", b""):
+            parts.append((data, self.chunk_signature(data)))
+
+    def chunk_signature(self, data):
+        """The signature of the chunk after those in self.parts."""
+        previous = self.parts[-1][1] if self.parts else self.seed
+        text = "\n".join((
+            "AWS4-HMAC-SHA256-PAYLOAD", amz_date(MAY_24),
+            "20130524/us-east-1/s3/aws4_request", previous,
+            hashlib.sha256(b"").hexdigest(),
+            hashlib.sha256(data).hexdigest()))
+        return hmac.new(v4_key(ALICE.secret, "20130524"), text.encode(),
+                        hashlib.sha256).hexdigest()
+
+    def receive(self, parts, step=1):
+        """The body made of (data, signature) chunks."""
+        wire = b"".join(b"%x;chunk-signature=%s\r\n%s\r\n" % (
+            len(data), signature.encode(), data)
+            for data, signature in parts)
+        return self.receive_wire(wire, step)
+
+    def receive_wire(self, wire, step=1):
+        """The body of bytes on the wire."""
+        identity = gos3rve.authenticate(self.request, ACCOUNTS, MAY_24)
+        frame = gos3rve.LengthReader(Drip(wire, step), len(wire))
+        return gos3rve.open_body(frame, self.request.headers,
+                                 identity).read_all()
+
+    def test_chain_of_signatures_holds(self):
+        for step in (1, 100, 1000):
+            self.assertEqual(self.receive(self.parts, step), b"0123456789")
+
+    def test_broken_chain_answers_SignatureDoesNotMatch(self):
+        first, second, last = self.parts
+        zeros = "0" * 64
+        for name, parts in (
+                ("swapped", [second, first, last]),
+                ("replayed", [first, first, last]),
+                ("dropped", [second, last]),
+                ("changed", [(b"01235", first[1]), second, last]),
+                ("merged", [(b"0123456789", first[1]), last]),
+                ("forged", [first, (b"56789", zeros), last]),
+                ("end forged", [first, second, (b"", zeros)]),
+                ("empty", [first, (b"56789", ""), last]),
+                ("not ascii", [first, (b"56789", "\xe9" * 64), last]),
+                ("upper case", [(b"01234", first[1].upper()), second, last]),
+                ("end early", [first, (b"", second[1])])):
+            with self.subTest(name):
+                error = self.refused("SignatureDoesNotMatch", self.receive,
+                                     parts)
+                self.assertEqual(error.status, 403)
+
+    def test_chunk_without_a_signature_is_refused(self):
+        for wire in (b"a\r\n0123456789\r\n0\r\n\r\n",
+                     b"a;x=y\r\n0123456789\r\n0\r\n\r\n",
+                     b"a;chunk-signature\r\n0123456789\r\n0\r\n\r\n"):
+            with self.subTest(wire=wire):
+                self.assertRaises(S3Error, self.receive_wire, wire)
+
+    def test_chunks_without_an_end_are_refused(self):
+        self.refused("IncompleteBody", self.receive, self.parts[:2])
+        self.refused("IncompleteBody", self.receive, self.parts[:1])
+        self.refused("IncompleteBody", self.receive, [])
+
+###############################################################################
+# 6. Storage
+###############################################################################
+#
+# The Store without HTTP: keys as files, listings against a model, a shell
+# beside the server, cut-off writes, threads and processes.  What records
+# do is tried with extended attributes, with sidecars, and with a record
+# that no attribute can hold.
+
+ANY = gos3rve.WriteConditions()
+ABSENT = gos3rve.WriteConditions(if_none_match=True)
+FUTURE = 10 ** 7                    # seconds: nothing is fresh any more
+LONG = "/".join(["long" * 25] * 10)[:1000] + "/" + "e" * 23
+ODD_KEYS = ("..", ".", "../../etc/passwd", "a/../b", "a/./b", "./a", "a//b",
+            "//", "/", "/a", "//a", "a//", "dir/", "dir/sub/", "s" * 600,
+            "d/" + "s" * 256, "\u00e9" * 512, "x\0y", "\0", ".gos3rve",
+            ".gos3rve/x", ".gos3rve/bucket.json", ".gos3rve/locks/00",
+            ".GOS3RVE/x", "q" * 1023 + "/", "\U0001f600" * 250 + "//")
+NATURAL_KEYS = ("a", "b/c", "a%2Fb", "%00", "%", "+", "a b", " ", "~",
+                "'quoted'", '"quoted"', "&<>", "\\", "a\nb", "\x01", "\x7f",
+                "\U0001f600", "caf\u00e9", "cafe\u0301", "\ufffe", "...",
+                "..a", ".hidden", ".gos3rvex", "x/.gos3rve/y", "*?[]", LONG,
+                "n" * 255, "\u00e9" * 127, "deep/" * 200 + "x", "k%2Fx",
+                "con", "nul.txt", "-rf", "\U0010ffff", "\ue000")
+
+
+def has_xattrs(directory):
+    """True when files there can have the attribute that records use."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory) as file:
+            os.setxattr(file.fileno(), gos3rve.XATTR, b"{}")
+        return True
+    except (OSError, AttributeError):
+        return False
+
+
+# These tests make and remove some 100,000 files: in memory, if that will do.
+MEMORY = "/dev/shm" if has_xattrs("/dev/shm") else None
+HAVE_XATTRS = has_xattrs(MEMORY)
+
+
+def md5_hex(data):
+    """An ETag as S3 makes it of a plain PUT."""
+    return hashlib.md5(data).hexdigest()
+
+
+def in_order(keys):
+    """S3's order: that of the UTF-8 bytes."""
+    return sorted(keys, key=str.encode)
+
+
+def by_hand(path, data=b"by hand"):
+    """A file as a shell would write it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def open_and_read(path):
+    """The content of a file."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def files_below(path):
+    """The files of a tree, by their relative paths, links not followed."""
+    return sorted(os.path.relpath(os.path.join(at, name), path)
+                  for at, _, names in os.walk(path) for name in names)
+
+
+def bound(call, *args):
+    """The call of a function with these arguments."""
+    return lambda: call(*args)
+
+
+def run_threads(*calls):
+    """Run calls at the same time; [result or exception] in their order."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call):
+        barrier.wait(30)
+        try:
+            return call()
+        except Exception as error:
+            return error
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
+
+
+class StorageCase(unittest.TestCase):
+    """A Store with the bucket `box`.  Subclasses choose where records go;
+    a model is a dict of key -> content, and every content is unique."""
+
+    xattrs, padding = True, 0
+
+    def setUp(self):
+        self.reports = []
+        path = tempfile.mkdtemp(prefix="test-gos3rve-", dir=MEMORY)
+        self.addCleanup(shutil.rmtree, path, ignore_errors=True)
+        self.start(path)
+
+    def start(self, directory, **options):
+        """A new directory, store and bucket."""
+        self.directory = directory
+        self.buckets = os.path.join(directory, "buckets")
+        self.uploads = os.path.join(directory, "uploads")
+        self.restart(**options)
+        self.bucket = self.store.create_bucket("box", "alice", "us-east-1")
+
+    def restart(self, **options):
+        """The same directory in a process that knows nothing yet."""
+        self.store = Store(self.buckets, self.uploads, xattrs=self.xattrs,
+                           report=self.reports.append, **options)
+        if os.path.isdir(self.path()):
+            self.bucket = self.store.bucket("box")
+
+    def path(self, *parts):
+        """A path in the directory of bucket `box`."""
+        return os.path.join(self.buckets, "box", *parts)
+
+    def record(self, data):
+        """A record as an operation makes it."""
+        meta = {"md5": md5_hex(data)}
+        if self.padding:
+            meta["pad"] = "x" * self.padding
+        return {"etag": md5_hex(data), "meta": meta,
+                "headers": {"content-type": "text/x-test"}}
+
+    def put(self, key, data, conditions=ANY, bucket=None, store=None):
+        """Put an object; its Info."""
+        bucket = bucket or self.bucket
+        with bucket.draft() as draft:
+            draft.write(data)
+            return (store or self.store).put_object(
+                bucket, key, draft, self.record(data), conditions)
+
+    def copy(self, source, key):
+        """Copy an object with its record, as CopyObject does."""
+        info, fd = self.bucket.open(source)
+        try:
+            with self.bucket.draft() as draft:
+                draft.copy(fd, 0, info.size)
+                self.store.put_object(self.bucket, key, draft,
+                                      dict(info.record), ANY)
+        finally:
+            os.close(fd)
+
+    def rename(self, source, key, conditions=ANY):
+        """Rename an object."""
+        self.store.rename_object(self.bucket, source, key,
+                                 lambda info: None, conditions)
+
+    def delete(self, key):
+        """Delete an object."""
+        return self.store.delete_object(self.bucket, key)
+
+    def read(self, key):
+        """(Info, content) of an object."""
+        info, fd = self.bucket.open(key)
+        with os.fdopen(fd, "rb") as file:
+            return info, file.read()
+
+    def page(self, **query):
+        """All entries of a listing, in one page."""
+        return self.store.list_objects(
+            self.bucket, **dict({"limit": 10 ** 6}, **query)).entries
+
+    def keys(self, **query):
+        """The keys of a listing."""
+        return [entry.key for entry in self.page(**query)]
+
+    def sweep(self, ttl=0, later=FUTURE, grace=0):
+        """A sweep that takes nothing for fresh."""
+        return self.store.sweep(ttl, time.time() + later, grace)
+
+    def verify(self, model):
+        """Assert that listing, find and open tell of exactly the model."""
+        entries = self.page()
+        self.assertEqual([entry.key for entry in entries], in_order(model))
+        for entry in entries:
+            info, data = self.read(entry.key)
+            self.assertEqual(data, model[entry.key], entry.key)
+            for told in (entry, info, self.bucket.find(entry.key)):
+                self.assertEqual(
+                    (told.key, told.size, told.etag,
+                     told.record["meta"]["md5"]),
+                    (entry.key, len(data), md5_hex(data), md5_hex(data)))
+
+    def assert_refused(self, code, call, *args, **named):
+        """Assert an S3Error of this code."""
+        with self.assertRaises(S3Error) as caught:
+            call(*args, **named)
+        self.assertEqual(caught.exception.code, code)
+
+    def assert_clean(self, sidecars=0):
+        """Assert that no draft is left, and at most so many sidecars."""
+        left = [name for name in files_below(self.path(gos3rve.STATE))
+                if not name.startswith(("locks", "odd", "meta", "bucket."))]
+        self.assertEqual(left, [])
+        meta = self.path(gos3rve.STATE, "meta")
+        names = os.listdir(meta) if os.path.isdir(meta) else []
+        self.assertLessEqual(len(names), sidecars, names)
+        self.assertEqual([name for name in os.listdir(self.buckets)
+                          if name.startswith(".")], [])
+
+
+# --- keys and paths ---
+
+class KeyNames(unittest.TestCase):
+    """is_natural and odd_name, alone."""
+
+    @unittest.skipIf(os.name == "nt", "more names are odd there")
+    def test_natural_keys_are_paths(self):
+        for key in NATURAL_KEYS:
+            with self.subTest(key=key[:40]):
+                self.assertTrue(gos3rve.is_natural(key))
+                self.assertLessEqual(len(key.encode()), 1024)
+
+    def test_all_other_keys_are_odd(self):
+        for key in ODD_KEYS + ("",):
+            with self.subTest(key=key[:40]):
+                self.assertFalse(gos3rve.is_natural(key))
+                self.assertLessEqual(len(key.encode()), 1024)
+
+    def test_every_odd_name_is_one_short_file_name_of_its_own(self):
+        keys = set(ODD_KEYS + NATURAL_KEYS)
+        keys.update(quote(key, "") for key in ODD_KEYS)
+        names = {gos3rve.odd_name(key) for key in keys}
+        self.assertEqual(len(names), len(keys))
+        for name in names:
+            self.assertRegex(name, r"\A[A-Za-z0-9][A-Za-z0-9%._~-]*\Z")
+            self.assertLessEqual(len(name), 255)
+
+
+class Keys(StorageCase):
+    """Every key S3 allows can be stored, and none touches another."""
+
+    def test_natural_key_is_a_plain_file_at_its_path(self):
+        for number, key in enumerate(NATURAL_KEYS):
+            with self.subTest(key=key[:40]):
+                self.put(key, b"%d" % number)
+                with open(self.path(key), "rb") as file:
+                    self.assertEqual(file.read(), b"%d" % number)
+
+    def test_odd_key_leaves_no_trace_outside_the_state_directory(self):
+        for key in ODD_KEYS:
+            with self.subTest(key=key[:40]):
+                self.put(key, key.encode())
+        outside = [name for name in files_below(self.directory)
+                   if not name.startswith("buckets/box/.gos3rve/")]
+        self.assertEqual(outside, [])
+        self.assertEqual(self.bucket.owner, "alice")
+
+    def test_all_keys_are_stored_listed_copied_renamed_and_removed(self):
+        model = {key: b"of " + key.encode()
+                 for key in ODD_KEYS + NATURAL_KEYS}
+        keys = list(model)
+        random.Random(1).shuffle(keys)
+        for key in keys:
+            self.put(key, model[key])
+        self.verify(model)
+        self.restart()
+        self.verify(model)
+        for key in keys[::3]:
+            other = "copy/" + key if len(key) < 400 else key[:-1]
+            self.copy(key, other)
+            model[other] = model[key]
+        self.verify(model)
+        for key in keys[1::3]:
+            other = "new//" + key if len(key) < 400 else "r" + key[1:-1]
+            self.rename(key, other)
+            model[other] = model.pop(key)
+        self.verify(model)
+        for key in list(model):
+            self.assertTrue(self.delete(key))
+            self.assertIsNone(self.bucket.find(key))
+        self.verify({})
+        self.assertEqual(os.listdir(self.path()), [gos3rve.STATE])
+        self.assert_clean()
+        self.store.delete_bucket(self.bucket)
+
+    def test_a_beside_a_slash_and_below_in_every_order(self):
+        names = ("a", "a/", "a/b")
+        orders = [(x, y, z) for x in names for y in names for z in names
+                  if len({x, y, z}) == 3]
+        for coming in orders:
+            for going in orders:
+                with self.subTest(coming=coming, going=going):
+                    self._come_and_go(coming, going)
+
+    def _come_and_go(self, coming, going):
+        model = {}
+        for key in coming:
+            model[key] = ("%s of %s" % (key, coming)).encode()
+            self.put(key, model[key])
+            self.verify(model)
+        for key in going:
+            del model[key]
+            self.assertTrue(self.delete(key))
+            self.verify(model)
+        self.assertEqual(os.listdir(self.path()), [gos3rve.STATE])
+
+    def test_random_puts_renames_and_deletes_change_nothing_else(self):
+        chance = random.Random(2)
+        keys = ["a", "a/", "a/b", "a/b/", "a/b/c", "a/b/c/" + "s" * 300,
+                "a/b//", "a//", "b", "/", "a/" + "t" * 300, "\0" * 200]
+        model = {}
+        for number in range(160):
+            key, data = chance.choice(keys), b"%d" % number
+            if chance.random() < 0.45:
+                self.put(key, data)
+                model[key] = data
+            elif chance.random() < 0.5:
+                self.assertEqual(self.delete(key), key in model)
+                model.pop(key, None)
+            elif model:
+                source = chance.choice(sorted(model))
+                self.rename(source, key)
+                model[key] = model.pop(source)
+            self.verify(model)
+        self.sweep()
+        self.verify(model)
+        self.assert_clean(len(model))
+
+    def test_file_in_the_way_keeps_its_content_and_record(self):
+        by_hand(self.path("x"), b"plain")
+        self.put("y", b"put")
+        self.put("x/1/2", b"below x")
+        self.put("y/1", b"below y")
+        self.assertEqual(self.keys(), ["x", "x/1/2", "y", "y/1"])
+        self.assertEqual(self.read("x")[1], b"plain")
+        self.assertEqual(self.read("y")[0].record["headers"],
+                         {"content-type": "text/x-test"})
+        self.assertEqual(self.read("y")[0].etag, md5_hex(b"put"))
+
+    def test_long_key_in_the_way_is_still_listed(self):
+        key = "\U0001f600" * 60 + "/" + "\U0001f601" * 60
+        model = {key: b"1", key + "/x": b"2"}
+        for name in model:
+            self.put(name, model[name])
+        self.verify(model)
+        self.restart()
+        self.verify(model)
+
+    def test_directory_goes_with_its_last_object(self):
+        self.put("d/e/f", b"1")
+        self.put("d/g", b"2")
+        self.delete("d/e/f")
+        self.assertEqual(sorted(os.listdir(self.path())),
+                         [gos3rve.STATE, "d"])
+        self.assertEqual(os.listdir(self.path("d")), ["g"])
+        self.rename("d/g", "h")
+        self.assertEqual(sorted(os.listdir(self.path())),
+                         [gos3rve.STATE, "h"])
+
+    def test_key_with_a_slash_at_its_end_makes_the_directory(self):
+        self.put("d/e/", b"")
+        self.assertTrue(os.path.isdir(self.path("d", "e")))
+        self.put("d/e/f", b"1")
+        self.delete("d/e/f")
+        self.assertTrue(os.path.isdir(self.path("d", "e")))
+        self.delete("d/e/")
+        self.assertEqual(os.listdir(self.path()), [gos3rve.STATE])
+
+    def test_empty_directory_is_no_object(self):
+        os.makedirs(self.path("empty", "below"))
+        self.assertEqual(self.keys(), [])
+        self.assertEqual(self.keys(delimiter="/"), [])
+        for key in ("empty", "empty/", "empty/below"):
+            self.assertIsNone(self.bucket.find(key))
+            self.assert_refused("NoSuchKey", self.bucket.open, key)
+            self.assertFalse(self.delete(key))
+
+    def test_rename_to_a_name_above_and_below(self):
+        for source, key in (("a/b/c", "a/b"), ("a/b/c", "a"), ("a", "a/b"),
+                            ("a/b", "a/b/c/d"), ("a/", "a"), ("a", "a/"),
+                            ("a/b/", "a/b/c"), ("a/b/c", "a/b/")):
+            with self.subTest(source=source, key=key):
+                self.put(source, b"1")
+                self.put("a/other", b"2")
+                self.rename(source, key)
+                self.verify({key: b"1", "a/other": b"2"})
+            for name in (source, key, "a/other"):
+                self.delete(name)
+            self.assertEqual(os.listdir(self.path()), [gos3rve.STATE])
+
+    def test_rename_needs_a_source_and_replaces_the_target(self):
+        self.assert_refused("NoSuchKey", self.rename, "none", "b")
+        self.put("a", b"1")
+        self.put("b", b"2")
+        self.rename("a", "b")
+        self.verify({"b": b"1"})
+        self.assert_refused("NoSuchKey", self.rename, "a", "c")
+        self.put("a", b"3")
+        self.assert_refused("PreconditionFailed", self.rename, "a", "b",
+                            ABSENT)
+        self.verify({"a": b"3", "b": b"1"})
+
+    def test_overwritten_object_has_the_new_record_only(self):
+        for number in range(5):
+            for key in ("k", "odd/", "h" * 300):
+                self.put(key, b"%d" % number)
+        self.verify({"k": b"4", "odd/": b"4", "h" * 300: b"4"})
+        self.sweep()
+        self.verify({"k": b"4", "odd/": b"4", "h" * 300: b"4"})
+        self.assert_clean(3)
+
+
+class KeysWithSidecars(Keys):
+    """The same where the file system has no extended attributes."""
+
+    xattrs = False
+
+
+class KeysWithLargeRecords(Keys):
+    """The same with records that no extended attribute can hold."""
+
+    padding = 70000                 # Linux: XATTR_SIZE_MAX is 65536
+
+    def record(self, data):
+        """Only some records are large: each goes where it fits."""
+        record = super().record(data)
+        if len(data) % 2:
+            record["meta"].pop("pad")
+        return record
+
+
+# --- records and a shell beside the server ---
+
+class Shell(StorageCase):
+    """Whatever a shell does between two calls, the next tells the truth."""
+
+    def age(self, seconds=100):
+        """Make every directory old, so that listings of it are kept."""
+        self.aged = getattr(self, "aged", 0) + 1
+        when = time.time() - seconds + self.aged / 64
+        for path, _, _ in os.walk(self.path()):
+            os.utime(path, (when, when))
+        return when
+
+    def keeps_xattrs(self):
+        """True when a file takes its record along."""
+        return HAVE_XATTRS and self.xattrs and not self.padding
+
+    def truth(self, known):
+        """Assert that all calls tell what lies on the disk; key -> ETag.
+        `known`: the keys whose content is as S3 put it."""
+        disk = {}
+        for name in files_below(self.path()):
+            if not name.startswith(gos3rve.STATE):
+                with open(self.path(name), "rb") as file:
+                    disk[name] = file.read()
+        entries = {entry.key: entry for entry in self.page()}
+        self.assertEqual(list(entries), in_order(disk))
+        for key, data in disk.items():
+            info, read = self.read(key)
+            self.assertEqual(read, data)
+            found = self.bucket.find(key)
+            self.assertEqual({(told.size, told.mtime_ns, told.etag)
+                              for told in (entries[key], info, found)},
+                             {(len(data), os.stat(self.path(
+                                 key)).st_mtime_ns, found.etag)})
+            if key in known:
+                self.assertEqual(found.etag, md5_hex(data))
+            else:
+                self.assertRegex(found.etag, r"\A[0-9a-f]{32}-[0-9]+\Z")
+        self.age()
+        return {key: entry.etag for key, entry in entries.items()}
+
+    def test_file_added_is_an_object(self):
+        self.truth(())
+        by_hand(self.path("new"))
+        self.truth(())
+        by_hand(self.path("d", "e", "new"))
+        self.truth(())
+        by_hand(self.path("d", "e", "newer"), b"")
+        self.truth(())
+
+    def test_file_edited_loses_its_etag_and_keeps_its_headers(self):
+        for name, edit in (("append", "ab"), ("overwrite", "r+b"),
+                           ("truncate", "wb")):
+            self.put(name, b"0123456789")
+            before = self.truth({name})[name]
+            with open(self.path(name), edit) as file:
+                file.write(b"9876543210" if edit != "wb" else b"")
+            self.assertNotEqual(self.truth(())[name], before)
+            self.assertEqual(self.read(name)[0].record["headers"],
+                             {"content-type": "text/x-test"})
+            self.assertNotIn("etag", self.read(name)[0].record)
+            os.unlink(self.path(name))
+
+    def test_file_edited_twice_has_two_etags(self):
+        by_hand(self.path("f"), b"1")
+        seen = set()
+        for number in range(5):
+            with open(self.path("f"), "r+b") as file:
+                file.write(b"%d" % number)
+            os.utime(self.path("f"), ns=(1, 10 ** 18 + number))
+            seen.add(self.truth(())["f"])
+        self.assertEqual(len(seen), 5)
+
+    def test_file_renamed_and_deleted(self):
+        self.put("a/x", b"x")
+        self.put("a/y", b"y")
+        self.truth({"a/x", "a/y"})
+        os.rename(self.path("a/x"), self.path("z"))
+        moved = {"z"} if self.keeps_xattrs() else set()
+        self.truth({"a/y"} | moved)
+        os.rename(self.path("a"), self.path("b"))
+        if moved:
+            moved.add("b/y")
+        self.truth(moved)
+        os.unlink(self.path("z"))
+        self.truth(moved)
+        shutil.rmtree(self.path("b"))
+        self.truth(())
+        self.assertEqual(self.keys(), [])
+
+    def test_file_replaced_by_a_directory_and_back(self):
+        self.put("a", b"1")
+        self.truth({"a"})
+        os.unlink(self.path("a"))
+        by_hand(self.path("a", "b"))
+        self.truth(())
+        self.assertIsNone(self.bucket.find("a"))
+        shutil.rmtree(self.path("a"))
+        by_hand(self.path("a"))
+        self.truth(())
+
+    def test_another_file_moved_over_an_object_has_its_own_etag(self):
+        self.put("a", b"12345")
+        self.put("b", b"54321")
+        by_hand(self.path("c"), b"abcde")
+        when = os.stat(self.path("a"))
+        os.utime(self.path("c"), ns=(when.st_mtime_ns, when.st_mtime_ns))
+        self.truth({"a", "b"})
+        os.replace(self.path("c"), self.path("a"))
+        self.truth({"b"})
+        os.replace(self.path("b"), self.path("a"))
+        self.truth({"a"} if self.keeps_xattrs() else ())
+
+    def test_file_added_shows_though_the_directory_keeps_its_time(self):
+        """tar, rsync -a and cp -a set a directory's time afterwards."""
+        by_hand(self.path("d", "old"))
+        when = self.age()
+        self.assertEqual(self.keys(), ["d/old"])
+        self.assertEqual(self.keys(), ["d/old"])
+        by_hand(self.path("d", "new"))
+        os.utime(self.path("d"), (when, when))
+        self.assertEqual(self.keys(), ["d/new", "d/old"])
+
+    def test_other_process_is_seen(self):
+        other = Store(self.buckets, self.uploads, xattrs=self.xattrs)
+        model = {}
+        for number, key in enumerate(("a", "a/b", "a/", "d/e", "a")):
+            model[key] = b"%d" % number
+            self.put(key, model[key], bucket=other.bucket("box"),
+                     store=other)
+            self.verify(model)
+            self.age()
+            self.verify(model)
+        for key in list(model):
+            other.delete_object(other.bucket("box"), key)
+            del model[key]
+            self.verify(model)
+            self.age()
+            self.verify(model)
+
+    def test_bucket_replaced_by_another_directory(self):
+        self.put("a", b"1")
+        self.assertEqual(self.keys(), ["a"])
+        os.rename(self.path(), os.path.join(self.buckets, "old"))
+        self.assert_refused("NoSuchBucket", self.store.bucket, "box")
+        by_hand(self.path("b"))
+        self.bucket = self.store.bucket("box")
+        self.assertIsNone(self.bucket.owner)
+        self.assertEqual(self.keys(), ["b"])
+        self.bucket = self.store.bucket("old")
+        self.assertEqual((self.bucket.owner, self.keys()), ("alice", ["a"]))
+
+
+class ShellWithSidecars(Shell):
+    """The same where the file system has no extended attributes."""
+
+    xattrs = False
+
+
+class ShellWithLargeRecords(Shell):
+    """The same with records that no extended attribute can hold."""
+
+    padding = 70000
+
+
+class DamagedRecords(StorageCase):
+    """A record that cannot be read is reported, and taken as absent."""
+
+    DAMAGE = (b"", b"{", b"[]", b"null", b"\xff\xfe", b"\0" * 50, b"7",
+              b'{"size": "1"}', b'{"etag": 5}', b'{"headers": []}',
+              b'{"meta": "x"}', b"[" * 3000, b'{"a":' * 700)
+
+    def damage(self, data):
+        """Overwrite the record of object `k`."""
+        if self.xattrs and HAVE_XATTRS:
+            os.setxattr(self.path("k"), gos3rve.XATTR, data)
+            return
+        meta = self.path(gos3rve.STATE, "meta")
+        name, = os.listdir(meta)
+        by_hand(os.path.join(meta, name), data)
+
+    def test_damaged_record_of_an_object(self):
+        for data in self.DAMAGE:
+            with self.subTest(data=data[:20]):
+                self.put("k", b"content")
+                self.damage(data)
+                del self.reports[:]
+                info, content = self.read("k")
+                self.assertEqual(content, b"content")
+                self.assertEqual(info.record, {})
+                self.assertEqual(info.etag[-2:], "-0")
+                self.assertEqual(self.page()[0].etag, info.etag)
+                self.assertIn("box/k", "".join(self.reports))
+
+    def test_damaged_record_of_a_bucket(self):
+        path = self.path(gos3rve.STATE, "bucket.json")
+        self.put("k", b"content")
+        for data in (b"", b"{", b"[]", b"null", b"\xff", b"[" * 100000):
+            with self.subTest(data=data[:20]):
+                by_hand(path + "-", data)
+                os.replace(path + "-", path)
+                del self.reports[:]
+                self.assertIsNone(self.bucket.owner)
+                self.assertEqual(self.bucket.region, "us-east-1")
+                self.assertGreater(self.bucket.created_ns, 0)
+                self.assertIn("bucket.json", "".join(self.reports))
+                self.assertEqual(self.read("k")[1], b"content")
+        self.assertEqual([b.name for b in self.store.list_buckets()],
+                         ["box"])
+
+    def test_damaged_upload_is_no_upload(self):
+        for data in (b"", b"{", b"[]", b"{}", b'{"key": 1}', b"\xff",
+                     b'{"key": "k", "initiated_ns": "x"}', b"[" * 100000):
+            with self.subTest(data=data[:20]):
+                upload_id = self.store.create_upload(self.bucket, "k", {})
+                by_hand(os.path.join(self.uploads, "box", upload_id,
+                                     "upload.json"), data)
+                self.assert_refused("NoSuchUpload", self.store.upload,
+                                    self.bucket, "k", upload_id)
+                self.assertEqual(self.store.list_uploads(self.bucket), [])
+
+
+class DamagedSidecars(DamagedRecords):
+    """The same where the file system has no extended attributes."""
+
+    xattrs = False
+
+
+# --- what is no file of the bucket ---
+
+@unittest.skipIf(os.name == "nt", "needs symlinks, FIFOs and sockets")
+class Strangers(StorageCase):
+    """Symlinks, FIFOs, sockets and names that are no UTF-8."""
+
+    def setUp(self):
+        super().setUp()
+        self.outside = os.path.join(self.directory, "outside")
+        by_hand(os.path.join(self.outside, "secret"), b"secret")
+        self.put("real/x", b"1")
+
+    def link(self, target, *name):
+        """Make a symlink in the bucket."""
+        os.symlink(target, self.path(*name))
+
+    def test_link_inside_is_served(self):
+        self.link("real", "link")
+        self.link("real/x", "file")
+        self.assertEqual(self.keys(), ["file", "link/x", "real/x"])
+        for key in self.keys():
+            self.assertEqual(self.read(key)[1], b"1")
+        self.assertEqual(self.keys(prefix="link/"), ["link/x"])
+        by_hand(self.path("real", "y"))
+        self.assertIn("link/y", self.keys())
+        self.put("link/z", b"3")
+        self.assertEqual(self.read("real/z")[1], b"3")
+        self.delete("file")
+        self.assertEqual(self.read("real/x")[1], b"1")
+
+    def test_link_outside_is_neither_read_nor_listed(self):
+        self.link(self.outside, "out")
+        self.link(os.path.join(self.outside, "secret"), "file")
+        self.link("../../outside/secret", "real", "up")
+        self.link("/", "root")
+        self.link("..", "real", "above")
+        self.link(gos3rve.STATE + "/bucket.json", "state")
+        self.link(gos3rve.STATE, "states")
+        self.assertEqual(self.keys(), ["real/x"])
+        for key in ("out/secret", "file", "real/up", "root/etc/passwd",
+                    "root/etc/hostname", "state", "states/bucket.json",
+                    "real/above/box/real/x"):
+            with self.subTest(key=key):
+                self.assertIsNone(self.bucket.find(key))
+                self.assert_refused("NoSuchKey", self.bucket.open, key)
+                self.assertFalse(self.delete(key))
+                self.assertEqual(
+                    self.keys(prefix=key.rpartition("/")[0] + "/")
+                    if not key.startswith("real/u") and "/" in key else [],
+                    [])
+
+    def test_link_outside_is_never_written_through(self):
+        self.link(self.outside, "out")
+        self.link(os.path.join(self.outside, "secret"), "file")
+        self.link(os.path.join(self.directory, "nowhere"), "dangling")
+        for key in ("out/secret", "out/new", "out/d/e", "dangling/x"):
+            with self.subTest(key=key):
+                self.assert_refused("AccessDenied", self.put, key, b"2")
+        self.put("file", b"3")
+        self.assertEqual(self.read("file")[1], b"3")
+        self.assertEqual(files_below(self.outside), ["secret"])
+        self.assertEqual(open_and_read(
+            os.path.join(self.outside, "secret")), b"secret")
+        self.assertEqual(sorted(os.listdir(self.directory)),
+                         ["buckets", "outside"])
+
+    def test_link_outside_is_followed_when_the_operator_says_so(self):
+        self.link(self.outside, "out")
+        self.restart(follow_symlinks=True)
+        self.assertEqual(self.keys(), ["out/secret", "real/x"])
+        self.put("out/new", b"2")
+        self.sweep()
+        self.assertEqual(self.read("out/new")[0].etag, md5_hex(b"2"))
+        self.assertEqual(files_below(self.outside), ["new", "secret"])
+
+    def test_loop_of_links_ends(self):
+        self.link(".", "self")
+        self.link("..", "real", "up")
+        self.link("loop", "loop")
+        self.link("pong", "ping")
+        self.link("ping", "pong")
+        self.assertEqual(self.keys(), ["real/x"])
+        for prefix in ("self/", "real/up/", "loop/", "ping/", "s", "real/"):
+            with self.subTest(prefix=prefix):
+                self.assertEqual(self.keys(prefix=prefix), [
+                    key for key in ["real/x"] if key.startswith(prefix)])
+        for key in ("loop", "ping", "loop/x"):
+            self.assertIsNone(self.bucket.find(key))
+            self.assertFalse(self.delete(key))
+        self.assert_refused("AccessDenied", self.put, "loop/x", b"2")
+
+    def test_link_to_the_bucket_itself_does_not_show_its_state(self):
+        self.put("odd//", b"2")
+        self.link(".", "self")
+        self.link("../../box", "real", "up")
+        for prefix in ("", "self/", "self/.", "self/self/", "real/up/",
+                       "self/.gos3rve/", "real/up/.gos3rve/locks/"):
+            for delimiter in ("", "/"):
+                self.assertEqual([key for key in self.keys(
+                    prefix=prefix, delimiter=delimiter)
+                    if gos3rve.STATE in key], [])
+        for key in ("self/.gos3rve/bucket.json",
+                    "real/up/.gos3rve/locks/00"):
+            self.assertIsNone(self.bucket.find(key))
+            self.assertFalse(self.delete(key))
+            with contextlib.suppress(S3Error):
+                self.put(key, b"3")
+        self.assertEqual(self.bucket.owner, "alice")
+        self.assertNotEqual(open_and_read(self.path(
+            gos3rve.STATE, "locks", "00")) if os.path.exists(self.path(
+                gos3rve.STATE, "locks", "00")) else b"", b"3")
+
+    def test_put_beside_a_linked_directory_keeps_what_lies_in_it(self):
+        self.link("real", "link")
+        self.put("link", b"2")
+        self.assertEqual(self.read("link")[1], b"2")
+        self.assertEqual(self.read("link/x")[1], b"1")
+        self.assertEqual(self.keys(), ["link", "link/x", "real/x"])
+
+    def test_linked_object_survives_a_rename(self):
+        """A relative link does not lead there from another directory: a
+        refusal will do, a lost object will not."""
+        self.link("real/x", "file")
+        self.link("x", "real", "y")
+        for source, key in (("file", "far/away/file"), ("real/y", "odd//")):
+            with self.subTest(source=source):
+                with contextlib.suppress(S3Error):
+                    self.rename(source, key)
+                there = key if self.bucket.find(source) is None else source
+                self.assertEqual(self.read(there)[1], b"1")
+                self.assertIn(there, self.keys())
+        self.assertEqual(self.read("real/x")[1], b"1")
+
+    def test_fifos_and_sockets_are_no_objects_and_block_nothing(self):
+        os.mkfifo(self.path("fifo"))
+        with socket.socket(socket.AF_UNIX) as sock:
+            with contextlib.suppress(OSError):
+                sock.bind(self.path("sock"))
+        seen = []
+
+        def look():
+            seen.append(self.keys())
+            seen.append([self.bucket.find(key) for key in ("fifo", "sock")])
+            seen.append([self.delete(key) for key in ("fifo", "sock")])
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        thread.join(20)
+        self.assertEqual(seen, [["real/x"], [None] * 2, [False] * 2])
+        self.assert_refused("AccessDenied", self.put, "fifo/x", b"2")
+        self.put("fifo", b"3")
+        self.assertEqual(self.read("fifo")[1], b"3")
+
+    @unittest.skipUnless(sys.platform.startswith("linux"), "needs bytes")
+    def test_names_that_are_no_utf8_are_left_alone(self):
+        root = os.fsencode(self.path())
+        os.mkdir(root + b"/\xff\xfe")
+        for name in (b"/bad\xff", b"/\xff\xfe/x", b"/real/\xc3\x28"):
+            with open(root + name, "wb") as file:
+                file.write(b"2")
+        self.assertEqual(self.keys(), ["real/x"])
+        self.delete("real/x")
+        self.assertTrue(os.path.exists(root + b"/real/\xc3\x28"))
+        self.assert_refused("BucketNotEmpty", self.store.delete_bucket,
+                            self.bucket)
+
+    def test_file_whose_path_is_too_long_for_a_key_is_not_listed(self):
+        path = os.path.join(*["d" * 200] * 5)
+        by_hand(self.path(path, "f" * 19))
+        by_hand(self.path(path, "f" * 20))
+        self.assertEqual(self.keys(), [path + "/" + "f" * 19, "real/x"])
+
+
+class StrangersWithSidecars(Strangers):
+    """The same where the file system has no extended attributes."""
+
+    xattrs = False
+
+
+# --- listing ---
+
+def rolled_up(keys, prefix, delimiter, after):
+    """A listing as the documentation of ListObjectsV2 describes it."""
+    found = []
+    for key in in_order(keys):
+        if not key.startswith(prefix) or key.encode() <= after.encode():
+            continue
+        rest = key[len(prefix):]
+        if delimiter and delimiter in rest:
+            key = prefix + rest.partition(delimiter)[0] + delimiter
+        if key not in found:
+            found.append(key)
+    return found
+
+
+class Listing(StorageCase):
+    """Listings equal a model, whatever the keys, and page to the end."""
+
+    SEGMENTS = ("a", "b", "a-", "a.", "a0", "ab", "\u00e9", "\uffff", "a\n",
+                "\U0001f600", "\U0010ffff", "0" * 10)
+    ODD = SEGMENTS + ("", "", ".", "..", "s" * 260, "\0")
+
+    def pages(self, prefix, delimiter, after, limit):
+        """All entries' keys, page by page, as a client gets them."""
+        found, skip = [], ""
+        for _ in range(2000):
+            page = self.store.list_objects(
+                self.bucket, prefix, delimiter, after, limit, skip)
+            found += [entry.key for entry in page.entries]
+            if not page.truncated:
+                return found
+            self.assertEqual(len(page.entries), limit)
+            after = found[-1]
+            skip = after if isinstance(page.entries[-1],
+                                       gos3rve.CommonPrefix) else ""
+        self.fail("the listing never ends")
+
+    def fill(self, chance, segments):
+        """Random keys, half of them put, half of them made by hand."""
+        keys = set()
+        while len(keys) < 60:
+            key = "/".join(chance.choice(segments) for _ in range(
+                chance.randint(1, 4)))
+            if not key or len(key.encode()) > 1024:
+                continue
+            hand = chance.random() < 0.5 and gos3rve.is_natural(key)
+            try:
+                if hand and not os.path.isdir(self.path(key)):
+                    by_hand(self.path(key))
+                else:
+                    self.put(key, b"x")
+            except (FileExistsError, NotADirectoryError):
+                self.put(key, b"x")
+            keys.add(key)
+        return sorted(keys)
+
+    def compare(self, chance, keys, rounds):
+        """Ask at random, and compare with the model."""
+        cuts = [key[:chance.randint(0, len(key))] for key in keys] + keys
+        prefixes = cuts + ["", "", "/", ".", "..", "../", "\U0010ffff",
+                           "zzz", gos3rve.STATE, gos3rve.STATE + "/"]
+        afters = cuts + [""] * 40 + [c + "\U0010ffff" for c in keys[:9]]
+        for _ in range(rounds):
+            query = (chance.choice(prefixes), chance.choice(
+                ["", "/", "/", "/", "//", "-", "a", "/a", "\u00e9", "..",
+                 "\U0001f600", "no such"]), chance.choice(afters))
+            expected = rolled_up(keys, *query)
+            for limit in (1, 2, 3, 1000):
+                self.assertEqual(self.pages(*query, limit=limit), expected,
+                                 (query, limit))
+
+    def test_random_natural_keys(self):
+        chance = random.Random(3)
+        self.compare(chance, self.fill(chance, self.SEGMENTS), 50)
+
+    def test_random_keys_of_all_kinds(self):
+        for seed in range(4, 6):
+            chance = random.Random(seed)
+            self.start(os.path.join(self.directory, str(seed)))
+            self.compare(chance, self.fill(chance, self.ODD), 30)
+
+    def test_order_is_that_of_utf8_bytes(self):
+        keys = ["a-b", "a/b", "a0", "a", "a.b", "a/", "A", "\U0001f600",
+                "\uffee", "e\u0301", "\u00e9", "a\x01", "a//", "a//b"]
+        for key in keys:
+            self.put(key, b"1")
+        self.assertEqual(self.keys(), in_order(keys))
+
+    def test_common_prefix_comes_once_and_counts_as_one(self):
+        for key in ("a/1", "a/2", "a/", "b", "c/1", "c//"):
+            self.put(key, b"1")
+        self.assertEqual(self.keys(delimiter="/"), ["a/", "b", "c/"])
+        self.assertEqual(self.keys(delimiter="/", prefix="a/"),
+                         ["a/", "a/1", "a/2"])
+        kinds = [type(entry) for entry in self.page(delimiter="/")]
+        self.assertEqual(kinds, [gos3rve.CommonPrefix, gos3rve.Info,
+                                 gos3rve.CommonPrefix])
+        page = self.store.list_objects(self.bucket, delimiter="/", limit=2)
+        self.assertEqual((len(page.entries), page.truncated), (2, True))
+        page = self.store.list_objects(self.bucket, delimiter="/", limit=3)
+        self.assertFalse(page.truncated)
+
+    def test_last_character_of_all_is_listed_under_its_prefix(self):
+        keys = ["p\U0010ffff", "p\U0010ffff/", "p/\U0010ffff",
+                "p/\U0010ffff/", "p/\U0010ffff\U0010ffff//"]
+        for key in keys:
+            self.put(key, b"1")
+        for prefix in ("p", "p/", "p\U0010ffff", "p/\U0010ffff"):
+            for delimiter in ("", "/"):
+                for limit in (1, 1000):
+                    self.assertEqual(
+                        self.pages(prefix, delimiter, "", limit),
+                        rolled_up(keys, prefix, delimiter, ""))
+
+    def test_page_of_no_keys_is_empty_and_not_truncated(self):
+        self.put("a", b"1")
+        page = self.store.list_objects(self.bucket, limit=0)
+        self.assertEqual((page.entries, page.truncated), ([], False))
+
+    def opened(self, **query):
+        """The directories that one listing reads."""
+        seen, real = [], os.scandir
+
+        def scandir(path="."):
+            seen.append(os.path.relpath(os.fsdecode(path), self.path()))
+            return real(path)
+        with mock.patch.object(os, "scandir", scandir):
+            self.keys(**query)
+        return sorted(seen)
+
+    def test_only_the_directories_that_are_needed_are_read(self):
+        for key in ("a/1/x", "a/2/x", "b/1/x", "c/1/x", "d"):
+            by_hand(self.path(key))
+        for query, needed in (
+                ({"prefix": "b/"}, ["b", "b/1"]),
+                ({"prefix": "b/", "delimiter": "/"}, ["b", "b/1"]),
+                ({"prefix": "b/1/"}, ["b/1"]),
+                ({"after": "c/1/x"}, [".", "c", "c/1"]),
+                ({"after": "c"}, [".", "c", "c/1"]),
+                ({"after": "c0"}, ["."]),
+                ({"prefix": "d"}, ["."])):
+            with self.subTest(query=query):
+                self.assertEqual(self.opened(**query), needed)
+
+    def test_page_after_a_common_prefix_does_not_walk_through_it(self):
+        for number in range(30):
+            by_hand(self.path("a", str(number), "x"))
+        by_hand(self.path("b"))
+        query = {"delimiter": "/", "after": "a/", "skip": "a/"}
+        self.assertEqual(self.keys(**query), ["b"])
+        self.assertLess(len(self.opened(**query)), 4)
+
+    def test_directory_that_cannot_be_read_fails_the_listing(self):
+        """A listing without it would have `sync --delete` delete it."""
+        by_hand(self.path("a", "x"))
+        by_hand(self.path("b"))
+        real = os.scandir
+
+        def scandir(path="."):
+            if os.path.basename(os.path.normpath(path)) == "a":
+                raise OSError(errno.EMFILE, "Too many open files")
+            return real(path)
+        with mock.patch.object(os, "scandir", scandir):
+            with self.assertRaises((OSError, S3Error)):
+                self.keys()
+        self.assertEqual(self.keys(), ["a/x", "b"])
+
+    def test_object_overwritten_while_it_is_listed_has_a_true_etag(self):
+        """Its record and its size must be of one and the same content."""
+        self.put("k", b"old")
+        etags = {md5_hex(b"old"), md5_hex(b"new!")}
+        hooks = []
+
+        def hooked(real):
+            def call(*args, **named):
+                while hooks:
+                    hooks.pop()()
+                return real(*args, **named)
+            return call
+        with contextlib.ExitStack() as stack:
+            if hasattr(os, "getxattr"):
+                stack.enter_context(mock.patch.object(
+                    os, "getxattr", hooked(os.getxattr)))
+            stack.enter_context(mock.patch.object(
+                gos3rve, "open", hooked(open), create=True))
+            for look in (lambda: self.page()[0],
+                         lambda: self.bucket.find("k"),
+                         lambda: self.read("k")[0]):
+                self.put("k", b"old")
+                hooks.append(lambda: self.put("k", b"new!"))
+                info = look()
+                self.assertEqual(hooks, [])
+                self.assertIn(info.etag, etags)
+                self.assertEqual(info.etag, info.record["meta"]["md5"])
+
+
+class ListingWithSidecars(Listing):
+    """The same where the file system has no extended attributes."""
+
+    xattrs = False
+
+
+# --- crash points ---
+
+class Cut(BaseException):
+    """Stands for kill -9."""
+
+
+class Machine:
+    """Counts the calls that change the disk, and fails the one that
+    `at` says: once, with EIO; or as a kill does, with all after it."""
+
+    NAMES = ("open", "write", "replace", "rename", "unlink", "mkdir",
+             "rmdir", "utime", "setxattr", "fsync", "copy_file_range",
+             "link")
+
+    def __init__(self, at, kill):
+        self.at, self.kill, self.count = at, kill, 0
+        self._real = {name: getattr(os, name) for name in self.NAMES
+                      if hasattr(os, name)}
+
+    def __enter__(self):
+        for name, real in self._real.items():
+            setattr(os, name, self._wrap(name, real))
+        return self
+
+    def __exit__(self, *_):
+        for name, real in self._real.items():
+            setattr(os, name, real)
+
+    def _wrap(self, name, real):
+        def call(*args, **named):
+            if name == "open" and not args[1] & os.O_CREAT:
+                return real(*args, **named)
+            self.count += 1
+            if self.kill and self.count >= self.at:
+                raise Cut(name)
+            if self.count == self.at:
+                raise OSError(errno.EIO, "Input/output error")
+            return None if name == "fsync" else real(*args, **named)
+        return call
+
+
+class CrashPoints(StorageCase):
+    """Cut off at any change of the disk, an object is the old or the new
+    one, whole; what else is left goes with the next sweep."""
+
+    def each_point(self, prepare, act, outcomes):
+        """Fail act() at every point; afterwards the bucket is one of the
+        models in `outcomes`, the last one when act() said so."""
+        points = 0
+        for kill in (True, False):
+            for at in range(1, 500):
+                with Machine(0, False):
+                    self.start(os.path.join(self.directory, "x"), sync=True)
+                    prepare()
+                done = self._cut_off(at, kill, act)
+                where = "%s at call %d" % ("kill" if kill else "EIO", at)
+                with self.subTest(where):
+                    self._check(outcomes, done)
+                shutil.rmtree(self.directory)
+                self.directory = os.path.dirname(self.directory)
+                if self.machine.count < at:
+                    break
+                points += 1
+        self.assertGreater(points, 6)
+
+    def _cut_off(self, at, kill, act):
+        with Machine(at, kill) as self.machine:
+            try:
+                act()
+                return True
+            except (Cut, OSError, S3Error):
+                return False
+
+    def _check(self, outcomes, done):
+        self.restart()
+        for _ in range(2):
+            keys = set(self.keys())
+            for key in {key for model in outcomes for key in model}:
+                self.assertEqual(self.bucket.find(key) is not None,
+                                 key in keys, key)
+            seen = {key: self.read(key)[1] for key in keys}
+            self.assertIn(seen, outcomes[-1:] if done else outcomes)
+            outcomes = [seen]
+            self.sweep()
+        self.verify(seen)
+        for key in seen:
+            self.delete(key)
+        self.sweep()
+        self.assert_clean()
+        for name in os.listdir(self.uploads) \
+                if os.path.isdir(self.uploads) else ():
+            for upload_id in os.listdir(os.path.join(self.uploads, name)):
+                self.assertIn("upload.json", os.listdir(
+                    os.path.join(self.uploads, name, upload_id)))
+
+    def test_put_of_a_new_object(self):
+        for key in ("d/k", "odd//" + "k" * 200):
+            self.each_point(lambda: None, lambda: self.put(key, b"new"),
+                            [{}, {key: b"new"}])
+
+    def test_put_over_an_object(self):
+        for key in ("k", "k/"):
+            self.each_point(
+                lambda: self.put(key, b"old"),
+                lambda: self.put(key, b"new"), [{key: b"old"},
+                                                {key: b"new"}])
+
+    def test_put_that_moves_an_object_out_of_the_way(self):
+        name = "n" * 150
+        self.each_point(
+            lambda: self.put(name, b"old"),
+            lambda: self.put(name + "/b", b"new"),
+            [{name: b"old"}, {name: b"old", name + "/b": b"new"}])
+
+    def test_rename(self):
+        for source, key in (("d/a", "e/b"), ("a", "a/b"),
+                            ("a//" + "s" * 300, "b//" + "s" * 300)):
+            self.each_point(
+                lambda: [self.put(source, b"1"), self.put("z", b"2")],
+                lambda: self.rename(source, key),
+                [{source: b"1", "z": b"2"}, {key: b"1", "z": b"2"}])
+
+    def test_rename_over_an_object(self):
+        self.each_point(
+            lambda: [self.put("a/", b"1"), self.put("b/c", b"2")],
+            lambda: self.rename("a/", "b/c"),
+            [{"a/": b"1", "b/c": b"2"}, {"b/c": b"1"}])
+
+    def test_delete(self):
+        for key in ("d/e/k", "k/"):
+            self.each_point(
+                lambda: [self.put(key, b"1"), self.put("z", b"2")],
+                lambda: self.delete(key),
+                [{key: b"1", "z": b"2"}, {"z": b"2"}])
+
+    def test_complete_upload(self):
+        def prepare():
+            self.put("k", b"old")
+            self.begin("k", (b"one ", b"two"))
+        self.each_point(prepare, self.complete,
+                        [{"k": b"old"}, {"k": b"one two"}])
+
+    def begin(self, key, contents):
+        """Start an upload with some parts."""
+        upload_id = self.store.create_upload(self.bucket, key, {})
+        self.upload = self.store.upload(self.bucket, key, upload_id)
+        for number, data in enumerate(contents, 1):
+            with self.store.part_draft(self.upload) as draft:
+                draft.write(data)
+                self.store.put_part(self.upload, number, draft,
+                                    {"etag": md5_hex(data)})
+
+    def complete(self):
+        """Complete it."""
+        with self.store.locked_upload(self.upload):
+            self.store.complete_upload(
+                self.bucket, self.upload, self.store.list_parts(
+                    self.upload), self.record(b"one two"), ANY)
+
+
+class CrashPointsWithSidecars(CrashPoints):
+    """The same where the file system has no extended attributes."""
+
+    xattrs = False
+
+
+# --- at the same time ---
+
+class Together(StorageCase):
+    """Threads and processes on the same few keys."""
+
+    def test_few_keys_stay_whole(self):
+        keys, tags = ["a", "a/b", "a/", "a/b/c", "q"], set()
+        for number in range(40):
+            tags.add(md5_hex(b"%d" % number * 50))
+
+        def worker(seed):
+            chance = random.Random(seed)
+            for _ in range(60):
+                self._any_act(chance, keys, tags)
+        results = run_threads(*[bound(worker, seed)
+                                for seed in range(6)])
+        self.assertEqual(results, [None] * 6)
+        model = {key: self.read(key)[1] for key in self.keys()}
+        self.assertEqual([key for key in in_order(keys)
+                          if self.bucket.find(key)], in_order(model))
+        self.verify(model)
+        self.sweep()
+        self.verify(model)
+        self.assert_clean(len(model))
+        for key in model:
+            self.delete(key)
+        self.assertEqual(os.listdir(self.path()), [gos3rve.STATE])
+
+    def _any_act(self, chance, keys, tags):
+        source, key = chance.sample(keys, 2)
+        data = b"%d" % chance.randrange(40) * 50
+
+        def look():
+            info, found = self.read(key)
+            self.assertEqual(info.etag, md5_hex(found))
+
+        def page():
+            self.assertLessEqual({e.etag for e in self.page()}, tags)
+        act = chance.choice([bound(self.put, key, data)] * 4 + [
+            bound(self.delete, key), bound(self.rename, source, key), look,
+            look, page])
+        try:
+            act()
+        except S3Error as error:
+            self.assertEqual(error.code, "NoSuchKey")
+
+    def test_object_that_is_never_deleted_is_never_missed(self):
+        """`a` moves between its path and odd/ as `a/b` comes and goes."""
+        self.put("a", b"0")
+        stop, missed = threading.Event(), []
+
+        def change():
+            try:
+                for number in range(60):
+                    self.put("a/b", b"1")
+                    self.delete("a/b")
+                    self.put("a", b"%d" % number)
+            finally:
+                stop.set()
+
+        def look():
+            while not stop.is_set():
+                if "a" not in self.keys():
+                    missed.append("list")
+                if self.bucket.find("a") is None:
+                    missed.append("find")
+        self.assertEqual(run_threads(change, look), [None, None])
+        self.assertEqual(missed, [])
+
+    def test_object_that_moves_twice_while_it_is_looked_for_is_found(self):
+        """Out of odd/ behind the first look, and back behind the next."""
+        moves, busy, real = [], [], os.open
+        names = ("a", gos3rve.odd_name("a"))
+
+        def opened(path, *args, **named):
+            try:
+                return real(path, *args, **named)
+            finally:
+                if moves and not busy and os.path.basename(path) in names:
+                    busy.append(True)
+                    moves.pop(0)()
+                    busy.pop()
+        for look in (self.bucket.find, self.bucket.open):
+            self.put("a", b"1")
+            self.put("a/b", b"1")
+            self.delete("a/b")
+            moves[:] = [lambda: self.put("a", b"2"),
+                        lambda: self.put("a/b", b"3")]
+            with mock.patch.object(os, "open", opened):
+                found = look("a")
+            del moves[:]
+            self.assertIsNotNone(found)
+            if isinstance(found, tuple):
+                os.close(found[1])
+            self.delete("a/b")
+
+    def winners(self, conditions, key="k", count=32):
+        """How many of 32 conditional puts won; the rest got 412."""
+        calls = [bound(self.put, key, b"by %d" % number,
+                                   conditions) for number in range(count)]
+        results = run_threads(*calls)
+        for result in results:
+            if isinstance(result, BaseException):
+                self.assertIsInstance(result, S3Error)
+                self.assertEqual(result.code, "PreconditionFailed")
+        won = [r for r in results if isinstance(r, gos3rve.Info)]
+        self.assertEqual([info.etag for info in won],
+                         [self.bucket.find(key).etag])
+        return len(won)
+
+    def test_one_of_32_creates_the_object(self):
+        for number in range(3):
+            for key in ("k%d" % number, "k%d/" % number):
+                self.assertEqual(self.winners(ABSENT, key), 1)
+
+    def test_one_of_32_replaces_the_object(self):
+        for _ in range(3):
+            for key in ("k", "k/"):
+                etag = self.put(key, b"first").etag
+                self.assertEqual(self.winners(gos3rve.WriteConditions(
+                    if_match='"%s"' % etag), key), 1)
+
+    def test_condition_on_an_absent_object_is_404(self):
+        self.assert_refused("NoSuchKey", self.put, "none", b"1",
+                            gos3rve.WriteConditions(if_match="*"))
+        self.verify({})
+
+    CHILD = textwrap.dedent("""
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import gos3rve
+        store = gos3rve.Store(sys.argv[2], sys.argv[3],
+                              xattrs=sys.argv[4] == "True")
+        bucket = store.bucket("box")
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for number in range(int(sys.argv[5])):
+            try:
+                with bucket.draft() as draft:
+                    draft.write(b"child")
+                    store.put_object(
+                        bucket, "k%d" % number, draft, {"etag": "child"},
+                        gos3rve.WriteConditions(if_none_match=True))
+                print(number)
+            except gos3rve.S3Error as error:
+                assert error.code == "PreconditionFailed", error
+    """)
+
+    def test_one_of_two_processes_creates_each_object(self):
+        count = 100
+        child = subprocess.Popen(
+            [sys.executable, "-c", self.CHILD, HERE, self.buckets,
+             self.uploads, str(self.xattrs), str(count)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            universal_newlines=True)
+        try:
+            self.assertEqual(child.stdout.readline(), "ready\n")
+            child.stdin.write("go\n")
+            child.stdin.flush()
+            ours = set()
+            for number in range(count):
+                with contextlib.suppress(S3Error):
+                    self.put("k%d" % number, b"parent", ABSENT)
+                    ours.add(number)
+            output = child.communicate(timeout=30)[0]
+        finally:
+            child.kill()
+            child.communicate()
+        self.assertEqual(child.returncode, 0)
+        theirs = set(map(int, output.split()))
+        self.assertEqual(ours & theirs, set())
+        self.assertEqual(ours | theirs, set(range(count)))
+        for number in range(count):
+            self.assertEqual(self.read("k%d" % number)[1],
+                             b"parent" if number in ours else b"child")
+
+    def test_bucket_deleted_beside_puts_loses_nothing_acknowledged(self):
+        for number in range(30):
+            if not os.path.isdir(self.path()):
+                self.store.create_bucket("box", "alice", "us-east-1")
+            results = run_threads(
+                lambda: self.store.delete_bucket(self.store.bucket("box")),
+                *[bound(self._put_in_box, "k%d" % n)
+                  for n in range(3)])
+            deleted = results[0] is None
+            for n, result in enumerate(results[1:]):
+                if not isinstance(result, Exception):
+                    self.assertFalse(deleted)
+                    self.bucket = self.store.bucket("box")
+                    self.assertEqual(self.read("k%d" % n)[1], b"1")
+                    self.delete("k%d" % n)
+                else:
+                    self.assertIsInstance(result, S3Error)
+                    self.assertEqual(result.code, "NoSuchBucket")
+            self.assertEqual(os.path.isdir(self.path()), not deleted)
+
+    def _put_in_box(self, key):
+        return self.put(key, b"1", bucket=self.store.bucket("box"))
+
+    def test_put_into_a_deleted_bucket_does_not_bring_it_back(self):
+        for key in ("k", "d/k", "k/"):
+            with self.subTest(key=key), self.bucket.draft() as draft:
+                draft.write(b"1")
+                self.store.delete_bucket(self.bucket)
+                self.assert_refused(
+                    "NoSuchBucket", self.store.put_object, self.bucket, key,
+                    draft, self.record(b"1"), ANY)
+                self.assert_refused("NoSuchBucket", self.put, key, b"1")
+                self.assert_refused("NoSuchBucket", self.delete, key)
+                self.assertFalse(os.path.exists(self.path()))
+            self.bucket = self.store.create_bucket("box", "a", "us-east-1") \
+                if not os.path.exists(self.path()) else self.bucket
+
+    def test_bucket_is_made_once(self):
+        def make():
+            return self.store.create_bucket("once", "alice", "us-east-1")
+        results = run_threads(*[make] * 8)
+        made = [r for r in results if isinstance(r, gos3rve.Bucket)]
+        self.assertEqual(len(made), 1)
+        for result in results:
+            if result is not made[0]:
+                self.assertEqual(result.code, "BucketAlreadyExists")
+        self.assert_clean()
+
+    def test_uploads_come_and_go_beside_each_other(self):
+        def work():
+            for _ in range(40):
+                upload_id = self.store.create_upload(self.bucket, "k", {})
+                upload = self.store.upload(self.bucket, "k", upload_id)
+                with self.store.locked_upload(upload):
+                    self.store.remove_upload(upload)
+        self.assertEqual(run_threads(*[work] * 4), [None] * 4)
+        self.assertEqual(self.store.list_uploads(self.bucket), [])
+
+
+class TogetherWithSidecars(Together):
+    """The same where the file system has no extended attributes."""
+
+    xattrs = False
+
+
+# --- buckets ---
+
+class Buckets(StorageCase):
+    """Directories as buckets."""
+
+    def test_directory_made_by_hand_is_a_bucket_without_owner(self):
+        os.mkdir(os.path.join(self.buckets, "hand"))
+        by_hand(os.path.join(self.buckets, "file"))
+        found = self.store.list_buckets()
+        self.assertEqual([b.name for b in found], ["box", "hand"])
+        self.assertEqual([b.owner for b in found], ["alice", None])
+        self.assert_refused("NoSuchBucket", self.store.bucket, "file")
+        for name in ("..", ".", "", "box/..", "/", gos3rve.STATE, "BOX\0"):
+            self.assert_refused("NoSuchBucket", self.store.bucket, name)
+
+    def test_bucket_with_anything_in_it_is_not_deleted(self):
+        for make in (lambda: by_hand(self.path("f")),
+                     lambda: by_hand(self.path("d", "e", "f")),
+                     lambda: self.put("odd//", b"1"),
+                     lambda: self.put("dir/", b"")):
+            make()
+            self.assert_refused("BucketNotEmpty", self.store.delete_bucket,
+                                self.bucket)
+            for name in ("f", "d/e/f", "odd//", "dir/"):
+                self.delete(name)
+        os.makedirs(self.path("empty", "directory"))
+        self.store.delete_bucket(self.bucket)
+        self.assertEqual(os.listdir(self.buckets), [])
+
+    def test_bucket_that_cannot_be_read_through_is_not_deleted(self):
+        by_hand(self.path("d", "f"))
+        real = os.scandir
+
+        def scandir(path="."):
+            if not isinstance(path, int) and os.path.basename(
+                    os.path.normpath(path)) == "d":
+                raise OSError(errno.EMFILE, "Too many open files")
+            return real(path)
+        with mock.patch.object(os, "scandir", scandir):
+            with self.assertRaises((OSError, S3Error)):
+                self.store.delete_bucket(self.bucket)
+        self.assertTrue(os.path.exists(self.path("d", "f")))
+
+    def test_uploads_go_with_their_bucket(self):
+        upload_id = self.store.create_upload(self.bucket, "k", {})
+        self.store.delete_bucket(self.bucket)
+        self.bucket = self.store.create_bucket("box", "bob", "eu-west-1")
+        self.assertEqual((self.bucket.owner, self.bucket.region),
+                         ("bob", "eu-west-1"))
+        self.assert_refused("NoSuchUpload", self.store.upload, self.bucket,
+                            "k", upload_id)
+
+    def test_directory_served_as_a_bucket_is_never_deleted(self):
+        tree = os.path.join(self.directory, "tree")
+        os.mkdir(tree)
+        self.restart(mapped={"tree": tree})
+        bucket = self.store.bucket("tree")
+        self.put("k", b"1", bucket=bucket)
+        self.assertEqual(sorted(os.listdir(tree)), [gos3rve.STATE, "k"])
+        self.store.delete_object(bucket, "k")
+        self.assert_refused("AccessDenied", self.store.delete_bucket, bucket)
+        self.assertTrue(os.path.isdir(tree))
+        self.assertEqual([b.name for b in self.store.list_buckets()],
+                         ["box", "tree"])
+
+    def test_bucket_moves_with_all_that_it_knows(self):
+        model = {"a": b"1", "a/b": b"2", "a/": b"3", "s" * 600: b"4"}
+        for key in model:
+            self.put(key, model[key])
+        os.rename(self.path(), os.path.join(self.buckets, "moved"))
+        self.bucket = self.store.bucket("moved")
+        self.verify(model)
+        self.assertEqual(self.bucket.owner, "alice")
+
+
+# --- uploads ---
+
+class UploadCase(StorageCase):
+    """Uploads of the bucket `box`."""
+
+    def begin(self, key="k"):
+        """A new upload."""
+        return self.store.upload(self.bucket, key, self.store.create_upload(
+            self.bucket, key, {"meta": {"a": "b"}}))
+
+    def part(self, upload, number, data):
+        """Put a part."""
+        with self.store.part_draft(upload) as draft:
+            draft.write(data)
+            self.store.put_part(upload, number, draft,
+                                {"etag": md5_hex(data)})
+
+    def parts(self, upload):
+        """number -> content, each with its own ETag and size."""
+        found = {}
+        for part in self.store.list_parts(upload):
+            with open(part.path, "rb") as file:
+                found[part.number] = data = file.read()
+            self.assertEqual((part.size, part.etag),
+                             (len(data), md5_hex(data)))
+        return found
+
+    def complete(self, upload, numbers=None):
+        """Complete an upload with some of its parts, or all."""
+        parts = [part for part in self.store.list_parts(upload)
+                 if numbers is None or part.number in numbers]
+        data = b"".join(open_and_read(part.path) for part in parts)
+        with self.store.locked_upload(upload):
+            return self.store.complete_upload(
+                self.bucket, upload, parts, self.record(data), ANY)
+
+
+class Uploads(UploadCase):
+    """Parts are invisible until they are an object."""
+
+    def test_parts_become_the_object_in_their_order(self):
+        for key in ("k", "odd//", "d/" + "s" * 300):
+            upload = self.begin(key)
+            for number, data in ((10000, b"last"), (2, b"two"), (1, b"one"),
+                                 (2, b"TWO"), (7, b"unused")):
+                self.part(upload, number, data)
+            self.assertEqual(self.parts(upload), {
+                1: b"one", 2: b"TWO", 7: b"unused", 10000: b"last"})
+            self.assertEqual(self.keys(), [])
+            self.assertEqual(upload.record["meta"], {"a": "b"})
+            self.complete(upload, (1, 2, 10000))
+            self.verify({key: b"oneTWOlast"})
+            self.assertEqual(files_below(self.uploads), [])
+            self.assert_refused("NoSuchUpload", self.store.upload,
+                                self.bucket, key, upload.upload_id)
+            self.delete(key)
+
+    def test_upload_is_that_of_its_key_and_bucket(self):
+        upload = self.begin()
+        other = self.store.create_bucket("other", "alice", "us-east-1")
+        for bucket, key, upload_id in (
+                (self.bucket, "K", upload.upload_id),
+                (other, "k", upload.upload_id),
+                (self.bucket, "k", "0" * 48), (self.bucket, "k", ""),
+                (self.bucket, "k", "../box/" + upload.upload_id),
+                (self.bucket, "k", upload.upload_id + "\n")):
+            self.assert_refused("NoSuchUpload", self.store.upload, bucket,
+                                key, upload_id)
+
+    def test_uploads_are_listed_by_key_and_age(self):
+        made = [self.begin(key) for key in ("b", "a", "b", "a/", "\u00e9")]
+        listed = self.store.list_uploads(self.bucket)
+        self.assertEqual([u.key for u in listed],
+                         ["a", "a/", "b", "b", "\u00e9"])
+        self.assertEqual([u.upload_id for u in listed[2:4]],
+                         [made[0].upload_id, made[2].upload_id])
+
+    def test_aborted_upload_leaves_nothing_and_harms_no_object(self):
+        self.put("k", b"object")
+        upload = self.begin()
+        self.part(upload, 1, b"one")
+        with self.store.part_draft(upload) as draft:
+            draft.write(b"late")
+            with self.store.locked_upload(upload):
+                self.store.remove_upload(upload)
+            self.assert_refused("NoSuchUpload", self.store.put_part, upload,
+                                2, draft, {"etag": md5_hex(b"late")})
+        self.assert_refused("NoSuchUpload", self.store.list_parts, upload)
+        self.assertEqual(files_below(self.uploads), [])
+        self.verify({"k": b"object"})
+
+    def test_part_that_was_changed_on_disk_is_left_out(self):
+        upload = self.begin()
+        self.part(upload, 1, b"one")
+        self.part(upload, 2, b"two")
+        with open(os.path.join(upload.path, "00002"), "ab") as file:
+            file.write(b"!")
+        self.assertEqual(self.parts(upload), {1: b"one"})
+        self.assertIn("00002", "".join(self.reports))
+
+    def test_one_part_put_twice_at_once_is_one_whole_part(self):
+        """The second comes between the record and the rename of the
+        first."""
+        upload, hooks = self.begin(), []
+        real = gos3rve.fcntl.flock if gos3rve.fcntl else None
+        if real is None:
+            self.skipTest("no flock")
+
+        def flock(fd, how):
+            if how == gos3rve.fcntl.LOCK_EX and hooks:
+                hooks.pop()()
+            return real(fd, how)
+        hooks.append(lambda: self.part(upload, 1, b"second"))
+        with mock.patch.object(gos3rve.fcntl, "flock", flock):
+            self.part(upload, 1, b"first")
+        self.assertEqual(hooks, [])
+        self.assertIn(self.parts(upload), ({1: b"first"}, {1: b"second"}))
+
+    def test_parts_put_at_once_are_all_there(self):
+        upload = self.begin()
+        results = run_threads(*[
+            bound(self.part, upload, number % 5 + 1,
+                              b"part %d" % number) for number in range(20)])
+        self.assertEqual(results, [None] * 20)
+        parts = self.parts(upload)
+        self.assertEqual(list(parts), [1, 2, 3, 4, 5])
+        self.assertEqual(self.complete(upload).size,
+                         sum(map(len, parts.values())))
+        self.verify({"k": b"".join(parts.values())})
+
+
+class UploadsWithSidecars(Uploads):
+    """The same where the file system has no extended attributes."""
+
+    xattrs = False
+
+
+# --- housekeeping ---
+
+class Sweeping(UploadCase):
+    """A sweep takes what nobody will finish, and nothing else."""
+
+    def test_draft_that_is_held_is_spared(self):
+        upload = self.begin()
+        with self.bucket.draft() as one, \
+                self.store.part_draft(upload) as two:
+            one.write(b"1")
+            two.write(b"2")
+            self.sweep()
+            self.assertTrue(os.path.exists(one.path))
+            self.assertTrue(os.path.exists(two.path))
+            self.store.put_object(self.bucket, "k", one, self.record(b"1"),
+                                  ANY)
+            self.store.put_part(upload, 1, two, {"etag": md5_hex(b"2")})
+        self.verify({"k": b"1"})
+        self.assertEqual(self.parts(upload), {1: b"2"})
+
+    def abandoned(self, directory):
+        """A draft whose process is gone."""
+        path = os.path.join(directory, "t" + "0" * 24)
+        by_hand(path)
+        return path
+
+    def test_draft_that_nobody_holds_goes_after_the_grace(self):
+        upload = self.begin()
+        paths = [self.abandoned(self.path(gos3rve.STATE, "tmp")),
+                 self.abandoned(self.path(gos3rve.STATE)),
+                 self.abandoned(upload.path)]
+        self.assertEqual(self.sweep(later=0, grace=60), 0)
+        self.assertEqual(self.sweep(later=120, grace=60), 3)
+        for path in paths:
+            self.assertFalse(os.path.exists(path))
+        self.assertEqual(self.sweep(), 0)
+
+    def test_upload_goes_after_its_time_and_only_with_one(self):
+        upload = self.begin()
+        self.part(upload, 1, b"1")
+        self.assertEqual(self.sweep(ttl=0), 0)
+        self.assertEqual(self.sweep(ttl=600, later=500), 0)
+        self.assertEqual(self.parts(upload), {1: b"1"})
+        self.assertEqual(self.sweep(ttl=600, later=700), 1)
+        self.assertEqual(files_below(self.uploads), [])
+
+    def test_upload_with_activity_is_spared(self):
+        upload = self.begin()
+        old = time.time() - 1000
+        with self.store.part_draft(upload) as draft:
+            draft.write(b"a part that takes long ")
+            os.utime(upload.path, (old, old))
+            draft.write(b"to arrive")
+            self.assertEqual(self.sweep(ttl=600, later=0, grace=60), 0)
+            self.store.put_part(upload, 1, draft, {
+                "etag": md5_hex(b"a part that takes long to arrive")})
+        self.assertEqual(self.sweep(ttl=600, later=0, grace=60), 0)
+        self.assertEqual(list(self.parts(upload)), [1])
+
+    def test_upload_that_cannot_be_read_just_now_is_spared(self):
+        upload = self.begin()
+        self.part(upload, 1, b"1")
+        real = os.open
+
+        def failing(path, *_, **__):
+            raise OSError(errno.EMFILE, "Too many open files", path)
+        with mock.patch.object(gos3rve, "open", failing, create=True), \
+                contextlib.suppress(OSError):
+            self.sweep()
+        self.assertIs(os.open, real)
+        self.assertEqual(self.parts(upload), {1: b"1"})
+
+    def test_half_made_things_go(self):
+        upload = self.begin()
+        self.part(upload, 1, b"1")
+        os.unlink(os.path.join(upload.path, "upload.json"))
+        for name in (".gos3rve-new-0", ".gos3rve-old-0"):
+            by_hand(os.path.join(self.buckets, name, "x"))
+        self.assertEqual(self.sweep(later=0, grace=60), 0)
+        self.assertEqual(self.sweep(), 3)
+        self.assertEqual(os.listdir(self.buckets), ["box"])
+        self.assertEqual(files_below(self.uploads), [])
+
+    def test_objects_of_any_name_keep_their_records(self):
+        model = {"a/.gos3rve/b/c": b"1", "t" + "0" * 24: b"2", "odd//": b"3",
+                 "tmp/t" + "0" * 24: b"4", "s" * 600: b"5", "a": b"6",
+                 "00001-1.json": b"7"}
+        for key in model:
+            self.put(key, model[key])
+        self.sweep(ttl=1)
+        self.verify(model)
+
+    def test_records_of_files_that_are_gone_go(self):
+        self.put("a", b"1")
+        self.put("b", b"2")
+        os.unlink(self.path("a"))
+        self.sweep()
+        self.verify({"b": b"2"})
+        self.assert_clean(1)
+
+    def test_directory_that_cannot_be_read_keeps_its_records(self):
+        self.put("d/k", b"1")
+        self.put("z", b"2")
+        real = os.scandir
+
+        def scandir(path="."):
+            if os.path.basename(os.path.normpath(path)) == "d":
+                raise OSError(errno.EMFILE, "Too many open files")
+            return real(path)
+        with mock.patch.object(os, "scandir", scandir), \
+                contextlib.suppress(OSError, S3Error):
+            self.sweep()
+        self.verify({"d/k": b"1", "z": b"2"})
+
+    def test_object_that_moves_aside_during_a_sweep_keeps_its_record(self):
+        self.put("d/k", b"1")
+        moves, real = [lambda: self.put("d/k/x", b"2")], os.walk
+
+        def walk(top, *args, **named):
+            for step in real(top, *args, **named):
+                step[1].sort()          # the state directory comes first
+                if step[0].endswith(os.sep + "d") and moves:
+                    moves.pop()()
+                    step = (step[0], step[1], os.listdir(step[0]))
+                yield step
+        with mock.patch.object(os, "walk", walk):
+            self.sweep()
+        self.verify({"d/k": b"1", "d/k/x": b"2"} if not moves
+                    else {"d/k": b"1"})
+
+
+class SweepingWithSidecars(Sweeping):
+    """The same where the file system has no extended attributes."""
+
+    xattrs = False
+
+###############################################################################
+# 7. Access
+###############################################################################
+
+def running(**values):
+    """A Running with ALICE first and BOB second; close() it with both its
+    directories by close_running()."""
+    top = tempfile.mkdtemp(prefix="test-gos3rve-")
+    settings = {"p": 0, "bind": "127.0.0.1", "log": "none",
+                "dir_buckets": os.path.join(top, "buckets"),
+                "dir_uploads": os.path.join(top, "uploads"),
+                "key_id": ALICE.key_id, "key_val": ALICE.secret,
+                "user_id": ALICE.user_id, "user_name": ALICE.user_name}
+    settings.update(values)
+    server = gos3rve.Running(gos3rve.make_config(settings, users=(BOB,)))
+    server.top = top
+    return server
+
+
+class TwoAccountRequests(unittest.TestCase):
+    """ALICE owns box, BOB owns bobs, by-hand is a directory."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = running()
+        cls.addClassCleanup(shutil.rmtree, cls.server.top, True)
+        cls.alice = Client(cls.server.url, ALICE.key_id, ALICE.secret)
+        cls.bob = Client(cls.server.url, BOB.key_id, BOB.secret)
+        assert cls.alice.put("/box").status == 200
+        assert cls.bob.put("/bobs").status == 200
+        os.mkdir(os.path.join(cls.server.dir_buckets, "by-hand"))
+        assert cls.alice.put("/box/k", b"alice's").status == 200
+        assert cls.bob.put("/bobs/k", b"bob's").status == 200
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.alice.close()
+        cls.bob.close()
+        cls.server.close(5)
+
+    def denied(self, answer):
+        """Assert a 403 AccessDenied."""
+        self.assertEqual((answer.status, answer.code),
+                         (403, "AccessDenied"), answer.body)
+
+    def test_each_account_lists_its_own_buckets(self):
+        for client, name, owner in ((self.alice, "box", ALICE),
+                                    (self.bob, "bobs", BOB)):
+            answer = client.get("/")
+            names = answer.all("Buckets/Bucket/Name")
+            self.assertIn(name, names)
+            self.assertEqual("by-hand" in names, owner is ALICE)
+            self.assertEqual(len({"box", "bobs"} & set(names)), 1)
+            self.assertEqual(answer.one("Owner/ID"), owner.user_id)
+
+    def test_a_stranger_may_do_nothing(self):
+        for method, path, query, headers in (
+                ("GET", "/box", {}, {}), ("GET", "/box/k", {}, {}),
+                ("GET", "/box", {"location": ""}, {}),
+                ("GET", "/box", {"list-type": "2"}, {}),
+                ("GET", "/box", {"acl": ""}, {}),
+                ("GET", "/box", {"policy": ""}, {}),
+                ("GET", "/box/none", {}, {}), ("PUT", "/box/k", {}, {}),
+                ("PUT", "/box/new", {}, {}), ("DELETE", "/box/k", {}, {}),
+                ("DELETE", "/box", {}, {}),
+                ("PUT", "/box", {"policy": ""}, {}),
+                ("POST", "/box", {"delete": ""}, {}),
+                ("POST", "/box/k", {"uploads": ""}, {}),
+                ("GET", "/box", {"uploads": ""}, {}),
+                ("GET", "/by-hand", {}, {}),
+                ("PUT", "/box/k", {"renameObject": ""},
+                 {"x-amz-rename-source": "/box/k"})):
+            with self.subTest(method=method, path=path, query=query):
+                self.denied(self.bob.request(method, path, query,
+                                             headers=headers))
+        self.assertEqual(self.alice.get("/box/k").body, b"alice's")
+        self.assertEqual(self.alice.keys("box"), ["k"])
+
+    def test_the_unsigned_may_do_nothing(self):
+        for method, path in (("GET", "/"), ("GET", "/box"),
+                             ("GET", "/box/k"), ("PUT", "/box/new"),
+                             ("PUT", "/newbucket"), ("DELETE", "/box/k"),
+                             ("DELETE", "/box"), ("POST", "/box?delete"),
+                             ("POST", "/box/k?uploads")):
+            with self.subTest(method=method, path=path):
+                self.denied(self.alice.send(method, path, headers={
+                    "content-length": "0"}))
+        self.assertEqual(self.alice.keys("box"), ["k"])
+
+    def test_head_of_a_foreign_bucket_tells_its_region(self):
+        answer = self.bob.head("/box")
+        self.assertEqual(answer.status, 403)
+        self.assertEqual(answer.body, b"")
+        self.assertEqual(answer.headers["x-amz-bucket-region"], "us-east-1")
+
+    def test_a_foreign_bucket_name_is_taken(self):
+        answer = self.bob.put("/box")
+        self.assertEqual((answer.status, answer.code),
+                         (409, "BucketAlreadyExists"))
+        self.denied(self.bob.get("/box"))
+
+    def test_a_foreign_object_is_no_copy_source(self):
+        self.denied(self.bob.put("/bobs/c", headers={
+            "x-amz-copy-source": "/box/k"}))
+        self.denied(self.bob.put("/box/c", headers={
+            "x-amz-copy-source": "/bobs/k"}))
+        self.assertEqual(self.bob.keys("bobs"), ["k"])
+
+    def test_a_foreign_object_is_no_part_copy_source(self):
+        upload = self.bob.post("/bobs/c", {"uploads": ""}).one("UploadId")
+        query = {"uploadId": upload, "partNumber": "1"}
+        self.denied(self.bob.put("/bobs/c", query=query, headers={
+            "x-amz-copy-source": "/box/k"}))
+        parts = self.bob.get("/bobs/c", {"uploadId": upload})
+        self.assertEqual(parts.all("Part"), [])
+        self.bob.delete("/bobs/c", {"uploadId": upload})
+
+    def test_a_foreign_upload_id_is_unknown_in_ones_own_bucket(self):
+        upload = self.alice.post("/box/u", {"uploads": ""}).one("UploadId")
+        for method, query in (("PUT", {"partNumber": "1"}), ("GET", {}),
+                              ("DELETE", {})):
+            answer = self.bob.request(method, "/bobs/u", dict(
+                query, uploadId=upload))
+            self.assertEqual((answer.status, answer.code),
+                             (404, "NoSuchUpload"))
+        self.assertEqual(self.alice.delete(
+            "/box/u", {"uploadId": upload}).status, 204)
+
+    def test_the_expected_owner_must_be_the_owner(self):
+        name = "x-amz-expected-bucket-owner"
+        self.denied(self.alice.get("/box/k", headers={name: BOB.user_id}))
+        self.denied(self.alice.put("/box/n", b"x", headers={
+            name: BOB.user_id}))
+        self.denied(self.alice.put("/box/n", headers={
+            "x-amz-copy-source": "/box/k",
+            "x-amz-source-expected-bucket-owner": BOB.user_id}))
+        self.assertEqual(self.alice.get("/box/k", headers={
+            name: ALICE.user_id}).body, b"alice's")
+        self.assertEqual(self.alice.keys("box"), ["k"])
+
+    def test_the_owner_stands_in_acl_listing_and_uploads(self):
+        self.assertEqual(self.bob.get("/bobs/k", {"acl": ""}).one(
+            "AccessControlList/Grant/Grantee/ID"), BOB.user_id)
+        answer = self.bob.get("/bobs", {"list-type": "2",
+                                        "fetch-owner": "true"})
+        self.assertEqual(answer.all("Contents/Owner/ID"), [BOB.user_id])
+        upload = self.bob.post("/bobs/o", {"uploads": ""}).one("UploadId")
+        answer = self.bob.get("/bobs", {"uploads": ""})
+        self.assertEqual(answer.all("Upload/Initiator/ID"), [BOB.user_id])
+        self.assertEqual(answer.all("Upload/Owner/ID"), [BOB.user_id])
+        self.bob.delete("/bobs/o", {"uploadId": upload})
+
+    def test_a_wrong_secret_or_key_id_is_refused(self):
+        wrong = Client(self.server.url, ALICE.key_id, BOB.secret)
+        self.addCleanup(wrong.close)
+        answer = wrong.get("/box/k")
+        self.assertEqual((answer.status, answer.code),
+                         (403, "SignatureDoesNotMatch"))
+        self.assertTrue(answer.one("StringToSign").startswith(
+            "AWS4-HMAC-SHA256\n"))
+        self.assertTrue(answer.one("CanonicalRequest").startswith(
+            "GET\n/box/k\n"))
+        wrong.key_id = "NOBODY"
+        answer = wrong.get("/box/k")
+        self.assertEqual((answer.status, answer.code),
+                         (403, "InvalidAccessKeyId"))
+        self.assertEqual(answer.one("AWSAccessKeyId"), "NOBODY")
+
+    def test_owners_outlast_a_restart(self):
+        top = self.server.top
+        again = running(dir_buckets=os.path.join(top, "buckets"),
+                        dir_uploads=os.path.join(top, "uploads"))
+        self.addCleanup(shutil.rmtree, again.top, True)
+        self.addCleanup(again.close, 5)
+        bob = Client(again.url, BOB.key_id, BOB.secret)
+        self.addCleanup(bob.close)
+        self.assertEqual(bob.get("/bobs/k").body, b"bob's")
+        self.denied(bob.get("/box/k"))
+
+
+class ReadOnlyRequests(unittest.TestCase):
+
+    def setUp(self):
+        self.top = temporary_directory(self)
+        os.makedirs(os.path.join(self.top, "box", "d"))
+        with open(os.path.join(self.top, "box", "d", "f"), "wb") as file:
+            file.write(b"data")
+        self.server = gos3rve.serve(self.top, readonly=True)
+        self.addCleanup(self.server.close, 5)
+        self.s3 = Client(self.server.url, self.server.key_id,
+                         self.server.key_val)
+        self.addCleanup(self.s3.close)
+
+    def tree(self):
+        """Every path below the directory of the buckets."""
+        return sorted(os.path.join(base, name) for base, dirs, files
+                      in os.walk(self.top) for name in dirs + files)
+
+    def test_reads_are_answered(self):
+        self.assertEqual(self.s3.get("/box/d/f").body, b"data")
+        self.assertEqual(self.s3.head("/box/d/f").status, 200)
+        self.assertEqual(self.s3.keys("box"), ["d/f"])
+        self.assertEqual(self.s3.get("/").all("Buckets/Bucket/Name"),
+                         ["box"])
+
+    def test_every_change_is_AccessDenied_and_changes_nothing(self):
+        before = self.tree()
+        delete = b"<Delete><Object><Key>d/f</Key></Object></Delete>"
+        for method, path, query, body, headers in (
+                ("PUT", "/box/n", {}, b"x", {}),
+                ("PUT", "/other", {}, b"", {}),
+                ("DELETE", "/box/d/f", {}, b"", {}),
+                ("DELETE", "/box", {}, b"", {}),
+                ("PUT", "/box/n", {}, b"", {"x-amz-copy-source":
+                                            "/box/d/f"}),
+                ("PUT", "/box/n", {"renameObject": ""}, b"",
+                 {"x-amz-rename-source": "/box/d/f"}),
+                ("POST", "/box", {"delete": ""}, delete,
+                 {"content-md5": digest64("md5", delete)}),
+                ("POST", "/box/n", {"uploads": ""}, b"", {})):
+            with self.subTest(method=method, path=path, query=query):
+                answer = self.s3.request(method, path, query, body,
+                                         headers=headers)
+                self.assertEqual((answer.status, answer.code),
+                                 (403, "AccessDenied"))
+        self.assertEqual(self.tree(), before)
+
+
+###############################################################################
+# 8. Operations
+###############################################################################
+
+class OperationCase(ServerCase):
+    """ServerCase with what the families share."""
+
+    def fill(self, *keys):
+        """Put an object of one byte under each key."""
+        for key in keys:
+            self.ok(self.s3.put("/box/" + key, b"x"))
+
+    def by_hand(self, path, data=b"by hand"):
+        """Write a file into the bucket's directory."""
+        path = self.path(*path.split("/"))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
+        return path
+
+    def tree(self):
+        """Path -> content below the bucket's directory, state aside."""
+        found = {}
+        for base, dirs, files in os.walk(self.path()):
+            if gos3rve.STATE in dirs:
+                dirs.remove(gos3rve.STATE)
+            for name in files:
+                path = os.path.join(base, name)
+                with open(path, "rb") as file:
+                    found[os.path.relpath(path, self.path())] = file.read()
+        return found
+
+    def body(self, key, data):
+        """Assert the content of an object."""
+        self.assertEqual(self.ok(self.s3.get("/box/" + key)).body, data)
+
+
+# --- buckets ---
+
+class BucketRequests(OperationCase):
+
+    def tearDown(self):
+        for name in self.s3.get("/").all("Buckets/Bucket/Name"):
+            if name != "box":
+                shutil.rmtree(os.path.join(self.server.dir_buckets, name))
+
+    def create(self, name, region=None, status=200):
+        """CreateBucket, with a LocationConstraint when given."""
+        body = b"" if region is None else (
+            '<CreateBucketConfiguration xmlns="http://s3.amazonaws.com/doc/'
+            '2006-03-01/"><LocationConstraint>%s</LocationConstraint>'
+            '</CreateBucketConfiguration>' % region).encode()
+        answer = self.s3.put("/" + name, body)
+        self.assertEqual(answer.status, status, answer.body)
+        return answer
+
+    def test_a_bucket_is_a_directory(self):
+        answer = self.create("new-bucket")
+        self.assertEqual(answer.headers["location"], "/new-bucket")
+        self.assertTrue(os.path.isdir(os.path.join(
+            self.server.dir_buckets, "new-bucket")))
+        self.assertEqual(self.s3.head("/new-bucket").status, 200)
+        self.assertEqual(self.s3.keys("new-bucket"), [])
+        self.ok(self.s3.delete("/new-bucket"), 204)
+        self.assertFalse(os.path.exists(os.path.join(
+            self.server.dir_buckets, "new-bucket")))
+        self.error(self.s3.get("/new-bucket"), "NoSuchBucket", 404)
+
+    def test_good_names_are_taken(self):
+        for name in ("abc", "a" * 63, "my.bucket", "0-9", "a.b-c.9"):
+            with self.subTest(name=name):
+                self.create(name)
+
+    def test_bad_names_are_InvalidBucketName(self):
+        for name in ("ab", "a" * 64, "Upper", "under_score", "-lead",
+                     "trail-", ".lead", "trail.", "two..dots",
+                     "192.168.0.1", "xn--puny", "sthree-x", "x-s3alias",
+                     "x--ol-s3", "sp ace", "..", ".gos3rve", "a%00b",
+                     "b\u00fccket"):
+            with self.subTest(name=name):
+                self.error(self.create(name, status=400),
+                           "InvalidBucketName", 400)
+
+    def test_a_location_is_given_back(self):
+        for region in ("eu-west-1", "ap-southeast-2", "my-test-region-7"):
+            with self.subTest(region=region):
+                self.create("loc-" + region, region)
+                answer = self.ok(self.s3.get("/loc-" + region,
+                                             {"location": ""}))
+                self.assertEqual(answer.xml().tag, "LocationConstraint")
+                self.assertEqual(answer.xml().text, region)
+                self.assertEqual(self.s3.head("/loc-" + region).headers[
+                    "x-amz-bucket-region"], region)
+
+    def test_us_east_1_is_an_empty_location(self):
+        self.create("plain")
+        answer = self.s3.get("/plain", {"location": ""})
+        self.assertIn(answer.xml().text, (None, ""))
+        self.assertEqual(self.s3.head("/plain").headers[
+            "x-amz-bucket-region"], "us-east-1")
+
+    def test_eu_is_eu_west_1(self):
+        self.create("old-eu", "EU")
+        self.assertIn(self.s3.get("/old-eu", {"location": ""}).xml().text,
+                      ("EU", "eu-west-1"))
+
+    def test_bad_locations_and_documents_are_refused(self):
+        self.error(self.create("bad", "no/where", 400),
+                   "InvalidLocationConstraint")
+        for body in (b"<Other/>", b"<a", b"not xml"):
+            self.error(self.s3.put("/bad", body), "MalformedXML", 400)
+        self.error(self.s3.head("/bad"), "", 404)
+
+    def test_making_it_twice(self):
+        self.create("twice-east")
+        self.ok(self.s3.put("/twice-east/k", b"kept"))
+        self.create("twice-east")
+        self.assertEqual(self.s3.get("/twice-east/k").body, b"kept")
+        self.create("twice-west", "us-west-2")
+        self.error(self.create("twice-west", "us-west-2", 409),
+                   "BucketAlreadyOwnedByYou", 409)
+
+    def test_head_of_a_missing_bucket_has_no_body(self):
+        answer = self.s3.head("/missing")
+        self.assertEqual((answer.status, answer.body), (404, b""))
+
+    def test_a_bucket_with_objects_is_not_deleted(self):
+        self.create("full")
+        for key in ("k", "deep/er/k", "odd//k"):
+            with self.subTest(key=key):
+                self.ok(self.s3.put("/full/" + key, b"x"))
+                self.error(self.s3.delete("/full"), "BucketNotEmpty", 409)
+                self.assertEqual(self.s3.keys("full"), [key])
+                self.ok(self.s3.delete("/full/" + key), 204)
+        self.ok(self.s3.delete("/full"), 204)
+
+    def test_a_file_put_by_hand_keeps_a_bucket(self):
+        self.create("hands")
+        path = os.path.join(self.server.dir_buckets, "hands", "f")
+        with open(path, "wb"):
+            pass
+        self.error(self.s3.delete("/hands"), "BucketNotEmpty", 409)
+        self.assertTrue(os.path.exists(path))
+
+    def test_empty_directories_do_not_keep_a_bucket(self):
+        self.create("hollow")
+        os.makedirs(os.path.join(self.server.dir_buckets, "hollow", "a",
+                                 "b"))
+        self.assertEqual(self.s3.keys("hollow"), [])
+        self.ok(self.s3.delete("/hollow"), 204)
+
+    def test_uploads_do_not_keep_a_bucket_and_go_with_it(self):
+        self.create("busy")
+        upload = self.s3.post("/busy/k", {"uploads": ""}).one("UploadId")
+        self.ok(self.s3.put("/busy/k", b"x", {"uploadId": upload,
+                                              "partNumber": "1"}))
+        self.ok(self.s3.delete("/busy"), 204)
+        self.create("busy")
+        answer = self.s3.get("/busy", {"uploads": ""})
+        self.assertEqual(answer.all("Upload/Key"), [])
+
+    def test_deleting_a_missing_bucket_is_NoSuchBucket(self):
+        self.error(self.s3.delete("/missing"), "NoSuchBucket", 404)
+
+    def test_a_query_never_lets_a_bucket_be_deleted(self):
+        for query in ("anything", "prefix=x", "location", "delete", "acl",
+                      "versions", "uploads", "list-type=2", "versionId=null",
+                      "policy", "tagging", "cors", "lifecycle", "website",
+                      "encryption", "replication", "x-amz-foo=1", "uploadId",
+                      "force", "recursive=true", "publicAccessBlock",
+                      "prefix=../../x", "partNumber=1", "%61cl", "Acl"):
+            with self.subTest(query=query):
+                pairs = [tuple((urllib.parse.unquote(query) + "="
+                                ).split("=")[:2])]
+                answer = self.s3.delete("/box", pairs)
+                self.assertGreaterEqual(answer.status, 400)
+                self.assertEqual(self.s3.head("/box").status, 200)
+
+    def test_the_signing_names_of_sdks_are_no_subresource(self):
+        self.create("sdk")
+        self.ok(self.s3.delete("/sdk", {"x-id": "DeleteBucket"}), 204)
+
+    def test_a_stray_file_is_no_bucket(self):
+        path = os.path.join(self.server.dir_buckets, "a-file")
+        with open(path, "wb") as file:
+            file.write(b"secret")
+        self.addCleanup(os.unlink, path)
+        self.assertEqual(self.s3.get("/").all("Buckets/Bucket/Name"),
+                         ["box"])
+        self.error(self.s3.get("/a-file"), "NoSuchBucket", 404)
+        self.error(self.s3.delete("/a-file"), "NoSuchBucket", 404)
+
+
+class ListBucketsRequests(OperationCase):
+
+    NAMES = ["aa1", "aa2", "ab1", "box", "zz1"]
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        for name in cls.NAMES:
+            cls.s3.put("/" + name)
+
+    def names(self, **query):
+        """The names of one page, and the Answer."""
+        answer = self.ok(self.s3.get("/", {
+            n.replace("_", "-"): v for n, v in query.items()}))
+        return answer.all("Buckets/Bucket/Name"), answer
+
+    def test_all_buckets_in_order_with_dates_and_owner(self):
+        names, answer = self.names()
+        self.assertEqual(names, self.NAMES)
+        for date in answer.all("Buckets/Bucket/CreationDate"):
+            self.assertRegex(date, r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+        self.assertTrue(answer.one("Owner/ID"))
+        self.assertIsNone(answer.one("ContinuationToken"))
+
+    def test_prefix(self):
+        names, answer = self.names(prefix="aa")
+        self.assertEqual(names, ["aa1", "aa2"])
+        self.assertEqual(answer.one("Prefix"), "aa")
+        self.assertEqual(self.names(prefix="none")[0], [])
+
+    def test_pages_of_every_size_give_all(self):
+        for size in (1, 2, 3, 5, 10000):
+            with self.subTest(size=size):
+                found, query = [], {}
+                for _ in range(len(self.NAMES) + 1):
+                    names, answer = self.names(max_buckets=str(size),
+                                               **query)
+                    self.assertLessEqual(len(names), size)
+                    found += names
+                    token = answer.one("ContinuationToken")
+                    if not token:
+                        break
+                    query = {"continuation_token": token}
+                self.assertEqual(found, self.NAMES)
+
+    def test_bad_parameters_are_InvalidArgument(self):
+        for query in ({"max-buckets": "0"}, {"max-buckets": "-1"},
+                      {"max-buckets": "x"},
+                      {"continuation-token": "!no token!"}):
+            with self.subTest(query=query):
+                self.error(self.s3.get("/", query), "InvalidArgument", 400)
+
+    def test_bucket_region_filters(self):
+        self.assertEqual(self.names(bucket_region="us-east-1")[0],
+                         self.NAMES)
+        self.assertEqual(self.names(bucket_region="eu-west-1")[0], [])
+
+
+# --- listings ---
+
+def listing_model(keys, prefix="", delimiter=""):
+    """What S3 lists: [("K" or "P", key or common prefix)] in order."""
+    found = []
+    for key in sorted(keys, key=str.encode):
+        if not key.startswith(prefix):
+            continue
+        cut = key.find(delimiter, len(prefix)) if delimiter else -1
+        entry = ("K", key) if cut < 0 else (
+            "P", key[:cut + len(delimiter)])
+        if entry not in found[-1:]:
+            found.append(entry)
+    return found
+
+
+class ListingRequests(OperationCase):
+
+    KEYS = ["a", "a-b", "a/", "a/b", "a/b/c", "a/b/d", "a0", "b//c", "b/c",
+            "photos/2006/Feb/1", "photos/2006/Jan/2", "photos/2007/x",
+            "quo'te \"<&>", "sp ace+plus%25", "\u00e9t\u00e9/\U0001f600",
+            "z"]
+    TAGS = {"Contents": "Key", "Version": "Key",
+            "CommonPrefixes": "Prefix"}
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        for key in cls.KEYS:
+            cls.s3.put("/box/" + key, key.encode())
+
+    def setUp(self):
+        """The objects stay: no test here changes them."""
+
+    def entries(self, answer):
+        """[("K" or "P", text)] of a page, in document order."""
+        decode = urllib.parse.unquote if answer.one("EncodingType") else str
+        return [("P" if child.tag == "CommonPrefixes" else "K",
+                 decode(child.findtext(self.TAGS[child.tag])))
+                for child in answer.xml() if child.tag in self.TAGS]
+
+    def pages(self, query, following):
+        """The entries of all pages; following(answer, entries) gives the
+        next page's parameters."""
+        found, more = [], {}
+        for _ in range(len(self.KEYS) + 2):
+            answer = self.ok(self.s3.get("/box", dict(query, **more)))
+            entries = self.entries(answer)
+            self.assertLessEqual(len(entries), int(query["max-keys"]))
+            found += entries
+            if answer.one("IsTruncated") == "false":
+                return found
+            self.assertEqual(answer.one("IsTruncated"), "true")
+            self.assertEqual(len(entries), int(query["max-keys"]))
+            more = following(answer, entries)
+        self.fail("the listing does not end")
+
+    def all_ways(self, first, following):
+        """Compare with the model for prefixes, delimiters, page sizes."""
+        for prefix in ("", "a", "a/", "photos/2", "none", "b/", "sp ",
+                       "\u00e9t"):
+            for delimiter in ("", "/", "-", "20", "/b"):
+                want = listing_model(self.KEYS, prefix, delimiter)
+                for size in ("1", "2", "5", "1000"):
+                    query = dict(first, **{"max-keys": size})
+                    query.update({"prefix": prefix} if prefix else {})
+                    query.update({"delimiter": delimiter}
+                                 if delimiter else {})
+                    with self.subTest(query=query):
+                        self.assertEqual(self.pages(query, following),
+                                         want)
+
+    def test_version_2_in_all_ways(self):
+        self.all_ways({"list-type": "2"}, lambda answer, _: {
+            "continuation-token": answer.one("NextContinuationToken")})
+
+    def test_version_1_in_all_ways(self):
+        def following(answer, entries):
+            # NextMarker comes with a delimiter only: API_ListObjects
+            marker = answer.one("NextMarker")
+            return {"marker": entries[-1][1] if marker is None else marker}
+        self.all_ways({}, following)
+
+    def test_versions_in_all_ways(self):
+        def following(answer, _):
+            return {"key-marker": answer.one("NextKeyMarker"),
+                    "version-id-marker":
+                        answer.one("NextVersionIdMarker") or ""}
+        self.all_ways({"versions": ""}, following)
+
+    def test_an_entry_tells_what_head_tells(self):
+        head = self.s3.head("/box/a/b/c")
+        for query in ({}, {"list-type": "2"}):
+            answer = self.s3.get("/box", dict(query, prefix="a/b/c"))
+            self.assertEqual(answer.all("Contents/ETag"),
+                             [head.headers["etag"]])
+            self.assertEqual(answer.all("Contents/Size"), ["5"])
+            self.assertEqual(answer.all("Contents/StorageClass"),
+                             ["STANDARD"])
+            date = answer.one("Contents/LastModified")
+            self.assertRegex(date, r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+            self.assertEqual(
+                calendar.timegm(time.strptime(date[:19],
+                                              "%Y-%m-%dT%H:%M:%S")),
+                calendar.timegm(time.strptime(
+                    head.headers["last-modified"],
+                    "%a, %d %b %Y %H:%M:%S GMT")))
+
+    def test_the_parameters_come_back(self):
+        answer = self.s3.get("/box", {
+            "list-type": "2", "prefix": "a/", "delimiter": "/",
+            "max-keys": "1", "start-after": "a-"})
+        self.assertEqual(answer.xml().tag, "ListBucketResult")
+        for name, value in (("Name", "box"), ("Prefix", "a/"),
+                            ("Delimiter", "/"), ("MaxKeys", "1"),
+                            ("KeyCount", "1"), ("StartAfter", "a-"),
+                            ("IsTruncated", "true")):
+            self.assertEqual(answer.one(name), value, name)
+        token = answer.one("NextContinuationToken")
+        answer = self.s3.get("/box", {
+            "list-type": "2", "continuation-token": token})
+        self.assertEqual(answer.one("ContinuationToken"), token)
+        answer = self.s3.get("/box", {"marker": "a0", "prefix": "b"})
+        for name, value in (("Marker", "a0"), ("Prefix", "b"),
+                            ("MaxKeys", "1000"), ("IsTruncated", "false")):
+            self.assertEqual(answer.one(name), value, name)
+        self.assertIsNone(answer.one("KeyCount"))
+
+    def test_owner_comes_with_v1_and_when_fetched_with_v2(self):
+        for query, has in (({}, True), ({"list-type": "2"}, False),
+                           ({"list-type": "2", "fetch-owner": "true"}, True),
+                           ({"list-type": "2", "fetch-owner": "false"},
+                            False)):
+            with self.subTest(query=query):
+                answer = self.s3.get("/box", dict(query, prefix="z"))
+                self.assertEqual(len(answer.all("Contents/Owner/ID")), has)
+
+    def test_start_after_and_marker_need_not_exist(self):
+        keys = [key for key in sorted(self.KEYS, key=str.encode)
+                if key.encode() > b"a/a"]
+        for query in ({"list-type": "2", "start-after": "a/a"},
+                      {"marker": "a/a"}):
+            answer = self.s3.get("/box", query)
+            self.assertEqual(answer.all("Contents/Key"), keys)
+        for query in ({"list-type": "2", "start-after": "\u00ea"},
+                      {"marker": "\u00ea"}):
+            self.assertEqual(self.s3.get("/box", query).all("Contents"), [])
+
+    def test_a_token_rules_over_start_after(self):
+        first = self.s3.get("/box", {"list-type": "2", "max-keys": "3",
+                                     "start-after": "b"})
+        second = self.s3.get("/box", {
+            "list-type": "2", "start-after": "b", "continuation-token":
+            first.one("NextContinuationToken")})
+        found = first.all("Contents/Key") + second.all("Contents/Key")
+        self.assertEqual(found, [k for k in sorted(
+            self.KEYS, key=str.encode) if k > "b"])
+
+    def test_max_keys_zero_is_an_empty_complete_page(self):
+        for query in ({}, {"list-type": "2"}, {"versions": ""},
+                      {"list-type": "2", "delimiter": "/"}):
+            with self.subTest(query=query):
+                answer = self.ok(self.s3.get("/box", dict(
+                    query, **{"max-keys": "0"})))
+                self.assertEqual(self.entries(answer), [])
+                self.assertEqual(answer.one("MaxKeys"), "0")
+                self.assertEqual(answer.one("IsTruncated"), "false")
+
+    def test_max_keys_is_at_most_1000(self):
+        answer = self.s3.get("/box", {"list-type": "2",
+                                      "max-keys": "2147483647"})
+        self.assertEqual(answer.one("MaxKeys"), "1000")
+        self.assertEqual(answer.one("KeyCount"), str(len(self.KEYS)))
+
+    def test_bad_parameters_are_InvalidArgument(self):
+        for query in ({"max-keys": "-1"}, {"max-keys": "x"},
+                      {"max-keys": "1.5"}, {"encoding-type": "xml"},
+                      {"list-type": "3"}, {"list-type": "2",
+                                           "continuation-token": "no!"},
+                      {"versions": "", "version-id-marker": "null"},
+                      {"max-keys": "99999999999999999999999"}):
+            with self.subTest(query=query):
+                self.error(self.s3.get("/box", query), "InvalidArgument",
+                           400)
+
+    def test_encoding_type_url_encodes_all_but_the_plain(self):
+        for first in ({}, {"list-type": "2"}, {"versions": ""}):
+            with self.subTest(first=first):
+                answer = self.ok(self.s3.get("/box", dict(first, **{
+                    "encoding-type": "url"})))
+                self.assertEqual(answer.one("EncodingType"), "url")
+                tag = "Version" if "versions" in first else "Contents"
+                raw = answer.all(tag + "/Key")
+                for text in raw:
+                    self.assertRegex(text, r"\A[A-Za-z0-9._~/*+%-]+\Z")
+                self.assertEqual(
+                    [urllib.parse.unquote(text) for text in raw],
+                    sorted(self.KEYS, key=str.encode))
+                self.assertIn("a/b/c", raw)
+
+    def test_encoding_type_covers_prefix_delimiter_and_markers(self):
+        for first, names in (
+                ({"marker": "\u00e9 "}, ("Marker",)),
+                ({"list-type": "2", "start-after": "\u00e9 "},
+                 ("StartAfter",)),
+                ({"versions": "", "key-marker": "\u00e9 "},
+                 ("KeyMarker",))):
+            answer = self.s3.get("/box", dict(first, **{
+                "encoding-type": "url", "prefix": "\u00e9 ",
+                "delimiter": "\u00e9 "}))
+            for name in names + ("Prefix", "Delimiter"):
+                with self.subTest(name=name):
+                    self.assertEqual(answer.one(name), "%C3%A9%20")
+
+    def test_common_prefixes_are_encoded_too(self):
+        answer = self.s3.get("/box", {"list-type": "2", "delimiter": "/",
+                                      "encoding-type": "url",
+                                      "prefix": "\u00e9"})
+        self.assertEqual(answer.all("CommonPrefixes/Prefix"),
+                         ["%C3%A9t%C3%A9/"])
+
+    def test_an_empty_delimiter_is_none(self):
+        answer = self.s3.get("/box", {"list-type": "2", "delimiter": ""})
+        self.assertEqual(answer.one("KeyCount"), str(len(self.KEYS)))
+
+    def test_a_traversing_prefix_lists_nothing(self):
+        for prefix in ("../", "..", "../../etc", "/", "/etc/", "./", "a/../",
+                       "a/b/../../..", ".gos3rve/", ".gos3rve", "\\..\\"):
+            for query in ({}, {"list-type": "2"}, {"versions": ""},
+                          {"list-type": "2", "delimiter": "/"}):
+                with self.subTest(prefix=prefix, query=query):
+                    answer = self.ok(self.s3.get("/box", dict(
+                        query, prefix=prefix)))
+                    self.assertEqual(self.entries(answer), [])
+
+    def test_a_traversing_marker_is_only_text(self):
+        for query in ({"marker": "../../zz"}, {"marker": "/etc"},
+                      {"list-type": "2", "start-after": "../../.."}):
+            answer = self.ok(self.s3.get("/box", query))
+            self.assertEqual(len(answer.all("Contents")), len(self.KEYS))
+
+    def test_a_missing_bucket_is_NoSuchBucket(self):
+        for query in ({}, {"list-type": "2"}, {"versions": ""},
+                      {"uploads": ""}):
+            answer = self.s3.get("/missing-bucket", query)
+            self.error(answer, "NoSuchBucket", 404)
+            self.assertEqual(answer.one("BucketName"), "missing-bucket")
+
+
+class ListingOptionRequests(OperationCase):
+
+    def test_state_and_empty_directories_are_not_listed(self):
+        os.makedirs(self.path("empty", "er"))
+        self.fill("k", "odd//k")
+        for query in ({"list-type": "2"}, {"list-type": "2",
+                                           "delimiter": "/"}):
+            answer = self.s3.get("/box", query)
+            self.assertNotIn(b"empty", answer.body)
+            self.assertNotIn(b".gos3rve", answer.body)
+
+    def test_files_put_by_hand_are_listed_at_once(self):
+        self.assertEqual(self.s3.keys("box"), [])
+        self.by_hand("d/one")
+        self.assertEqual(self.s3.keys("box"), ["d/one"])
+        self.by_hand("d/two")
+        self.assertEqual(self.s3.keys("box"), ["d/one", "d/two"])
+        os.unlink(self.path("d", "one"))
+        self.assertEqual(self.s3.keys("box"), ["d/two"])
+        answer = self.s3.get("/box")
+        self.assertEqual(answer.one("Contents/ETag"),
+                         self.s3.head("/box/d/two").headers["etag"])
+
+    def test_listing_tells_the_checksum_and_the_class(self):
+        self.ok(self.s3.put("/box/k", b"x", headers={
+            "x-amz-checksum-crc32": crc64(b"x"),
+            "x-amz-storage-class": "STANDARD_IA"}))
+        for query in ({}, {"list-type": "2"}, {"versions": ""}):
+            tag = "Version/" if query == {"versions": ""} else "Contents/"
+            answer = self.s3.get("/box", query)
+            self.assertEqual(answer.all(tag + "ChecksumAlgorithm"),
+                             ["CRC32"])
+            self.assertEqual(answer.all(tag + "ChecksumType"),
+                             ["FULL_OBJECT"])
+            self.assertEqual(answer.all(tag + "StorageClass"),
+                             ["STANDARD_IA"])
+
+    def test_optional_attributes_are_accepted(self):
+        self.fill("k")
+        answer = self.s3.get("/box", {"list-type": "2"}, headers={
+            "x-amz-optional-object-attributes": "RestoreStatus"})
+        self.assertEqual(answer.all("Contents/Key"), ["k"])
+
+    def test_control_characters_come_through_url_encoding(self):
+        keys = ["a\nb", "a\rb", "a\tb", "a\x01b"]
+        self.fill(*keys)
+        self.assertEqual(sorted(self.s3.keys("box")), sorted(keys))
+
+    def test_versions_are_each_the_null_version(self):
+        self.fill("a", "b")
+        answer = self.ok(self.s3.get("/box", {"versions": ""}))
+        self.assertEqual(answer.xml().tag, "ListVersionsResult")
+        self.assertEqual(answer.all("Version/VersionId"), ["null", "null"])
+        self.assertEqual(answer.all("Version/IsLatest"), ["true", "true"])
+        self.assertEqual(len(answer.all("Version/Owner/ID")), 2)
+        self.assertEqual(answer.all("DeleteMarker"), [])
+
+    def test_the_null_version_can_be_read_and_deleted(self):
+        self.fill("a")
+        query = {"versionId": "null"}
+        self.assertEqual(self.ok(self.s3.get("/box/a", query)).body, b"x")
+        self.ok(self.s3.head("/box/a", query))
+        other = {"versionId": "3sL4kqtJlcpXroDTDmJ.rmSpXd3dIbrHY"}
+        self.error(self.s3.get("/box/a", other), "NoSuchVersion", 404)
+        self.s3.delete("/box/a", other)
+        self.body("a", b"x")
+        self.ok(self.s3.delete("/box/a", query), 204)
+        self.error(self.s3.get("/box/a"), "NoSuchKey", 404)
+
+
+# --- put, get, head ---
+
+class ObjectRequests(OperationCase):
+
+    def test_put_answers_200_and_the_md5_as_quoted_etag(self):
+        for data in (b"", b"hello", bytes(range(256)) * 2000):
+            answer = self.ok(self.s3.put("/box/k", data))
+            self.assertEqual(answer.body, b"")
+            self.assertEqual(answer.headers["etag"], '"%s"'
+                             % hashlib.md5(data).hexdigest())
+            got = self.ok(self.s3.get("/box/k"))
+            self.assertEqual(got.body, data)
+            self.assertEqual(got.headers["etag"], answer.headers["etag"])
+            self.assertEqual(got.headers["content-length"],
+                             str(len(data)))
+            self.assertEqual(self.tree(), {"k": data})
+
+    def test_head_is_get_without_a_body(self):
+        self.ok(self.s3.put("/box/k", b"hello", headers={
+            "x-amz-meta-a": "b", "cache-control": "no-store"}))
+        get, head = self.s3.get("/box/k"), self.ok(self.s3.head("/box/k"))
+        self.assertEqual(head.body, b"")
+        for name in set(get.headers) - {"date", "x-amz-request-id",
+                                        "x-amz-id-2"}:
+            self.assertEqual(head.headers[name], get.headers[name], name)
+        self.assertEqual(head.headers["accept-ranges"], "bytes")
+
+    def test_every_answer_has_a_request_id(self):
+        for answer in (self.s3.put("/box/k", b"x"), self.s3.get("/box/k"),
+                       self.s3.get("/box/no"), self.s3.head("/box/no"),
+                       self.s3.delete("/box/k")):
+            self.assertTrue(answer.headers["x-amz-request-id"])
+
+    def test_an_error_names_code_resource_and_request(self):
+        answer = self.error(self.s3.get("/box/no key"), "NoSuchKey", 404)
+        self.assertEqual(answer.xml().tag, "Error")
+        self.assertNotIn(b"xmlns", answer.body)
+        self.assertEqual(answer.one("RequestId"),
+                         answer.headers["x-amz-request-id"])
+        self.assertEqual(answer.one("Key"), "no key")
+
+    def test_head_errors_have_no_body(self):
+        for path in ("/box/no", "/none/k", "/box/no/deep"):
+            answer = self.s3.head(path)
+            self.assertEqual((answer.status, answer.body), (404, b""))
+
+    def test_a_put_into_a_missing_bucket_is_NoSuchBucket(self):
+        self.error(self.s3.put("/missing/k", b"x"), "NoSuchBucket", 404)
+
+    def test_descriptive_headers_come_back(self):
+        headers = {"content-type": "text/x-odd; charset=utf-8",
+                   "cache-control": "max-age=3, private",
+                   "content-disposition": 'attachment; filename="a b.txt"',
+                   "content-encoding": "gzip",
+                   "content-language": "de, en",
+                   "expires": "Wed, 21 Oct 2037 07:28:00 GMT",
+                   "x-amz-website-redirect-location": "/other"}
+        self.ok(self.s3.put("/box/k", b"x", headers=headers))
+        for answer in (self.s3.get("/box/k"), self.s3.head("/box/k")):
+            for name, value in headers.items():
+                self.assertEqual(answer.headers[name], value)
+        self.ok(self.s3.put("/box/k", b"x"))
+        answer = self.s3.get("/box/k")
+        for name in set(headers) - {"content-type"}:
+            self.assertNotIn(name, answer.headers)
+
+    def test_without_a_type_it_is_binary_octet_stream(self):
+        self.ok(self.s3.put("/box/page.html", b"x"))
+        self.assertEqual(self.s3.get("/box/page.html").headers[
+            "content-type"], "binary/octet-stream")
+
+    def test_a_form_type_is_only_a_type(self):
+        form = "application/x-www-form-urlencoded"
+        self.ok(self.s3.put("/box/k", b"a=b&c=d", headers={
+            "content-type": form}))
+        answer = self.s3.get("/box/k")
+        self.assertEqual((answer.body, answer.headers["content-type"]),
+                         (b"a=b&c=d", form))
+
+    def test_the_type_of_a_file_put_by_hand_is_by_its_name(self):
+        for name, kind in (("a.html", "text/html"), ("b.txt", "text/plain"),
+                           ("c.png", "image/png"), ("d.json",
+                                                    "application/json"),
+                           ("d/e.css", "text/css"),
+                           ("noext", "binary/octet-stream"),
+                           ("f.tar.gz", None)):
+            with self.subTest(name=name):
+                self.by_hand(name)
+                answer = self.ok(self.s3.get("/box/" + name))
+                self.assertEqual(answer.body, b"by hand")
+                self.assertNotIn("content-encoding", answer.headers)
+                if kind:
+                    self.assertEqual(answer.headers["content-type"], kind)
+
+    def test_a_file_put_by_hand_has_an_etag_that_is_no_md5(self):
+        self.by_hand("f")
+        first = self.s3.get("/box/f").etag
+        self.assertNotRegex(first, r"\A[0-9a-f]{32}\Z")
+        self.assertIn("-", first)
+        self.assertEqual(self.s3.head("/box/f").etag, first)
+        self.by_hand("f", b"edited by hand")
+        self.assertNotEqual(self.s3.head("/box/f").etag, first)
+
+    def test_an_edited_object_loses_its_md5_and_keeps_its_headers(self):
+        self.ok(self.s3.put("/box/k", b"first", headers={
+            "content-type": "text/odd", "x-amz-meta-a": "b",
+            "x-amz-checksum-crc32": crc64(b"first")}))
+        self.by_hand("k", b"second, by hand")
+        answer = self.s3.get("/box/k", headers={
+            "x-amz-checksum-mode": "ENABLED"})
+        self.assertEqual(answer.body, b"second, by hand")
+        self.assertNotEqual(answer.etag, hashlib.md5(b"first").hexdigest())
+        self.assertNotIn("x-amz-checksum-crc32", answer.headers)
+        self.assertEqual(answer.headers["content-type"], "text/odd")
+        self.assertEqual(answer.headers["x-amz-meta-a"], "b")
+
+    def test_user_metadata_comes_back_in_lower_case(self):
+        self.ok(self.s3.put("/box/k", b"x", headers={
+            "X-Amz-Meta-CamelCase": "Keeps Case", "x-amz-meta-empty": "",
+            "x-amz-meta-a.b_c": "1,2"}))
+        headers = self.s3.head("/box/k").headers
+        self.assertEqual(headers["x-amz-meta-camelcase"], "Keeps Case")
+        self.assertEqual(headers["x-amz-meta-empty"], "")
+        self.assertEqual(headers["x-amz-meta-a.b_c"], "1,2")
+
+    def test_non_ascii_metadata_comes_back_as_rfc_2047(self):
+        for text in ("\u00e9t\u00e9", "\u65e5\u672c\u8a9e", "\U0001f600"):
+            with self.subTest(text=text):
+                self.ok(self.s3.put("/box/k", b"x", headers={
+                    "x-amz-meta-t": text.encode().decode("latin-1")}))
+                value = self.s3.get("/box/k").headers["x-amz-meta-t"]
+                match = re.match(r"=\?UTF-8\?([BQ])\?(.*)\?=\Z", value,
+                                 re.IGNORECASE)
+                self.assertTrue(match, value)
+                self.assertEqual(base64.b64decode(match.group(2)).decode(),
+                                 text)
+
+    def test_metadata_of_2_kb_is_kept_and_more_is_refused(self):
+        # names count too, without their prefix: UsingMetadata.html
+        headers = {"x-amz-meta-k": "v" * 2047}
+        self.ok(self.s3.put("/box/k", b"x", headers=headers))
+        self.assertEqual(self.s3.head("/box/k").headers["x-amz-meta-k"],
+                         "v" * 2047)
+        headers = {"x-amz-meta-k": "v" * 2048}
+        self.error(self.s3.put("/box/k", b"y", headers=headers),
+                   "MetadataTooLarge", 400)
+        self.body("k", b"x")
+
+    def test_the_overrides_of_a_read(self):
+        self.ok(self.s3.put("/box/k", b"x", headers={
+            "content-type": "text/a", "cache-control": "b"}))
+        query = {"response-content-type": "text/other",
+                 "response-content-language": "nl",
+                 "response-expires": "Wed, 21 Oct 2037 07:28:00 GMT",
+                 "response-cache-control": "no-cache",
+                 "response-content-disposition": 'inline; filename="x y"',
+                 "response-content-encoding": "br"}
+        for answer in (self.s3.get("/box/k", query),
+                       self.s3.head("/box/k", query)):
+            self.ok(answer)
+            for name, value in query.items():
+                self.assertEqual(answer.headers[name[9:]], value)
+        self.assertEqual(self.s3.get("/box/k").headers["content-type"],
+                         "text/a")
+
+    def test_an_override_cannot_break_the_head(self):
+        self.ok(self.s3.put("/box/k", b"x"))
+        for text in ("a\r\nx-evil: 1", "a\nb", "a\x00b", "a\rb"):
+            with self.subTest(text=text):
+                answer = self.s3.get("/box/k", {
+                    "response-content-type": text})
+                self.assertEqual(answer.status, 400)
+                self.assertNotIn("x-evil", answer.headers)
+
+    def test_storage_class(self):
+        self.ok(self.s3.put("/box/k", b"x", headers={
+            "x-amz-storage-class": "GLACIER_IR"}))
+        self.assertEqual(self.s3.head("/box/k").headers[
+            "x-amz-storage-class"], "GLACIER_IR")
+        self.ok(self.s3.put("/box/k", b"x", headers={
+            "x-amz-storage-class": "STANDARD"}))
+        self.assertNotIn("x-amz-storage-class",
+                         self.s3.head("/box/k").headers)
+        self.error(self.s3.put("/box/k", b"y", headers={
+            "x-amz-storage-class": "NO_CLASS"}), "InvalidStorageClass", 400)
+        self.body("k", b"x")
+
+    def test_odd_keys_are_kept_apart(self):
+        keys = ["a", "a/", "a/b", "a//b", "/lead", "//", ".", "..", "../x",
+                "a/../b", "%2F", "a+b", "a b", "\u00e9", "e\u0301",
+                "q'\"&<>?#", "nl\nx", "\x01", ".gos3rve/bucket.json",
+                ".gos3rve", "back\\slash", "\U0001f600", "s" * 600,
+                "d/" + "n" * 255 + "/" + "m" * 256, "L" * 1024, "b/./c",
+                "b//", "?acl", "~tilde-_.", "*", "trail "]
+        for order in (keys, keys[::-1]):
+            for key in order:
+                self.ok(self.s3.put("/box/" + key, key.encode()))
+            for key in order:
+                with self.subTest(key=key):
+                    self.body(key, key.encode())
+            self.assertEqual(self.s3.keys("box"), sorted(
+                keys, key=str.encode))
+            for key in order:
+                with self.subTest(deleted=key):
+                    self.ok(self.s3.delete("/box/" + key), 204)
+                    self.ok(self.s3.get("/box/" + key), 404)
+            self.assertEqual(self.s3.keys("box"), [])
+
+    def test_a_key_of_1025_bytes_is_KeyTooLongError(self):
+        for key in ("x" * 1025, "\u00e9" * 513):
+            for method in ("PUT", "GET", "DELETE"):
+                answer = self.s3.request(method, "/box/" + key, body=b"")
+                self.error(answer, "KeyTooLongError", 400)
+        self.ok(self.s3.put("/box/" + "\u00e9" * 512, b"x"))
+
+    def test_a_put_without_a_length_is_MissingContentLength(self):
+        headers = self.s3.sign("PUT", "/box/k", [], {}, "UNSIGNED-PAYLOAD")
+        headers.pop("host")
+        answer = self.s3.send("PUT", "/box/k", headers=headers)
+        self.error(answer, "MissingContentLength", 411)
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_a_wrong_payload_hash_stores_nothing(self):
+        wrong = hashlib.sha256(b"other").hexdigest()
+        answer = self.s3.put("/box/k", b"data", payload=wrong)
+        self.error(answer, "XAmzContentSHA256Mismatch", 400)
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_content_md5(self):
+        for value, code in ((digest64("md5", b"other"), "BadDigest"),
+                            ("not base64", "InvalidDigest"),
+                            ("YWJj", "InvalidDigest")):
+            answer = self.s3.put("/box/k", b"data", headers={
+                "content-md5": value})
+            self.error(answer, code, 400)
+        self.assertEqual(self.s3.keys("box"), [])
+        self.ok(self.s3.put("/box/k", b"data", headers={
+            "content-md5": digest64("md5", b"data")}))
+
+    def test_what_is_not_done_is_said_and_not_ignored(self):
+        for name, value in (
+                ("x-amz-acl", "public-read"),
+                ("x-amz-grant-read", 'id="abc"'),
+                ("x-amz-tagging", "a=b"),
+                ("x-amz-server-side-encryption", "AES256"),
+                ("x-amz-server-side-encryption-customer-algorithm",
+                 "AES256"),
+                ("x-amz-object-lock-mode", "GOVERNANCE"),
+                ("x-amz-object-lock-legal-hold", "ON"),
+                ("x-amz-write-offset-bytes", "1")):
+            with self.subTest(name=name):
+                self.error(self.s3.put("/box/k", b"x", headers={
+                    name: value}), "NotImplemented", 501)
+        self.assertEqual(self.s3.keys("box"), [])
+        self.ok(self.s3.put("/box/k", b"x", headers={
+            "x-amz-acl": "private"}))
+
+    def test_unknown_parameters_do_not_matter(self):
+        self.ok(self.s3.put("/box/k", b"x", {"x-id": "PutObject"}))
+        self.assertEqual(self.ok(self.s3.get("/box/k", {
+            "x-id": "GetObject", "unknown": "1"})).body, b"x")
+
+    def test_an_unknown_method_is_MethodNotAllowed(self):
+        for method, path in (("PATCH", "/box/k"), ("POST", "/box/k"),
+                             ("DELETE", "/"), ("PUT", "/")):
+            with self.subTest(method=method, path=path):
+                self.error(self.s3.request(method, path),
+                           "MethodNotAllowed", 405)
+
+
+# --- ranges and preconditions ---
+
+class RangeRequests(OperationCase):
+
+    def test_ranges(self):
+        self.ok(self.s3.put("/box/k", b"0123456789"))
+        for value, body, told in (
+                ("bytes=0-3", b"0123", "0-3"), ("bytes=5-", b"56789", "5-9"),
+                ("bytes=-3", b"789", "7-9"), ("bytes=9-9", b"9", "9-9"),
+                ("bytes=0-99", b"0123456789", "0-9"),
+                ("bytes=0-", b"0123456789", "0-9"),
+                ("bytes=-99", b"0123456789", "0-9"),
+                ("bytes=10-", None, None), ("bytes=-0", None, None),
+                ("bytes=20-30", None, None),
+                ("bytes=3-1", b"0123456789", None),
+                ("items=0-1", b"0123456789", None),
+                ("bytes=0-1,3-4", b"0123456789", None),
+                ("bytes=abc", b"0123456789", None),
+                ("bytes=", b"0123456789", None),
+                ("bytes=-", b"0123456789", None)):
+            with self.subTest(value=value):
+                answer = self.s3.get("/box/k", headers={"range": value})
+                head = self.s3.head("/box/k", headers={"range": value})
+                self.assertEqual(answer.status, head.status)
+                if body is None:
+                    self.error(answer, "InvalidRange", 416)
+                    self.assertEqual(answer.headers["content-range"],
+                                     "bytes */10")
+                    self.assertEqual(answer.one("ActualObjectSize"), "10")
+                    continue
+                self.assertEqual(answer.body, body)
+                self.assertEqual(answer.status, 206 if told else 200)
+                for one in (answer, head):
+                    self.assertEqual(one.headers.get("content-range"),
+                                     told and "bytes %s/10" % told)
+                    self.assertEqual(one.headers["content-length"],
+                                     str(len(body)))
+
+    def test_nothing_of_an_empty_object_is_satisfiable(self):
+        self.ok(self.s3.put("/box/k"))
+        for value in ("bytes=0-0", "bytes=0-", "bytes=40-50"):
+            self.error(self.s3.get("/box/k", headers={"range": value}),
+                       "InvalidRange", 416)
+
+    def test_a_large_range_is_exact(self):
+        data = random.Random(8).getrandbits(8 * 300000).to_bytes(
+            300000, "big")
+        self.ok(self.s3.put("/box/k", data))
+        for start, stop in ((0, 300000), (1, 299999), (65535, 200001),
+                            (299999, 300000)):
+            answer = self.s3.get("/box/k", headers={
+                "range": "bytes=%d-%d" % (start, stop - 1)})
+            self.assertEqual(answer.body, data[start:stop])
+
+    def test_if_range(self):
+        answer = self.ok(self.s3.put("/box/k", b"0123456789"))
+        date = self.s3.head("/box/k").headers["last-modified"]
+        for value, status in ((answer.headers["etag"], 206), (date, 206),
+                              ('"other"', 200),
+                              ("W/" + answer.headers["etag"], 200),
+                              ("Mon, 01 Jan 2001 00:00:00 GMT", 200)):
+            with self.subTest(value=value):
+                got = self.s3.get("/box/k", headers={
+                    "range": "bytes=2-3", "if-range": value})
+                self.assertEqual(got.status, status)
+
+    def test_the_part_of_an_object_put_at_once_is_the_whole(self):
+        self.ok(self.s3.put("/box/k", b"0123456789"))
+        answer = self.s3.get("/box/k", {"partNumber": "1"})
+        self.assertEqual((answer.status, answer.body),
+                         (206, b"0123456789"))
+        self.assertEqual(answer.headers["content-range"], "bytes 0-9/10")
+        self.error(self.s3.get("/box/k", {"partNumber": "2"}),
+                   "InvalidPartNumber", 416)
+        for number in ("0", "10001", "x", "-1"):
+            with self.subTest(number=number):
+                self.error(self.s3.get("/box/k", {"partNumber": number}),
+                           "InvalidArgument", 400)
+
+    def test_range_and_partNumber_exclude_each_other(self):
+        self.ok(self.s3.put("/box/k", b"0123456789"))
+        self.error(self.s3.get("/box/k", {"partNumber": "1"}, headers={
+            "range": "bytes=0-1"}), "InvalidRequest", 400)
+
+
+class PreconditionRequests(OperationCase):
+
+    def setUp(self):
+        super().setUp()
+        self.etag = self.ok(self.s3.put("/box/k", b"data")).headers["etag"]
+        self.date = self.s3.head("/box/k").headers["last-modified"]
+
+    def cases(self):
+        """(conditions, status of a read, status of a copy)."""
+        etag, same = self.etag, self.date
+        before = "Mon, 01 Jan 2001 00:00:00 GMT"
+        other, bare = '"%032d"' % 7, self.etag.strip('"')
+        match, none_match = "if-match", "if-none-match"
+        modified, unmodified = "if-modified-since", "if-unmodified-since"
+        return (
+            ({match: etag}, 200, 200), ({match: bare}, 200, 200),
+            ({match: "*"}, 200, 200), ({match: other}, 412, 412),
+            ({match: other + ", " + etag}, 200, 200),
+            ({none_match: other}, 200, 200), ({none_match: etag}, 304, 412),
+            ({none_match: bare}, 304, 412), ({none_match: "*"}, 304, 412),
+            ({none_match: 'W/' + etag}, 304, 412),
+            ({modified: before}, 200, 200), ({modified: same}, 304, 412),
+            ({modified: "no date"}, 200, 200),
+            ({unmodified: before}, 412, 412), ({unmodified: same}, 200, 200),
+            ({unmodified: "no date"}, 200, 200),
+            # RFC 9110 section 13.2.2: entity tags rule over dates
+            ({match: etag, unmodified: before}, 200, 200),
+            ({match: other, unmodified: same}, 412, 412),
+            ({none_match: other, modified: same}, 200, 200),
+            ({none_match: etag, modified: before}, 304, 412),
+            ({match: other, none_match: etag}, 412, 412),
+            ({match: etag, none_match: etag}, 304, 412),
+            ({unmodified: before, modified: same}, 412, 412))
+
+    def test_reads(self):
+        for headers, status, _ in self.cases():
+            for method in ("GET", "HEAD"):
+                with self.subTest(headers=headers, method=method):
+                    answer = self.s3.request(method, "/box/k",
+                                             headers=headers)
+                    self.assertEqual(answer.status, status)
+                    if status == 304:
+                        self.assertEqual(answer.body, b"")
+                        self.assertEqual(answer.headers["etag"], self.etag)
+                    if (status, method) == (412, "GET"):
+                        self.assertEqual(answer.code, "PreconditionFailed")
+
+    def test_copies(self):
+        for headers, _, status in self.cases():
+            with self.subTest(headers=headers):
+                answer = self.s3.put("/box/c", headers=dict(
+                    {"x-amz-copy-source-" + name: value
+                     for name, value in headers.items()},
+                    **{"x-amz-copy-source": "/box/k"}))
+                self.assertEqual(answer.status, status, answer.body)
+                self.assertEqual(self.s3.head("/box/c").status == 200,
+                                 status == 200)
+                self.s3.delete("/box/c")
+
+    def test_the_connection_lives_on_after_304(self):
+        for _ in range(3):
+            self.assertEqual(self.s3.get("/box/k", headers={
+                "if-none-match": self.etag}).status, 304)
+            self.body("k", b"data")
+
+
+class ConditionalWriteRequests(OperationCase):
+
+    def setUp(self):
+        super().setUp()
+        self.etag = self.ok(self.s3.put("/box/k", b"old")).headers["etag"]
+
+    def cases(self):
+        """(key, conditions, status)."""
+        bare, other = self.etag.strip('"'), '"%032d"' % 7
+        return (("k", {"if-none-match": "*"}, 412),
+                ("new", {"if-none-match": "*"}, 200),
+                ("k", {"if-match": self.etag}, 200),
+                ("k", {"if-match": bare}, 200),
+                ("k", {"if-match": other}, 412),
+                ("new", {"if-match": self.etag}, 404),
+                ("k", {"if-none-match": self.etag}, 501))
+
+    def check(self, write):
+        """Each case through write(key, headers)."""
+        for key, headers, status in self.cases():
+            with self.subTest(key=key, headers=headers):
+                self.ok(self.s3.put("/box/k", b"old"))
+                self.s3.delete("/box/new")
+                answer = write(key, headers)
+                self.assertEqual(answer.status, status, answer.body)
+                if status != 200:
+                    self.assertEqual(answer.code, {
+                        412: "PreconditionFailed", 404: "NoSuchKey",
+                        501: "NotImplemented"}[status])
+                    self.body("k", b"old")
+                    self.error(self.s3.get("/box/new"), "NoSuchKey")
+                else:
+                    self.body(key, b"new")
+
+    def test_put(self):
+        self.check(lambda key, headers: self.s3.put(
+            "/box/" + key, b"new", headers=headers))
+
+    def test_copy(self):
+        self.ok(self.s3.put("/box/source", b"new"))
+        self.check(lambda key, headers: self.s3.put(
+            "/box/" + key, headers=dict(headers, **{
+                "x-amz-copy-source": "/box/source"})))
+
+    def test_complete(self):
+        def write(key, headers):
+            path = "/box/" + key
+            upload = self.s3.post(path, {"uploads": ""}).one("UploadId")
+            part = self.ok(self.s3.put(path, b"new", {
+                "uploadId": upload, "partNumber": "1"}))
+            return self.s3.post(path, {"uploadId": upload}, (
+                "<CompleteMultipartUpload><Part><PartNumber>1</PartNumber>"
+                "<ETag>%s</ETag></Part></CompleteMultipartUpload>"
+                % part.etag).encode(), headers=headers)
+        self.check(write)
+
+    def test_rename(self):
+        def write(key, headers):
+            self.ok(self.s3.put("/box/source", b"new"))
+            return self.s3.put("/box/" + key, query={"renameObject": ""},
+                               headers=dict(headers, **{
+                                   "x-amz-rename-source": "/box/source"}))
+        self.check(write)
+
+    def test_if_match_holds_for_files_put_by_hand(self):
+        self.by_hand("f")
+        etag = self.s3.head("/box/f").headers["etag"]
+        self.by_hand("f", b"edited meanwhile")
+        self.error(self.s3.put("/box/f", b"mine", headers={
+            "if-match": etag}), "PreconditionFailed", 412)
+        self.body("f", b"edited meanwhile")
+
+    def race(self, headers):
+        """[(status, body)] of concurrent PUTs of one key."""
+        def write(number):
+            client = Client(self.server.url, self.server.key_id,
+                            self.server.key_val)
+            body = b"%d under %s" % (number, str(headers).encode())
+            with contextlib.closing(client):
+                return client.put("/box/race", body,
+                                  headers=headers).status, body
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            return list(pool.map(write, range(8)))
+
+    def test_exactly_one_of_concurrent_writers_wins(self):
+        for _ in range(5):
+            self.s3.delete("/box/race")
+            headers = {"if-none-match": "*"}
+            for _ in range(2):
+                results = self.race(headers)
+                winners = [b for status, b in results if status == 200]
+                self.assertEqual(len(winners), 1, results)
+                self.assertLessEqual({s for s, _ in results},
+                                     {200, 409, 412})
+                self.body("race", winners[0])
+                headers = {"if-match":
+                           self.s3.head("/box/race").headers["etag"]}
+
+    def test_deletes(self):
+        date = self.s3.head("/box/k").headers["last-modified"]
+        for headers, status in (
+                ({"if-match": '"other"'}, 412),
+                ({"x-amz-if-match-size": "4"}, 412),
+                ({"x-amz-if-match-last-modified-time":
+                  "Mon, 01 Jan 2001 00:00:00 GMT"}, 412),
+                ({"if-match": self.etag, "x-amz-if-match-size": "9"}, 412),
+                ({"x-amz-if-match-size": "x"}, 400),
+                ({"if-match": self.etag}, 204), ({"if-match": "*"}, 204),
+                ({"x-amz-if-match-size": "3"}, 204),
+                ({"x-amz-if-match-last-modified-time": date}, 204)):
+            with self.subTest(headers=headers):
+                date = self.s3.head("/box/k").headers.get("last-modified",
+                                                          date)
+                if "x-amz-if-match-last-modified-time" in headers \
+                        and status == 204:
+                    headers = {"x-amz-if-match-last-modified-time": date}
+                answer = self.s3.delete("/box/k", headers=headers)
+                self.assertEqual(answer.status, status, answer.body)
+                gone = self.s3.head("/box/k").status == 404
+                self.assertEqual(gone, status == 204)
+                if gone:
+                    self.ok(self.s3.put("/box/k", b"old"))
+
+    def test_delete_many(self):
+        self.fill("a", "b")
+        body = ("<Delete><Object><Key>a</Key><ETag>%s</ETag></Object>"
+                "<Object><Key>b</Key><ETag>%s</ETag></Object>"
+                "<Object><Key>k</Key><Size>4</Size></Object></Delete>" % (
+                    hashlib.md5(b"x").hexdigest(), "0" * 32)).encode()
+        answer = self.ok(self.s3.post("/box", {"delete": ""}, body, headers={
+            "content-md5": digest64("md5", body)}))
+        self.assertEqual(answer.all("Deleted/Key"), ["a"])
+        self.assertEqual(answer.all("Error/Key"), ["b", "k"])
+        self.assertEqual(answer.all("Error/Code"),
+                         ["PreconditionFailed"] * 2)
+        self.assertEqual(self.s3.keys("box"), ["b", "k"])
+
+
+# --- checksums and streaming uploads ---
+
+def plain_crc(data, width, polynomial):
+    """A reflected CRC, bit by bit, as the catalogues define it."""
+    ones = (1 << width) - 1
+    crc = ones
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (polynomial if crc & 1 else 0)
+    return (crc ^ ones).to_bytes(width // 8, "big")
+
+
+SUMS = {
+    "CRC32": lambda data: zlib.crc32(data).to_bytes(4, "big"),
+    "CRC32C": lambda data: plain_crc(data, 32, 0x82F63B78),
+    "CRC64NVME": lambda data: plain_crc(data, 64, 0x9A6C9329AC4BC9B5),
+    "SHA1": lambda data: hashlib.sha1(data).digest(),
+    "SHA256": lambda data: hashlib.sha256(data).digest(),
+}
+
+
+def checksum64(name, data):
+    """The base64 checksum of data by an algorithm of S3."""
+    return base64.b64encode(SUMS[name](data)).decode()
+
+
+class ChecksumRequests(OperationCase):
+
+    DATA = b"The quick brown fox" * 11
+
+    def test_the_sums_here_are_those_of_the_catalogue(self):
+        # reveng.sourceforge.io/crc-catalogue: the check values
+        self.assertEqual(SUMS["CRC32C"](b"123456789").hex(), "e3069283")
+        self.assertEqual(SUMS["CRC64NVME"](b"123456789").hex(),
+                         "ae8b14860a799888")
+
+    def put(self, name, value, body=DATA, **more):
+        """PUT with an x-amz-checksum header."""
+        headers = {"x-amz-checksum-" + name.lower(): value}
+        return self.s3.put("/box/k", body, headers=dict(headers, **more))
+
+    def test_a_checksum_is_verified_kept_and_told_when_asked(self):
+        for name in SUMS:
+            with self.subTest(name=name):
+                header = "x-amz-checksum-" + name.lower()
+                value = checksum64(name, self.DATA)
+                answer = self.ok(self.put(name, value))
+                self.assertEqual(answer.headers[header], value)
+                for read in (self.s3.get, self.s3.head):
+                    answer = read("/box/k", headers={
+                        "x-amz-checksum-mode": "ENABLED"})
+                    self.assertEqual(answer.headers[header], value)
+                    self.assertEqual(answer.headers["x-amz-checksum-type"],
+                                     "FULL_OBJECT")
+                    self.assertNotIn(header, read("/box/k").headers)
+
+    def test_a_range_never_carries_the_whole_checksum(self):
+        self.ok(self.put("CRC32", crc64(self.DATA)))
+        answer = self.s3.get("/box/k", headers={
+            "range": "bytes=1-3", "x-amz-checksum-mode": "ENABLED"})
+        self.assertEqual(answer.status, 206)
+        self.assertNotIn("x-amz-checksum-crc32", answer.headers)
+
+    def test_wrong_checksums_store_nothing(self):
+        for name in SUMS:
+            with self.subTest(name=name):
+                self.error(self.put(name, checksum64(name, b"other")),
+                           "BadDigest", 400)
+                for value in ("no base64!", "YQ==", ""):
+                    self.error(self.put(name, value), "InvalidRequest", 400)
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_two_checksums_are_one_too_many(self):
+        self.error(self.put("CRC32", crc64(self.DATA), **{
+            "x-amz-checksum-sha1": checksum64("SHA1", self.DATA)}),
+            "InvalidRequest", 400)
+
+    def test_unknown_algorithms_are_refused(self):
+        for name in ("crc31", "sha3", "xxhash64"):
+            self.assertIn(self.put(name, "AAAAAA==").status, (400, 501))
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_an_empty_body_is_verified_too(self):
+        self.ok(self.put("SHA256", checksum64("SHA256", b""), b""))
+        self.error(self.put("CRC32", crc64(b"x"), b""), "BadDigest", 400)
+
+
+class ChunkSigner:
+    """A body as STREAMING-AWS4-HMAC-SHA256-PAYLOAD wants it, by
+    API/sigv4-streaming.html and sigv4-streaming-trailers.html."""
+
+    def __init__(self, client, headers):
+        self.date = headers["x-amz-date"]
+        day = self.date[:8]
+        self.scope = "%s/%s/s3/aws4_request" % (day, client.region)
+        self.key = v4_key(client.secret, day, client.region)
+        self.last = headers["authorization"].rpartition("Signature=")[2]
+
+    def sign(self, kind, *texts):
+        """The next signature of the chain."""
+        text = "\n".join(("AWS4-HMAC-SHA256-" + kind, self.date, self.scope,
+                          self.last) + texts)
+        self.last = hmac.new(self.key, text.encode(),
+                             hashlib.sha256).hexdigest()
+        return self.last
+
+    def chunk(self, data):
+        """A chunk, its header before it."""
+        signature = self.sign("PAYLOAD", hashlib.sha256(b"").hexdigest(),
+                              hashlib.sha256(data).hexdigest())
+        return b"%x;chunk-signature=%s\r\n%s" % (
+            len(data), signature.encode(), data + b"\r\n" if data else b"")
+
+    def trailer(self, line):
+        """A trailer line and the signature over it."""
+        signature = self.sign("TRAILER", hashlib.sha256(
+            line + b"\n").hexdigest())
+        return b"%s\r\nx-amz-trailer-signature:%s\r\n" % (
+            line, signature.encode())
+
+
+SIGNED_STREAM = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
+SIGNED_TRAILER = SIGNED_STREAM + "-TRAILER"
+UNSIGNED_TRAILER = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
+
+
+class StreamingRequests(OperationCase):
+
+    DATA = bytes(range(256)) * 80
+
+    def stream(self, payload, data=DATA, trailer=None, spoil=None,
+               decoded=None, http_chunked=False, size=8192, **more):
+        """PUT /box/k with an aws-chunked body.
+
+        trailer: (name, value).  spoil(body) may damage the body.
+        """
+        headers = {"content-encoding": "aws-chunked",
+                   "x-amz-decoded-content-length": str(
+                       len(data) if decoded is None else decoded)}
+        if trailer:
+            headers["x-amz-trailer"] = trailer[0]
+        headers.update(more)
+        headers = self.s3.sign("PUT", "/box/k", [], headers, payload)
+        headers.pop("host")
+        body = self.body_bytes(ChunkSigner(self.s3, headers), payload, data,
+                               trailer, size)
+        body = spoil(body) if spoil else body
+        if http_chunked:
+            headers["transfer-encoding"] = "chunked"
+            step = 3001                 # across the chunks of aws-chunked
+            body = b"".join(b"%x\r\n%s\r\n" % (
+                len(body[i:i + step]), body[i:i + step])
+                for i in range(0, len(body), step)) + b"0\r\n\r\n"
+        else:
+            headers["content-length"] = str(len(body))
+        return self.s3.send("PUT", "/box/k", body, headers)
+
+    @staticmethod
+    def body_bytes(signer, payload, data, trailer, size):
+        """The aws-chunked body."""
+        parts = []
+        for start in list(range(0, len(data), size)) + [len(data)]:
+            chunk = data[start:start + size]
+            if payload == UNSIGNED_TRAILER:
+                parts.append(b"%x\r\n%s" % (
+                    len(chunk), chunk + b"\r\n" if chunk else b""))
+            else:
+                parts.append(signer.chunk(chunk))
+        if trailer:
+            line = ("%s:%s" % trailer).encode()
+            parts.append(signer.trailer(line) if payload == SIGNED_TRAILER
+                         else line + b"\r\n")
+        return b"".join(parts) + b"\r\n"
+
+    def test_signed_chunks(self):
+        for size in (8192, 1000, 100000):
+            for http_chunked in (False, True):
+                with self.subTest(size=size, http_chunked=http_chunked):
+                    answer = self.ok(self.stream(
+                        SIGNED_STREAM, size=size, http_chunked=http_chunked))
+                    self.assertEqual(answer.etag, hashlib.md5(
+                        self.DATA).hexdigest())
+                    self.body("k", self.DATA)
+
+    def test_an_empty_stream(self):
+        for payload in (SIGNED_STREAM, SIGNED_TRAILER, UNSIGNED_TRAILER):
+            trailer = None if payload == SIGNED_STREAM else (
+                "x-amz-checksum-crc32", crc64(b""))
+            for http_chunked in (False, True):
+                self.ok(self.stream(payload, b"", trailer,
+                                    http_chunked=http_chunked))
+                self.body("k", b"")
+
+    def test_every_checksum_as_a_trailer(self):
+        for payload in (SIGNED_TRAILER, UNSIGNED_TRAILER):
+            for name in SUMS:
+                for http_chunked in (False, True):
+                    with self.subTest(payload=payload, name=name,
+                                      http_chunked=http_chunked):
+                        self.check_trailer(payload, name, http_chunked)
+
+    def check_trailer(self, payload, name, http_chunked):
+        """A right trailer is kept, a wrong one stores nothing."""
+        header, data = "x-amz-checksum-" + name.lower(), b"stream" * 100
+        value = checksum64(name, data)
+        answer = self.ok(self.stream(payload, data, (header, value),
+                                     http_chunked=http_chunked))
+        self.assertEqual(answer.headers[header], value)
+        got = self.s3.get("/box/k", headers={
+            "x-amz-checksum-mode": "ENABLED"})
+        self.assertEqual((got.body, got.headers[header]), (data, value))
+        self.assertNotIn("content-encoding", got.headers)
+        self.s3.delete("/box/k")
+        self.error(self.stream(payload, data, (
+            header, checksum64(name, b"other"))), "BadDigest", 400)
+        self.error(self.s3.get("/box/k"), "NoSuchKey")
+
+    def test_only_aws_chunked_goes_from_the_encoding(self):
+        for given, kept in (("aws-chunked,gzip", "gzip"),
+                            ("gzip, aws-chunked", "gzip"),
+                            ("aws-chunked", None)):
+            with self.subTest(given=given):
+                self.ok(self.stream(SIGNED_STREAM, **{
+                    "content-encoding": given}))
+                self.assertEqual(self.s3.head("/box/k").headers.get(
+                    "content-encoding"), kept)
+
+    def test_damage_stores_nothing(self):
+        crc = ("x-amz-checksum-crc32", crc64(self.DATA))
+        for name, payload, spoil, codes in (
+                ("a byte", SIGNED_STREAM, lambda b: b.replace(
+                    bytes(range(256)), bytes(256), 1),
+                 ("SignatureDoesNotMatch",)),
+                ("a signature", SIGNED_STREAM, lambda b: re.sub(
+                    rb"signature=[0-9a-f]{8}", b"signature=00000000", b,
+                    count=1),
+                 ("SignatureDoesNotMatch",)),
+                ("no signature", SIGNED_STREAM, lambda b: re.sub(
+                    rb";chunk-signature=[0-9a-f]{64}", b"", b, count=1), ()),
+                ("the end signature", SIGNED_STREAM, lambda b: re.sub(
+                    rb"\r\n0;chunk-signature=[0-9a-f]{4}",
+                    b"\r\n0;chunk-signature=0000", b),
+                 ("SignatureDoesNotMatch",)),
+                ("cut off", SIGNED_STREAM, lambda b: b[:9000],
+                 ("IncompleteBody",)),
+                ("no last chunk", UNSIGNED_TRAILER, lambda b: b[
+                    :b.rindex(b"\r\n0\r\n") + 2], ("IncompleteBody",)),
+                ("the trailer", SIGNED_TRAILER, lambda b: b.replace(
+                    b"signature:", b"signature:00")[:-4] + b"\r\n\r\n", ()),
+                ("no trailer signature", SIGNED_TRAILER, lambda b: b[
+                    :b.rindex(b"x-amz-trailer")] + b"\r\n", ()),
+                ("no trailer", UNSIGNED_TRAILER, lambda b: b[
+                    :b.rindex(b"x-amz-checksum")] + b"\r\n", ()),
+                ("a size", UNSIGNED_TRAILER, lambda b: b"zz" + b[4:], ()),
+                ("a long chunk", UNSIGNED_TRAILER, lambda b: b"1fff" + b[4:],
+                 ())):
+            with self.subTest(name=name):
+                answer = self.stream(payload, spoil=spoil, trailer=None
+                                     if payload == SIGNED_STREAM else crc)
+                self.assertIn(answer.status, (400, 403), answer.body)
+                if codes:
+                    self.assertIn(answer.code, codes)
+                self.error(self.s3.get("/box/k"), "NoSuchKey")
+
+    def test_swapped_chunks_are_SignatureDoesNotMatch(self):
+        def swap(body):
+            first = body.index(b"\r\n", body.index(b"\r\n") + 2 + 8192) + 2
+            return body[first:2 * first] + body[:first] + body[2 * first:]
+        answer = self.stream(SIGNED_STREAM, b"a" * 8192 + b"b" * 8192,
+                             spoil=swap)
+        self.error(answer, "SignatureDoesNotMatch", 403)
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_another_length_than_declared_stores_nothing(self):
+        for decoded in (len(self.DATA) - 1, len(self.DATA) + 1, 0):
+            with self.subTest(decoded=decoded):
+                answer = self.stream(SIGNED_STREAM, decoded=decoded)
+                self.error(answer, "IncompleteBody", 400)
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_a_part_can_be_streamed(self):
+        upload = self.s3.post("/box/k", {"uploads": ""}).one("UploadId")
+        query = [("partNumber", "1"), ("uploadId", upload)]
+        trailer = ("x-amz-checksum-crc32", crc64(b"part"))
+        headers = self.s3.sign("PUT", "/box/k", query, {
+            "x-amz-decoded-content-length": "4",
+            "x-amz-trailer": trailer[0]}, SIGNED_TRAILER)
+        headers.pop("host")
+        body = self.body_bytes(ChunkSigner(self.s3, headers), SIGNED_TRAILER,
+                               b"part", trailer, 100)
+        headers["content-length"] = str(len(body))
+        answer = self.ok(self.s3.send(
+            "PUT", "/box/k?partNumber=1&uploadId=" + upload, body, headers))
+        self.assertEqual(answer.etag, hashlib.md5(b"part").hexdigest())
+        self.assertEqual(answer.headers[trailer[0]], trailer[1])
+
+    def test_http_chunked_alone_is_an_ordinary_body(self):
+        headers = self.s3.sign("PUT", "/box/k", [], {}, "UNSIGNED-PAYLOAD")
+        headers.pop("host")
+        headers["transfer-encoding"] = "chunked"
+        self.ok(self.s3.send("PUT", "/box/k",
+                             b"3;x=y\r\nabc\r\n2\r\nde\r\n0\r\nT: v\r\n\r\n",
+                             headers))
+        self.body("k", b"abcde")
+
+
+# --- copy, rename, delete ---
+
+class CopyRequests(OperationCase):
+
+    META = {"content-type": "text/a", "cache-control": "b",
+            "x-amz-meta-a": "b", "content-language": "nl"}
+
+    def setUp(self):
+        super().setUp()
+        self.ok(self.s3.put("/box/source", b"content", headers=self.META))
+
+    def copy(self, source="/box/source", target="/box/copy", **headers):
+        """CopyObject; `_` in names of headers stands for `-`."""
+        send = {name.replace("_", "-"): value
+                for name, value in headers.items()}
+        return self.s3.put(target, headers=dict(send, **{
+            "x-amz-copy-source": source}))
+
+    def test_the_answer_is_a_document(self):
+        answer = self.ok(self.copy())
+        self.assertEqual(answer.xml().tag, "CopyObjectResult")
+        self.assertEqual(answer.one("ETag"), '"%s"' % hashlib.md5(
+            b"content").hexdigest())
+        self.assertRegex(answer.one("LastModified"),
+                         r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+        self.assertEqual(self.tree(), {"source": b"content",
+                                       "copy": b"content"})
+
+    def test_a_copy_needs_no_content_length(self):
+        headers = self.s3.sign("PUT", "/box/copy", [], {
+            "x-amz-copy-source": "/box/source"}, "UNSIGNED-PAYLOAD")
+        headers.pop("host")
+        self.ok(self.s3.send("PUT", "/box/copy", headers=headers))
+        self.body("copy", b"content")
+
+    def test_COPY_keeps_the_source_s_metadata(self):
+        for directive in ({}, {"x_amz_metadata_directive": "COPY"}):
+            self.ok(self.copy(x_amz_meta_a="other", content_type="text/x",
+                              **directive))
+            headers = self.s3.head("/box/copy").headers
+            for name, value in self.META.items():
+                self.assertEqual(headers[name], value)
+
+    def test_REPLACE_takes_the_request_s(self):
+        self.ok(self.copy(x_amz_metadata_directive="REPLACE",
+                          x_amz_meta_new="1", content_type="text/b"))
+        headers = self.s3.head("/box/copy").headers
+        self.assertEqual(headers["content-type"], "text/b")
+        self.assertEqual(headers["x-amz-meta-new"], "1")
+        for name in ("cache-control", "x-amz-meta-a", "content-language"):
+            self.assertNotIn(name, headers)
+
+    def test_an_unknown_directive_is_InvalidArgument(self):
+        self.error(self.copy(x_amz_metadata_directive="MERGE"),
+                   "InvalidArgument", 400)
+        self.error(self.s3.head("/box/copy"), "", 404)
+
+    def test_onto_itself_something_must_change(self):
+        self.error(self.copy(target="/box/source"), "InvalidRequest", 400)
+        self.ok(self.copy(target="/box/source", x_amz_meta_n="1",
+                          x_amz_metadata_directive="REPLACE"))
+        answer = self.s3.get("/box/source")
+        self.assertEqual(answer.body, b"content")
+        self.assertEqual(answer.headers["x-amz-meta-n"], "1")
+        self.assertEqual(answer.etag, hashlib.md5(b"content").hexdigest())
+        self.ok(self.copy(target="/box/source",
+                          x_amz_storage_class="STANDARD_IA"))
+        answer = self.s3.get("/box/source")
+        self.assertEqual(answer.headers["x-amz-storage-class"],
+                         "STANDARD_IA")
+        self.assertEqual(answer.headers["x-amz-meta-n"], "1")
+
+    def test_the_storage_class_is_the_request_s(self):
+        self.ok(self.s3.put("/box/cold", b"x", headers={
+            "x-amz-storage-class": "GLACIER_IR"}))
+        self.ok(self.copy("/box/cold"))
+        self.assertNotIn("x-amz-storage-class",
+                         self.s3.head("/box/copy").headers)
+
+    def test_the_redirect_is_not_copied(self):
+        # API_CopyObject: "This value is unique to each object and is not
+        # copied when using the x-amz-metadata-directive"
+        name = "x-amz-website-redirect-location"
+        self.ok(self.s3.put("/box/r", b"x", headers={name: "/away"}))
+        self.ok(self.copy("/box/r"))
+        self.assertNotIn(name, self.s3.head("/box/copy").headers)
+        self.ok(self.copy("/box/r", x_amz_website_redirect_location="/b"))
+        self.assertEqual(self.s3.head("/box/copy").headers[name], "/b")
+
+    def test_across_buckets(self):
+        self.ok(self.s3.put("/other"))
+        self.addCleanup(self.s3.delete, "/other")
+        self.addCleanup(self.s3.delete, "/other/copy")
+        self.ok(self.copy(target="/other/copy"))
+        self.assertEqual(self.s3.get("/other/copy").body, b"content")
+        self.assertEqual(self.s3.keys("box"), ["source"])
+
+    def test_odd_keys(self):
+        for key in ("a b", "a+b", "%2F", "\u00e9/\U0001f600", "d//e", "f/",
+                    "..", "q?versionId=null", "?x=y", "/lead", "s" * 600,
+                    "&<>'\""):
+            with self.subTest(key=key):
+                self.ok(self.s3.put("/box/" + key, key.encode()))
+                for slash in ("/", ""):
+                    self.ok(self.copy("%sbox/%s" % (slash, quote(
+                        key, "/-_.~"))))
+                    self.body("copy", key.encode())
+                self.ok(self.copy("/box/source", "/box/" + key))
+                self.body(key, b"content")
+
+    def test_a_version_id_of_null_is_the_object(self):
+        self.ok(self.copy("/box/source?versionId=null"))
+        self.body("copy", b"content")
+        answer = self.copy("/box/source?versionId=abc", "/box/not")
+        self.assertIn((answer.status, answer.code), (
+            (404, "NoSuchVersion"), (400, "InvalidArgument")))
+
+    def test_a_file_put_by_hand(self):
+        self.by_hand("d/page.html", b"<p>")
+        answer = self.ok(self.copy("/box/d/page.html"))
+        self.assertEqual(answer.one("ETag"), '"%s"' % hashlib.md5(
+            b"<p>").hexdigest())
+        got = self.s3.get("/box/copy")
+        self.assertEqual(got.body, b"<p>")
+        self.assertEqual(got.etag, hashlib.md5(b"<p>").hexdigest())
+
+    def test_a_missing_source(self):
+        self.error(self.copy("/box/none"), "NoSuchKey", 404)
+        self.error(self.copy("/none/k"), "NoSuchBucket", 404)
+        self.assertEqual(self.s3.keys("box"), ["source"])
+
+    def test_a_bad_source_is_InvalidArgument(self):
+        for source in ("box", "/", "/box", "/box/", "x"):
+            with self.subTest(source=source):
+                self.error(self.copy(source), "InvalidArgument", 400)
+
+    def test_a_source_cannot_lead_out(self):
+        secret = os.path.join(self.server.dir_buckets, "secret")
+        with open(secret, "wb") as file:
+            file.write(b"secret")
+        self.addCleanup(os.unlink, secret)
+        for source in ("/box/../secret", "../secret", "/../secret",
+                       "/box/%2e%2e/secret", "/box/..%2fsecret",
+                       "/box/a/../../secret", "%2e%2e/secret",
+                       "/box//etc/passwd", "/./secret", "..%2f/etc/passwd",
+                       "/.gos3rve/x", "/box/.gos3rve/bucket.json"):
+            with self.subTest(source=source):
+                answer = self.copy(source)
+                self.assertIn(answer.status, (400, 404), answer.body)
+                self.assertNotIn(b"secret</", answer.body.replace(
+                    b"secret</Resource>", b"").replace(
+                    b"secret</Key>", b"").replace(
+                    b"secret</ArgumentValue>", b""))
+                self.error(self.s3.head("/box/copy"), "", 404)
+
+    def test_checksums_go_along_or_are_made(self):
+        value = crc64(b"content")
+        self.ok(self.s3.put("/box/summed", b"content", headers={
+            "x-amz-checksum-crc32": value}))
+        answer = self.ok(self.copy("/box/summed"))
+        self.assertEqual(answer.one("ChecksumCRC32"), value)
+        for name in SUMS:
+            with self.subTest(name=name):
+                answer = self.ok(self.copy(
+                    "/box/summed", x_amz_checksum_algorithm=name))
+                value = checksum64(name, b"content")
+                self.assertEqual(answer.one("Checksum" + name), value)
+                headers = self.s3.head("/box/copy", headers={
+                    "x-amz-checksum-mode": "ENABLED"}).headers
+                self.assertEqual(headers["x-amz-checksum-" + name.lower()],
+                                 value)
+
+    def test_an_overwritten_target_changes_as_a_whole(self):
+        self.ok(self.s3.put("/box/copy", b"old", headers={
+            "x-amz-meta-old": "1"}))
+        self.ok(self.copy())
+        answer = self.s3.get("/box/copy")
+        self.assertEqual(answer.body, b"content")
+        self.assertNotIn("x-amz-meta-old", answer.headers)
+
+
+class RenameRequests(OperationCase):
+
+    def rename(self, source, target, **headers):
+        """RenameObject within box."""
+        send = {name.replace("_", "-"): value
+                for name, value in headers.items()}
+        return self.s3.put("/box/" + target, query={"renameObject": ""},
+                           headers=dict(send, **{
+                               "x-amz-rename-source": source}))
+
+    def test_content_and_metadata_move(self):
+        put = self.ok(self.s3.put("/box/a/b", b"content", headers={
+            "x-amz-meta-a": "b", "content-type": "text/a"}))
+        self.ok(self.rename("/box/a/b", "c/d"))
+        answer = self.ok(self.s3.get("/box/c/d"))
+        self.assertEqual(answer.body, b"content")
+        self.assertEqual(answer.headers["x-amz-meta-a"], "b")
+        self.assertEqual(answer.headers["content-type"], "text/a")
+        self.assertEqual(answer.headers["etag"], put.headers["etag"])
+        self.error(self.s3.get("/box/a/b"), "NoSuchKey", 404)
+        self.assertEqual(self.tree(), {os.path.join("c", "d"): b"content"})
+        self.assertEqual(self.s3.keys("box"), ["c/d"])
+
+    def test_the_source_may_leave_out_the_bucket(self):
+        for source in ("/box/a b", "box/a%20b", "a%20b", "/a%20b"):
+            with self.subTest(source=source):
+                self.fill("a b")
+                self.ok(self.rename(source, "c"))
+                self.assertEqual(self.s3.keys("box"), ["c"])
+
+    def test_odd_keys(self):
+        keys = ["plain", "a//b", "dir/", "..", "\u00e9", "s" * 600, "a+b",
+                "..", "deep/er/plain", "/lead", "%2F"]
+        self.ok(self.s3.put("/box/" + keys[0], b"content"))
+        for source, target in zip(keys, keys[1:]):
+            with self.subTest(source=source, target=target):
+                self.ok(self.rename("/box/" + quote(source, "/-_.~"),
+                                    target))
+                self.body(target, b"content")
+                self.assertEqual(self.s3.keys("box"), [target])
+
+    def test_it_replaces_the_target(self):
+        self.ok(self.s3.put("/box/a", b"new"))
+        self.ok(self.s3.put("/box/b", b"old"))
+        self.ok(self.rename("/box/a", "b"))
+        self.body("b", b"new")
+        self.assertEqual(self.s3.keys("box"), ["b"])
+
+    def test_below_itself_and_back(self):
+        self.ok(self.s3.put("/box/a", b"content"))
+        self.ok(self.rename("/box/a", "a/b"))
+        self.assertEqual(self.s3.keys("box"), ["a/b"])
+        self.ok(self.rename("/box/a/b", "a"))
+        self.assertEqual(self.s3.keys("box"), ["a"])
+        self.body("a", b"content")
+
+    def test_a_file_put_by_hand(self):
+        self.by_hand("hand")
+        self.ok(self.rename("/box/hand", "d/renamed"))
+        self.body("d/renamed", b"by hand")
+        self.assertEqual(self.s3.keys("box"), ["d/renamed"])
+
+    def test_conditions_on_the_source(self):
+        etag = self.ok(self.s3.put("/box/a", b"x")).headers["etag"]
+        self.error(self.rename("/box/a", "b", **{
+            "x_amz_rename_source_if_match": '"other"'}),
+            "PreconditionFailed", 412)
+        self.error(self.rename("/box/a", "b", **{
+            "x_amz_rename_source_if_none_match": etag}),
+            "PreconditionFailed", 412)
+        self.assertEqual(self.s3.keys("box"), ["a"])
+        self.ok(self.rename("/box/a", "b", **{
+            "x_amz_rename_source_if_match": etag}))
+        self.assertEqual(self.s3.keys("box"), ["b"])
+
+    def test_what_cannot_be_renamed(self):
+        self.fill("a")
+        self.error(self.rename("/box/none", "b"), "NoSuchKey", 404)
+        for source in ("", "/box/", "/box/a"):
+            answer = self.rename(source, "a")
+            self.assertEqual(answer.status, 400, answer.body)
+        answer = self.s3.put("/box/b", b"x", {"renameObject": ""})
+        self.assertEqual(answer.status, 400)
+        self.assertEqual(self.s3.keys("box"), ["a"])
+
+    def test_a_source_cannot_lead_out(self):
+        secret = os.path.join(self.server.dir_buckets, "secret")
+        with open(secret, "wb"):
+            pass
+        self.addCleanup(os.unlink, secret)
+        for source in ("/box/../secret", "../secret", "/box/%2e%2e/secret",
+                       "/box/.gos3rve/bucket.json"):
+            self.error(self.rename(source, "b"), "NoSuchKey", 404)
+        self.assertTrue(os.path.exists(secret))
+
+
+class DeleteRequests(OperationCase):
+
+    def delete(self, body, headers=None, **more):
+        """DeleteObjects with a Content-MD5."""
+        if headers is None:
+            headers = {"content-md5": digest64("md5", body)}
+        return self.s3.post("/box", {"delete": ""}, body, headers=headers,
+                            **more)
+
+    @staticmethod
+    def document(keys, quiet=None):
+        """The document that names these keys."""
+        return ("<Delete>%s%s</Delete>" % ("".join(
+            "<Object><Key>%s</Key></Object>" % key.replace("&", "&amp;")
+            .replace("<", "&lt;") for key in keys),
+            "" if quiet is None else "<Quiet>%s</Quiet>" % quiet)).encode()
+
+    def test_delete_is_204_and_again(self):
+        self.fill("k")
+        for _ in range(2):
+            answer = self.ok(self.s3.delete("/box/k"), 204)
+            self.assertEqual(answer.body, b"")
+            self.assertNotIn("content-length", answer.headers)
+        self.error(self.s3.delete("/none/k"), "NoSuchBucket", 404)
+
+    def test_empty_directories_go_with_the_last_object(self):
+        self.fill("a/b/c", "a/d")
+        self.ok(self.s3.delete("/box/a/b/c"), 204)
+        self.assertFalse(os.path.exists(self.path("a", "b")))
+        self.body("a/d", b"x")
+        self.ok(self.s3.delete("/box/a/d"), 204)
+        self.assertFalse(os.path.exists(self.path("a")))
+
+    def test_a_prefix_is_no_object(self):
+        self.fill("a/b")
+        for key in ("a", "a/", "a//b", "a/b/", "/a/b", "a/./b"):
+            with self.subTest(key=key):
+                self.ok(self.s3.delete("/box/" + key), 204)
+                self.body("a/b", b"x")
+
+    def test_many_at_once(self):
+        keys = ["a", "b/c", "d//e", "f/", "missing", "\u00e9<&", " sp "]
+        self.fill(*(key for key in keys if key != "missing"), "stays")
+        answer = self.ok(self.delete(self.document(keys)))
+        self.assertEqual(answer.xml().tag, "DeleteResult")
+        self.assertEqual(answer.all("Deleted/Key"), keys)
+        self.assertEqual(answer.all("Error"), [])
+        self.assertEqual(self.s3.keys("box"), ["stays"])
+
+    def test_Quiet_tells_errors_only(self):
+        self.fill("a", "b")
+        long_key = "x" * 1025
+        answer = self.ok(self.delete(self.document(["a", long_key, "b"],
+                                                   "true")))
+        self.assertEqual(answer.all("Deleted"), [])
+        self.assertEqual(answer.all("Error/Key"), [long_key])
+        self.assertEqual(answer.all("Error/Code"), ["KeyTooLongError"])
+        self.assertEqual(self.s3.keys("box"), [])
+        answer = self.ok(self.delete(self.document(["a"], "false")))
+        self.assertEqual(answer.all("Deleted/Key"), ["a"])
+
+    def test_versions(self):
+        self.fill("a", "b")
+        answer = self.ok(self.delete(
+            b"<Delete><Object><Key>a</Key><VersionId>null</VersionId>"
+            b"</Object><Object><Key>b</Key><VersionId>other</VersionId>"
+            b"</Object></Delete>"))
+        self.assertEqual(answer.all("Deleted/Key"), ["a"])
+        self.assertEqual(answer.all("Deleted/VersionId"), ["null"])
+        self.assertEqual(self.s3.keys("box"), ["b"])
+
+    def test_a_thousand_keys_and_not_one_more(self):
+        keys = ["k%04d" % n for n in range(1001)]
+        self.fill("k0000", "k0999", "k1000")
+        self.error(self.delete(self.document(keys)), "MalformedXML", 400)
+        self.assertEqual(len(self.s3.keys("box")), 3)
+        answer = self.ok(self.delete(self.document(keys[:1000])))
+        self.assertEqual(len(answer.all("Deleted")), 1000)
+        self.assertEqual(self.s3.keys("box"), ["k1000"])
+
+    def test_a_digest_is_required(self):
+        self.fill("a")
+        body = self.document(["a"])
+        answer = self.delete(body, {})
+        self.assertEqual((answer.status, answer.code),
+                         (400, "InvalidRequest"))
+        self.error(self.delete(body, {"content-md5": digest64(
+            "md5", b"other")}), "BadDigest", 400)
+        self.error(self.delete(body, {"x-amz-checksum-crc32": crc64(
+            b"other")}), "BadDigest", 400)
+        self.assertEqual(self.s3.keys("box"), ["a"])
+        for name in SUMS:
+            self.fill("a")
+            self.ok(self.delete(body, {"x-amz-checksum-" + name.lower():
+                                       checksum64(name, body)}))
+            self.assertEqual(self.s3.keys("box"), [])
+
+    def test_bad_documents_are_MalformedXML(self):
+        self.fill("a")
+        for body in (b"<Delete></Delete>", b"<Delete", b"text",
+                     b"<Other><Object><Key>a</Key></Object></Other>",
+                     b'<!DOCTYPE x [<!ENTITY e "a">]><Delete><Object><Key>'
+                     b"&e;</Key></Object></Delete>"):
+            with self.subTest(body=body):
+                self.error(self.delete(body), "MalformedXML", 400)
+        self.ok(self.delete(b""), 400)
+        self.assertEqual(self.s3.keys("box"), ["a"])
+
+    def test_keys_cannot_lead_out(self):
+        secret = os.path.join(self.server.dir_buckets, "secret")
+        with open(secret, "wb"):
+            pass
+        self.addCleanup(os.unlink, secret)
+        state = self.path(gos3rve.STATE)
+        before = sorted(os.listdir(state)) if os.path.isdir(state) else []
+        keys = ["../secret", "a/../../secret", secret, "..", ".", "/",
+                ".gos3rve", ".gos3rve/bucket.json", ".gos3rve/"]
+        self.ok(self.delete(self.document(keys)))
+        for key in keys:
+            self.ok(self.s3.delete("/box/" + key), 204)
+        self.assertTrue(os.path.exists(secret))
+        self.ok(self.s3.head("/box"))
+        if before:
+            self.assertIn("bucket.json", os.listdir(state))
+
+
+# --- attributes ---
+
+class AttributesRequests(OperationCase):
+
+    def attributes(self, key, names, **headers):
+        """GetObjectAttributes."""
+        headers = {name.replace("_", "-"): v for name, v in headers.items()}
+        return self.s3.get("/box/" + key, {"attributes": ""}, headers=dict(
+            headers, **{"x-amz-object-attributes": names}))
+
+    def test_what_is_asked_for_and_nothing_else(self):
+        value = crc64(b"content")
+        self.ok(self.s3.put("/box/k", b"content", headers={
+            "x-amz-checksum-crc32": value}))
+        answer = self.ok(self.attributes(
+            "k", "ETag,Checksum, ObjectParts,StorageClass,ObjectSize"))
+        self.assertEqual(answer.xml().tag, "GetObjectAttributesResponse")
+        for path, text in (("ETag", hashlib.md5(b"content").hexdigest()),
+                           ("Checksum/ChecksumCRC32", value),
+                           ("Checksum/ChecksumType", "FULL_OBJECT"),
+                           ("StorageClass", "STANDARD"),
+                           ("ObjectSize", "7"), ("ObjectParts", None)):
+            self.assertEqual(answer.one(path), text, path)
+        self.assertIn("last-modified", answer.headers)
+        answer = self.ok(self.attributes("k", "ObjectSize"))
+        self.assertEqual([child.tag for child in answer.xml()],
+                         ["ObjectSize"])
+
+    def test_bad_requests(self):
+        self.fill("k")
+        for names in ("", "Size", "ETag,Nothing"):
+            self.error(self.attributes("k", names), "InvalidArgument", 400)
+        self.error(self.s3.get("/box/k", {"attributes": ""}),
+                   "InvalidArgument", 400)
+        self.error(self.attributes("none", "ETag"), "NoSuchKey", 404)
+
+
+# --- multipart uploads ---
+
+class MultipartCase(OperationCase):
+    """The steps of an upload; most tests take parts of a few bytes."""
+
+    least = 4
+
+    def setUp(self):
+        super().setUp()
+        patch = mock.patch.object(gos3rve, "MIN_PART_BYTES", self.least)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def start(self, key="k", **headers):
+        """CreateMultipartUpload: the upload id."""
+        headers = {name.replace("_", "-"): v for name, v in headers.items()}
+        answer = self.ok(self.s3.post("/box/" + key, {"uploads": ""},
+                                      headers=headers))
+        self.assertEqual(answer.one("Key"), key)
+        return answer.one("UploadId")
+
+    def part(self, upload, number, data=b"", key="k", **headers):
+        """UploadPart or UploadPartCopy: the Answer."""
+        headers = {name.replace("_", "-"): v for name, v in headers.items()}
+        return self.s3.put("/box/" + key, data, {
+            "partNumber": str(number), "uploadId": upload}, headers=headers)
+
+    def complete(self, upload, parts, key="k", **headers):
+        """CompleteMultipartUpload; parts: (number, ETag, further XML)."""
+        headers = {name.replace("_", "-"): v for name, v in headers.items()}
+        body = "<CompleteMultipartUpload>%s</CompleteMultipartUpload>" % (
+            "".join("<Part><PartNumber>%s</PartNumber><ETag>%s</ETag>%s"
+                    "</Part>" % tuple((part + ("",))[:3]) for part in parts))
+        return self.s3.post("/box/" + key, {"uploadId": upload},
+                            body.encode(), headers=headers)
+
+    def upload(self, *datas, key="k", **headers):
+        """A whole upload: its id, its parts and Complete's Answer."""
+        upload = self.start(key, **headers)
+        parts = [(number, self.ok(self.part(upload, number, data, key)).etag)
+                 for number, data in enumerate(datas, 1)]
+        return upload, parts, self.complete(upload, parts, key)
+
+    @staticmethod
+    def multipart_etag(*datas):
+        """The ETag of an object made of these parts."""
+        return "%s-%d" % (hashlib.md5(b"".join(
+            hashlib.md5(data).digest() for data in datas)).hexdigest(),
+            len(datas))
+
+
+class MultipartRequests(MultipartCase):
+
+    def test_the_parts_make_the_object(self):
+        datas = (b"first", b"second", b"3")
+        upload, parts, answer = self.upload(*datas, x_amz_meta_a="b",
+                                            content_type="text/a")
+        self.assertEqual(parts[0][1], hashlib.md5(b"first").hexdigest())
+        self.assertEqual(answer.xml().tag, "CompleteMultipartUploadResult")
+        etag = self.multipart_etag(*datas)
+        for path, text in (("Bucket", "box"), ("Key", "k"),
+                           ("ETag", '"%s"' % etag),
+                           ("Location", self.server.url + "/box/k")):
+            self.assertEqual(answer.one(path), text)
+        got = self.s3.get("/box/k")
+        self.assertEqual((got.body, got.etag), (b"".join(datas), etag))
+        self.assertEqual(got.headers["x-amz-meta-a"], "b")
+        self.assertEqual(got.headers["content-type"], "text/a")
+        self.assertEqual(self.s3.get("/box").one("Contents/ETag"),
+                         '"%s"' % etag)
+        self.assertEqual(self.tree(), {"k": b"".join(datas)})
+        self.error(self.s3.get("/box/k", {"uploadId": upload}),
+                   "NoSuchUpload", 404)
+
+    def test_nothing_is_seen_before_the_end(self):
+        self.ok(self.s3.put("/box/k", b"old"))
+        upload = self.start()
+        self.ok(self.part(upload, 1, b"new content"))
+        self.body("k", b"old")
+        self.assertEqual(self.s3.keys("box"), ["k"])
+        self.assertEqual(self.tree(), {"k": b"old"})
+
+    def test_abort_leaves_the_object_alone(self):
+        self.ok(self.s3.put("/box/k", b"old"))
+        upload = self.start()
+        etag = self.ok(self.part(upload, 1, b"new")).etag
+        answer = self.ok(self.s3.delete("/box/k", {"uploadId": upload}), 204)
+        self.assertEqual(answer.body, b"")
+        self.body("k", b"old")
+        for answer in (self.part(upload, 2, b"x"),
+                       self.complete(upload, [(1, etag)]),
+                       self.s3.get("/box/k", {"uploadId": upload}),
+                       self.s3.delete("/box/k", {"uploadId": upload})):
+            self.error(answer, "NoSuchUpload", 404)
+        self.body("k", b"old")
+        self.assertEqual(self.s3.get("/box", {"uploads": ""}).all("Upload"),
+                         [])
+
+    def test_bad_upload_ids_are_NoSuchUpload(self):
+        self.ok(self.s3.put("/box/k", b"old"))
+        other = self.start("other")
+        for upload in ("none", "", "../box", "..", other, "a" * 2000,
+                       "x/../y", "%2e%2e", "\u00e9"):
+            for answer in (self.part(upload, 1, b"x"),
+                           self.complete(upload, [(1, "0" * 32)]),
+                           self.s3.get("/box/k", {"uploadId": upload}),
+                           self.s3.delete("/box/k", {"uploadId": upload})):
+                with self.subTest(upload=upload):
+                    self.error(answer, "NoSuchUpload", 404)
+        self.body("k", b"old")
+        self.ok(self.s3.get("/box/other", {"uploadId": other}))
+
+    def test_part_numbers_are_1_to_10000(self):
+        upload = self.start()
+        for number in (0, 10001, -1, "x", "", "1.0", "99999999999999999999"):
+            with self.subTest(number=number):
+                self.error(self.part(upload, number, b"x"),
+                           "InvalidArgument", 400)
+        self.ok(self.part(upload, 1, b"first"))
+        etag = self.ok(self.part(upload, 10000, b"last")).etag
+        self.ok(self.complete(upload, [(10000, etag)]))
+        self.body("k", b"last")
+
+    def test_a_part_number_without_an_upload_stores_nothing(self):
+        answer = self.s3.put("/box/k", b"x", {"partNumber": "1"})
+        self.assertEqual(answer.status, 400)
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_the_last_writer_of_a_part_wins(self):
+        upload = self.start()
+        old = self.ok(self.part(upload, 1, b"old")).etag
+        new = self.ok(self.part(upload, 1, b"new")).etag
+        self.error(self.complete(upload, [(1, old)]), "InvalidPart", 400)
+        self.ok(self.complete(upload, [(1, new)]))
+        self.body("k", b"new")
+
+    def test_the_order_on_the_wire_does_not_matter_but_complete_s_does(self):
+        upload = self.start()
+        two = self.ok(self.part(upload, 2, b"bbbb")).etag
+        one = self.ok(self.part(upload, 1, b"aaaa")).etag
+        self.error(self.complete(upload, [(2, two), (1, one)]),
+                   "InvalidPartOrder", 400)
+        self.ok(self.complete(upload, [(1, one), (2, two)]))
+        self.body("k", b"aaaabbbb")
+
+    def test_parts_may_be_left_out(self):
+        upload = self.start()
+        etags = [self.ok(self.part(upload, n, b"part%d" % n)).etag
+                 for n in (3, 5, 9)]
+        self.ok(self.complete(upload, [(3, etags[0]), (9, etags[2])]))
+        answer = self.s3.get("/box/k")
+        self.assertEqual(answer.body, b"part3part9")
+        self.assertEqual(answer.etag, self.multipart_etag(b"part3",
+                                                          b"part9"))
+
+    def test_wrong_parts_are_InvalidPart_and_the_upload_lives_on(self):
+        upload = self.start()
+        etag = self.ok(self.part(upload, 1, b"part")).etag
+        for parts in ([(1, "0" * 32)], [(2, etag)], [(1, etag), (2, etag)],
+                      [(10000, etag)]):
+            self.error(self.complete(upload, parts), "InvalidPart", 400)
+        self.error(self.s3.get("/box/k"), "NoSuchKey")
+        self.ok(self.complete(upload, [(1, '"%s"' % etag)]))
+        self.body("k", b"part")
+
+    def test_bad_documents(self):
+        upload = self.start()
+        etag = self.ok(self.part(upload, 1, b"part")).etag
+        query = {"uploadId": upload}
+        for body in (b"<a/>", b"<Complete", b"x",
+                     b"<CompleteMultipartUpload/>",
+                     b"<CompleteMultipartUpload><Part><ETag>%s</ETag></Part>"
+                     b"</CompleteMultipartUpload>" % etag.encode(),
+                     b"<CompleteMultipartUpload><Part><PartNumber>x"
+                     b"</PartNumber><ETag>%s</ETag></Part>"
+                     b"</CompleteMultipartUpload>" % etag.encode()):
+            with self.subTest(body=body):
+                self.error(self.s3.post("/box/k", query, body),
+                           "MalformedXML", 400)
+        self.assertEqual(self.s3.post("/box/k", query, b"").status, 400)
+        self.ok(self.complete(upload, [(1, etag)]))
+
+    def test_completing_again_gives_the_same_answer(self):
+        upload, parts, first = self.upload(b"aaaa", b"bb")
+        again = self.ok(self.complete(upload, parts))
+        for path in ("ETag", "Key", "Bucket", "Location"):
+            self.assertEqual(again.one(path), first.one(path))
+        self.body("k", b"aaaabb")
+        self.ok(self.s3.put("/box/k", b"later"))
+        self.error(self.complete(upload, parts), "NoSuchUpload", 404)
+        self.body("k", b"later")
+
+    def test_uploads_of_one_key_do_not_meet(self):
+        one, two = self.start(), self.start()
+        self.assertNotEqual(one, two)
+        first = self.ok(self.part(one, 1, b"one")).etag
+        second = self.ok(self.part(two, 1, b"two")).etag
+        self.error(self.complete(one, [(1, second)]), "InvalidPart", 400)
+        self.ok(self.complete(one, [(1, first)]))
+        self.body("k", b"one")
+        self.ok(self.complete(two, [(1, second)]))
+        self.body("k", b"two")
+
+    def test_odd_keys(self):
+        for key in ("a//b", "dir/", "..", "\u00e9 +%2F&<", "s" * 600,
+                    "../out", "deep/er"):
+            with self.subTest(key=key):
+                answer = self.upload(b"aaaa", b"b", key=key)[2]
+                self.assertEqual(self.ok(answer).one("Key"), key)
+                self.assertEqual(answer.one("Location"), "%s/box/%s" % (
+                    self.server.url, quote(key, "/-_.~")))
+                self.body(key, b"aaaab")
+
+    def test_the_object_size_may_be_stated(self):
+        for size, status in (("5", 400), ("x", 400), ("6", 200)):
+            upload = self.start()
+            parts = [(1, self.ok(self.part(upload, 1, b"aaaa")).etag),
+                     (2, self.ok(self.part(upload, 2, b"bb")).etag)]
+            answer = self.complete(upload, parts, x_amz_mp_object_size=size)
+            self.assertEqual(answer.status, status, answer.body)
+        self.body("k", b"aaaabb")
+
+    def test_a_wrong_body_is_no_part(self):
+        upload = self.start()
+        answer = self.part(upload, 1, b"data", content_md5=digest64(
+            "md5", b"other"))
+        self.error(answer, "BadDigest", 400)
+        self.assertEqual(self.s3.get("/box/k", {"uploadId": upload}).all(
+            "Part"), [])
+
+    def test_an_upload_of_one_empty_part(self):
+        self.ok(self.upload(b"")[2])
+        answer = self.s3.get("/box/k")
+        self.assertEqual((answer.body, answer.etag),
+                         (b"", self.multipart_etag(b"")))
+
+    def test_the_storage_class_and_headers_are_the_upload_s(self):
+        self.ok(self.upload(b"data", x_amz_storage_class="STANDARD_IA",
+                            cache_control="no-store")[2])
+        headers = self.s3.head("/box/k").headers
+        self.assertEqual(headers["x-amz-storage-class"], "STANDARD_IA")
+        self.assertEqual(headers["cache-control"], "no-store")
+
+    def test_a_missing_bucket(self):
+        self.error(self.s3.post("/none/k", {"uploads": ""}),
+                   "NoSuchBucket", 404)
+
+
+class MultipartSizeRequests(MultipartCase):
+
+    least = gos3rve.MIN_PART_BYTES
+
+    def test_a_part_but_the_last_has_5_mib(self):
+        block = os.urandom(KIB) * (5 * KIB)
+        upload = self.start()
+        small = self.ok(self.part(upload, 1, block[1:])).etag
+        last = self.ok(self.part(upload, 2, b"last")).etag
+        answer = self.complete(upload, [(1, small), (2, last)])
+        self.error(answer, "EntityTooSmall", 400)
+        self.error(self.s3.get("/box/k"), "NoSuchKey")
+        full = self.ok(self.part(upload, 1, block)).etag
+        self.ok(self.complete(upload, [(1, full), (2, last)]))
+        got = self.ok(self.s3.get("/box/k"))
+        self.assertEqual(got.body, block + b"last")
+        self.assertEqual(got.etag, self.multipart_etag(block, b"last"))
+
+
+class PartReadRequests(MultipartCase):
+
+    def test_each_part_by_its_number(self):
+        datas = (b"aaaa", b"bbbb", b"cccccc", b"d")
+        self.ok(self.upload(*datas)[2])
+        start = 0
+        for number, data in enumerate(datas, 1):
+            for read in (self.s3.get, self.s3.head):
+                with self.subTest(number=number):
+                    answer = read("/box/k", {"partNumber": str(number)})
+                    self.assertEqual(answer.status, 206)
+                    self.assertEqual(answer.headers["content-range"],
+                                     "bytes %d-%d/15" % (
+                                         start, start + len(data) - 1))
+                    self.assertEqual(answer.headers[
+                        "x-amz-mp-parts-count"], "4")
+                    self.assertEqual(answer.headers["content-length"],
+                                     str(len(data)))
+                    self.assertEqual(answer.body, data if read ==
+                                     self.s3.get else b"")
+            start += len(data)
+        self.error(self.s3.get("/box/k", {"partNumber": "5"}),
+                   "InvalidPartNumber", 416)
+        self.assertNotIn("x-amz-mp-parts-count",
+                         self.s3.head("/box/k").headers)
+
+    def test_an_empty_last_part_has_no_bytes(self):
+        self.ok(self.upload(b"aaaa", b"")[2])
+        self.body("k", b"aaaa")
+        answer = self.s3.get("/box/k", {"partNumber": "2"})
+        self.assertEqual(answer.body, b"")
+        self.assertEqual(self.s3.get("/box/k", {"partNumber": "1"}).body,
+                         b"aaaa")
+
+    def test_a_copy_is_one_part(self):
+        self.ok(self.upload(b"aaaa", b"b")[2])
+        answer = self.ok(self.s3.put("/box/c", headers={
+            "x-amz-copy-source": "/box/k"}))
+        self.assertEqual(answer.one("ETag"), '"%s"' % hashlib.md5(
+            b"aaaab").hexdigest())
+        self.assertEqual(self.s3.get("/box/c", {"partNumber": "1"}).body,
+                         b"aaaab")
+
+
+class PartCopyRequests(MultipartCase):
+
+    def setUp(self):
+        super().setUp()
+        self.ok(self.s3.put("/box/source", b"0123456789"))
+        self.upload_id = self.start()
+
+    def copy(self, number, span=None, source="/box/source", **headers):
+        """UploadPartCopy of a range."""
+        if span is not None:
+            headers["x_amz_copy_source_range"] = span
+        return self.part(self.upload_id, number, x_amz_copy_source=source,
+                         **headers)
+
+    def test_the_whole_and_ranges(self):
+        parts = []
+        for number, (span, data) in enumerate((
+                (None, b"0123456789"), ("bytes=0-3", b"0123"),
+                ("bytes=2-9", b"23456789"), ("bytes=9-9", b"9")), 1):
+            answer = self.ok(self.copy(number, span))
+            self.assertEqual(answer.xml().tag, "CopyPartResult")
+            etag = answer.one("ETag").strip('"')
+            self.assertEqual(etag, hashlib.md5(data).hexdigest())
+            self.assertTrue(answer.one("LastModified"))
+            parts.append((number, etag))
+        self.ok(self.complete(self.upload_id, parts))
+        self.body("k", b"0123456789" b"0123" b"23456789" b"9")
+
+    def test_bad_ranges(self):
+        for span in ("bytes=0-10", "bytes=10-11", "bytes=0-99",
+                     "bytes=100-200"):
+            with self.subTest(span=span):
+                answer = self.copy(1, span)
+                self.assertIn((answer.status, answer.code), (
+                    (416, "InvalidRange"), (400, "InvalidRange"),
+                    (400, "InvalidArgument")))
+        for span in ("bytes=5-2", "bytes=-3", "bytes=3-", "0-3", "bytes=a-b",
+                     "bytes=0-1,3-4", ""):
+            with self.subTest(span=span):
+                self.error(self.copy(1, span), "InvalidArgument", 400)
+        parts = self.s3.get("/box/k", {"uploadId": self.upload_id})
+        self.assertEqual(parts.all("Part"), [])
+
+    def test_sources(self):
+        self.error(self.copy(1, source="/box/none"), "NoSuchKey", 404)
+        self.error(self.copy(1, source="/none/k"), "NoSuchBucket", 404)
+        self.error(self.copy(1, source="box"), "InvalidArgument", 400)
+        self.error(self.copy(1, source="/box/../box/source"), "NoSuchKey",
+                   404)
+        self.error(self.copy(1, x_amz_copy_source_if_match='"other"'),
+                   "PreconditionFailed", 412)
+        self.by_hand("hand", b"by hand")
+        answer = self.ok(self.copy(1, source="/box/hand"))
+        self.assertEqual(answer.one("ETag").strip('"'),
+                         hashlib.md5(b"by hand").hexdigest())
+
+    def test_the_upload_s_algorithm_is_computed(self):
+        self.upload_id = self.start(x_amz_checksum_algorithm="CRC32C")
+        answer = self.ok(self.copy(1, "bytes=0-3"))
+        self.assertEqual(answer.one("ChecksumCRC32C"),
+                         checksum64("CRC32C", b"0123"))
+
+
+class MultipartChecksumRequests(MultipartCase):
+
+    DATAS = (b"first part", b"second part", b"3")
+
+    def summed(self, name, kind=None, **headers):
+        """An upload with checksums: (id, parts for Complete)."""
+        more = {"x_amz_checksum_type": kind} if kind else {}
+        upload = self.start(x_amz_checksum_algorithm=name, **more)
+        parts = []
+        for number, data in enumerate(self.DATAS, 1):
+            value = checksum64(name, data)
+            header = "x_amz_checksum_" + name.lower()
+            answer = self.ok(self.part(upload, number, data,
+                                       **{header: value}))
+            self.assertEqual(answer.headers[header.replace("_", "-")],
+                             value)
+            parts.append((number, answer.etag, "<Checksum%s>%s</Checksum%s>"
+                          % (name, value, name)))
+        return upload, parts
+
+    def composite(self, name):
+        """The checksum of the parts' checksums."""
+        return "%s-%d" % (checksum64(name, b"".join(
+            SUMS[name](data) for data in self.DATAS)), len(self.DATAS))
+
+    def check(self, name, kind, value, **headers):
+        """Upload, complete and read one."""
+        upload, parts = self.summed(name, kind)
+        answer = self.ok(self.complete(upload, parts, **headers))
+        self.assertEqual(answer.one("Checksum" + name), value)
+        self.assertEqual(answer.one("ChecksumType"), kind)
+        head = self.s3.head("/box/k", headers={
+            "x-amz-checksum-mode": "ENABLED"}).headers
+        self.assertEqual(head["x-amz-checksum-" + name.lower()], value)
+        self.assertEqual(head["x-amz-checksum-type"], kind)
+        answer = self.s3.get("/box/k", {"partNumber": "2"}, headers={
+            "x-amz-checksum-mode": "ENABLED"})
+        self.assertEqual(answer.headers["x-amz-checksum-" + name.lower()],
+                         checksum64(name, self.DATAS[1]))
+
+    def test_composite_and_full_object(self):
+        whole = b"".join(self.DATAS)
+        for name in SUMS:
+            if name != "CRC64NVME":
+                with self.subTest(name=name, kind="COMPOSITE"):
+                    self.check(name, "COMPOSITE", self.composite(name))
+            if name.startswith("CRC"):
+                with self.subTest(name=name, kind="FULL_OBJECT"):
+                    self.check(name, "FULL_OBJECT", checksum64(name, whole))
+
+    def test_the_default_types(self):
+        for name, kind in (("CRC32", "COMPOSITE"), ("CRC32C", "COMPOSITE"),
+                           ("SHA1", "COMPOSITE"), ("SHA256", "COMPOSITE"),
+                           ("CRC64NVME", "FULL_OBJECT")):
+            answer = self.ok(self.s3.post("/box/k", {"uploads": ""},
+                                          headers={
+                "x-amz-checksum-algorithm": name}))
+            self.assertEqual(answer.headers["x-amz-checksum-algorithm"],
+                             name)
+            self.assertEqual(answer.headers["x-amz-checksum-type"], kind)
+
+    def test_types_that_do_not_go_together(self):
+        for name, kind in (("SHA1", "FULL_OBJECT"), ("SHA256",
+                           "FULL_OBJECT"), ("CRC64NVME", "COMPOSITE"),
+                           ("CRC32", "OTHER"), (None, "COMPOSITE"),
+                           ("NOSUM", None)):
+            headers = {"x-amz-checksum-algorithm": name,
+                       "x-amz-checksum-type": kind}
+            with self.subTest(headers=headers):
+                self.error(self.s3.post("/box/k", {"uploads": ""}, headers={
+                    n: v for n, v in headers.items() if v}),
+                    "InvalidRequest", 400)
+
+    def test_complete_may_state_the_whole_s_checksum(self):
+        whole = b"".join(self.DATAS)
+        for name in ("CRC32", "CRC64NVME"):
+            header = "x_amz_checksum_" + name.lower()
+            upload, parts = self.summed(name, "FULL_OBJECT")
+            self.error(self.complete(upload, parts, **{
+                header: checksum64(name, b"other")}), "BadDigest", 400)
+            self.error(self.s3.get("/box/k"), "NoSuchKey")
+            self.check(name, "FULL_OBJECT", checksum64(name, whole),
+                       **{header: checksum64(name, whole),
+                          "x_amz_checksum_type": "FULL_OBJECT"})
+            self.s3.delete("/box/k")
+        self.check("SHA256", "COMPOSITE", self.composite("SHA256"),
+                   x_amz_checksum_sha256=self.composite("SHA256"))
+
+    def test_complete_must_not_change_the_type(self):
+        upload, parts = self.summed("CRC32", "FULL_OBJECT")
+        self.error(self.complete(upload, parts, **{
+            "x_amz_checksum_type": "COMPOSITE"}), "InvalidRequest", 400)
+
+    def test_a_wrong_part_checksum_is_InvalidPart(self):
+        upload, parts = self.summed("CRC32")
+        wrong = [parts[0][:2] + ("<ChecksumCRC32>%s</ChecksumCRC32>"
+                                 % crc64(b"other"),)] + parts[1:]
+        self.error(self.complete(upload, wrong), "InvalidPart", 400)
+        self.ok(self.complete(upload, parts))
+
+    def test_a_part_of_another_algorithm_is_refused(self):
+        upload = self.start(x_amz_checksum_algorithm="CRC32")
+        self.error(self.part(upload, 1, b"x", **{
+            "x_amz_checksum_sha1": checksum64("SHA1", b"x")}),
+            "InvalidRequest", 400)
+
+    def test_a_part_without_a_checksum_gets_one(self):
+        upload = self.start(x_amz_checksum_algorithm="SHA1")
+        answer = self.ok(self.part(upload, 1, b"data"))
+        self.assertEqual(answer.headers["x-amz-checksum-sha1"],
+                         checksum64("SHA1", b"data"))
+        self.ok(self.complete(upload, [(1, answer.etag)]))
+        self.assertEqual(self.s3.head("/box/k", headers={
+            "x-amz-checksum-mode": "ENABLED"}).headers[
+            "x-amz-checksum-sha1"], "%s-1" % checksum64(
+                "SHA1", SUMS["SHA1"](b"data")))
+
+    def test_list_parts_tells_them(self):
+        upload, _ = self.summed("CRC32")
+        answer = self.s3.get("/box/k", {"uploadId": upload})
+        self.assertEqual(answer.all("Part/ChecksumCRC32"),
+                         [crc64(data) for data in self.DATAS])
+        self.assertEqual(answer.one("ChecksumAlgorithm"), "CRC32")
+        self.assertEqual(answer.one("ChecksumType"), "COMPOSITE")
+
+    def test_the_attributes_list_the_parts(self):
+        upload, parts = self.summed("CRC32")
+        self.ok(self.complete(upload, parts))
+        query, names = {"attributes": ""}, "x-amz-object-attributes"
+        answer = self.ok(self.s3.get("/box/k", query, headers={
+            names: "ObjectParts,Checksum"}))
+        self.assertEqual(answer.one("ObjectParts/PartsCount"), "3")
+        self.assertEqual(answer.all("ObjectParts/Part/PartNumber"),
+                         ["1", "2", "3"])
+        self.assertEqual(answer.all("ObjectParts/Part/Size"),
+                         ["10", "11", "1"])
+        self.assertEqual(answer.all("ObjectParts/Part/ChecksumCRC32"),
+                         [crc64(data) for data in self.DATAS])
+        found, marker = [], "0"
+        for truncated in ("true", "true", "false"):
+            answer = self.ok(self.s3.get("/box/k", query, headers={
+                names: "ObjectParts", "x-amz-max-parts": "1",
+                "x-amz-part-number-marker": marker}))
+            self.assertEqual(answer.one("ObjectParts/IsTruncated"),
+                             truncated)
+            found += answer.all("ObjectParts/Part/PartNumber")
+            marker = answer.one("ObjectParts/NextPartNumberMarker")
+        self.assertEqual(found, ["1", "2", "3"])
+
+
+class UploadListingRequests(MultipartCase):
+
+    def test_parts_in_pages(self):
+        upload = self.start()
+        numbers = [1, 2, 3, 10, 9999, 10000]
+        for number in reversed(numbers):
+            self.ok(self.part(upload, number, b"%d" % number))
+        for size in (1, 2, 5, 1000):
+            found, marker = [], "0"
+            for _ in range(len(numbers) + 1):
+                answer = self.ok(self.s3.get("/box/k", {
+                    "uploadId": upload, "max-parts": str(size),
+                    "part-number-marker": marker}))
+                page = answer.all("Part/PartNumber")
+                self.assertLessEqual(len(page), size)
+                self.assertEqual(answer.one("PartNumberMarker"), marker)
+                found += page
+                if answer.one("IsTruncated") == "false":
+                    break
+                marker = answer.one("NextPartNumberMarker")
+            self.assertEqual(list(map(int, found)), numbers)
+
+    def test_what_list_parts_tells(self):
+        upload = self.start()
+        self.ok(self.part(upload, 7, b"data"))
+        answer = self.ok(self.s3.get("/box/k", {"uploadId": upload}))
+        self.assertEqual(answer.xml().tag, "ListPartsResult")
+        for path, text in (("Bucket", "box"), ("Key", "k"),
+                           ("UploadId", upload), ("MaxParts", "1000"),
+                           ("IsTruncated", "false"),
+                           ("StorageClass", "STANDARD"),
+                           ("Part/PartNumber", "7"), ("Part/Size", "4"),
+                           ("Part/ETag", '"%s"' % hashlib.md5(
+                               b"data").hexdigest())):
+            self.assertEqual(answer.one(path), text, path)
+        self.assertTrue(answer.one("Initiator/ID"))
+        self.assertTrue(answer.one("Owner/ID"))
+        for query in ({"max-parts": "x"}, {"max-parts": "-1"},
+                      {"part-number-marker": "x"}):
+            self.error(self.s3.get("/box/k", dict(query, uploadId=upload)),
+                       "InvalidArgument", 400)
+
+    def test_uploads_in_pages(self):
+        keys = ["a", "a/1", "a/2", "b", "b", "b", "c/1", "\u00e9 +"]
+        ids = {(key, self.start(key)) for key in keys}
+        for prefix in ("", "a", "a/", "b", "none"):
+            for delimiter in ("", "/"):
+                for size in (1, 2, 3, 1000):
+                    with self.subTest(prefix=prefix, delimiter=delimiter,
+                                      size=size):
+                        self.check_pages(ids, prefix, delimiter, size)
+
+    def check_pages(self, ids, prefix, delimiter, size):
+        """All pages of ListMultipartUploads against the model."""
+        want = listing_model({key for key, _ in ids}, prefix, delimiter)
+        found, uploads, more = [], [], {}
+        for _ in range(len(ids) + 1):
+            answer = self.ok(self.s3.get("/box", dict({
+                "uploads": "", "prefix": prefix, "delimiter": delimiter,
+                "max-uploads": str(size), "encoding-type": "url"}, **more)))
+            page = [(urllib.parse.unquote(element.findtext("Key")),
+                     element.findtext("UploadId"))
+                    for element in answer.xml().iterfind("Upload")]
+            prefixes = [("P", urllib.parse.unquote(text)) for text
+                        in answer.all("CommonPrefixes/Prefix")]
+            self.assertLessEqual(len(page) + len(prefixes), size)
+            uploads += page
+            found += prefixes + [("K", key) for key, _ in page]
+            if answer.one("IsTruncated") == "false":
+                break
+            more = {"key-marker": urllib.parse.unquote(
+                answer.one("NextKeyMarker")),
+                "upload-id-marker": answer.one("NextUploadIdMarker") or ""}
+        self.assertEqual(set(found), set(want))
+        self.assertEqual(len(uploads), len(set(uploads)))
+        self.assertEqual(set(uploads), {
+            (key, upload) for key, upload in ids if ("K", key) in want})
+        self.assertEqual([key for key, _ in uploads], sorted(
+            [key for key, _ in uploads], key=str.encode))
+
+    def test_what_list_uploads_tells(self):
+        upload = self.start(x_amz_checksum_algorithm="CRC32",
+                            x_amz_storage_class="STANDARD_IA")
+        answer = self.ok(self.s3.get("/box", {"uploads": ""}))
+        self.assertEqual(answer.xml().tag, "ListMultipartUploadsResult")
+        for path, text in (("Bucket", "box"), ("MaxUploads", "1000"),
+                           ("IsTruncated", "false"), ("Upload/Key", "k"),
+                           ("Upload/UploadId", upload),
+                           ("Upload/StorageClass", "STANDARD_IA"),
+                           ("Upload/ChecksumAlgorithm", "CRC32")):
+            self.assertEqual(answer.one(path), text, path)
+        self.assertTrue(answer.one("Upload/Initiator/ID"))
+        self.assertTrue(answer.one("Upload/Initiated"))
+        for query in ({"max-uploads": "x"}, {"encoding-type": "x"}):
+            self.error(self.s3.get("/box", dict(query, uploads="")),
+                       "InvalidArgument", 400)
+
+
+# --- unconfigured buckets and refused operations ---
+
+class UnconfiguredRequests(OperationCase):
+
+    def test_what_a_bucket_without_configuration_answers(self):
+        for query, answer in (
+                ("policy", "NoSuchBucketPolicy"),
+                ("policyStatus", "NoSuchBucketPolicy"),
+                ("cors", "NoSuchCORSConfiguration"),
+                ("lifecycle", "NoSuchLifecycleConfiguration"),
+                ("tagging", "NoSuchTagSet"),
+                ("object-lock", "ObjectLockConfigurationNotFoundError"),
+                ("website", "NoSuchWebsiteConfiguration"),
+                ("replication", "ReplicationConfigurationNotFoundError"),
+                ("publicAccessBlock",
+                 "NoSuchPublicAccessBlockConfiguration"),
+                ("ownershipControls", "OwnershipControlsNotFoundError"),
+                ("encryption",
+                 "ServerSideEncryptionConfigurationNotFoundError")):
+            with self.subTest(query=query):
+                self.error(self.s3.get("/box", {query: ""}), answer, 404)
+
+    def test_what_is_empty_or_the_default(self):
+        for query, root in (
+                ("location", "LocationConstraint"),
+                ("versioning", "VersioningConfiguration"),
+                ("notification", "NotificationConfiguration"),
+                ("logging", "BucketLoggingStatus"),
+                ("accelerate", "AccelerateConfiguration")):
+            with self.subTest(query=query):
+                answer = self.ok(self.s3.get("/box", {query: ""}))
+                self.assertEqual(answer.xml().tag, root)
+                self.assertEqual(len(answer.xml()), 0)
+                self.assertEqual(answer.headers["content-type"],
+                                 "application/xml")
+        self.assertEqual(self.s3.get("/box", {"requestPayment": ""}).one(
+            "Payer"), "BucketOwner")
+
+    def test_the_lists_of_configurations_are_empty(self):
+        for query in ("inventory", "analytics", "metrics",
+                      "intelligent-tiering"):
+            with self.subTest(query=query):
+                answer = self.ok(self.s3.get("/box", {query: ""}))
+                self.assertEqual([child.tag for child in answer.xml()],
+                                 ["IsTruncated"])
+                self.assertEqual(answer.one("IsTruncated"), "false")
+                self.error(self.s3.get("/box", {query: "", "id": "x"}),
+                           "NoSuchConfiguration", 404)
+
+    def test_the_acl_is_the_owner_s_full_control(self):
+        self.fill("k")
+        for path in ("/box", "/box/k"):
+            answer = self.ok(self.s3.get(path, {"acl": ""}))
+            self.assertEqual(answer.xml().tag, "AccessControlPolicy")
+            self.assertEqual(answer.all(
+                "AccessControlList/Grant/Permission"), ["FULL_CONTROL"])
+            owner = answer.one("Owner/ID")
+            self.assertTrue(owner)
+            self.assertEqual(owner, answer.one(
+                "AccessControlList/Grant/Grantee/ID"))
+            self.assertIn(b'xsi:type="CanonicalUser"', answer.body)
+        self.error(self.s3.get("/box/none", {"acl": ""}), "NoSuchKey", 404)
+
+    def test_an_object_has_no_tags(self):
+        self.fill("k")
+        answer = self.ok(self.s3.get("/box/k", {"tagging": ""}))
+        self.assertEqual(answer.xml().tag, "Tagging")
+        self.assertEqual(len(answer.xml().find("TagSet")), 0)
+        self.error(self.s3.get("/box/none", {"tagging": ""}), "NoSuchKey",
+                   404)
+
+    def test_a_missing_bucket_is_NoSuchBucket_to_every_probe(self):
+        for query in ("location", "versioning", "acl", "policy", "cors",
+                      "tagging", "uploads", "lifecycle", "encryption"):
+            with self.subTest(query=query):
+                self.error(self.s3.get("/missing", {query: ""}),
+                           "NoSuchBucket", 404)
+
+
+class RefusedRequests(OperationCase):
+
+    # What Terraform, s3cmd and the SDKs' own tests try to set
+    CHANGES = {
+        "PUT bucket": (
+            "acl", "accelerate", "analytics", "cors", "encryption",
+            "intelligent-tiering", "inventory", "lifecycle", "logging",
+            "metrics", "notification", "object-lock", "ownershipControls",
+            "policy", "publicAccessBlock", "replication", "requestPayment",
+            "tagging", "versioning", "website"),
+        "DELETE bucket": (
+            "analytics", "cors", "encryption", "intelligent-tiering",
+            "inventory", "lifecycle", "metrics", "ownershipControls",
+            "policy", "publicAccessBlock", "replication", "tagging",
+            "website"),
+        "PUT object": ("acl", "legal-hold", "retention", "tagging"),
+        "DELETE object": ("tagging",),
+        "GET object": ("legal-hold", "retention", "torrent"),
+        "POST object": ("restore", "select"),
+    }
+    BODY = b"<AccessControlPolicy><Owner/></AccessControlPolicy>"
+
+    def refused(self, method, path, query):
+        """Assert a 501 that changes nothing; its message."""
+        before = self.tree()
+        answer = self.s3.request(
+            method, path, query, self.BODY if method in ("PUT", "POST")
+            else b"", headers={"content-md5": digest64(
+                "md5", self.BODY)} if method in ("PUT", "POST") else {})
+        self.error(answer, "NotImplemented", 501)
+        self.assertEqual(self.tree(), before)
+        self.ok(self.s3.head("/box"))
+        return answer.one("Message")
+
+    def test_changes_of_configuration(self):
+        self.ok(self.s3.put("/box/k", b"stays"))
+        for kind, subresources in self.CHANGES.items():
+            method, level = kind.split()
+            paths = ("/box",) if level == "bucket" else ("/box/k",
+                                                         "/box/new")
+            for subresource in subresources:
+                for path in paths:
+                    with self.subTest(method=method, path=path,
+                                      subresource=subresource):
+                        self.refused(method, path, {subresource: ""})
+        self.body("k", b"stays")
+        self.assertEqual(self.s3.keys("box"), ["k"])
+
+    def test_every_refused_row_is_named(self):
+        self.ok(self.s3.put("/box/k", b"stays"))
+        rows = list(gos3rve.OPERATIONS.values())
+        done = {row[1:4] for row in rows if row.state == gos3rve.DONE}
+        refused = [row for row in rows if row.state == gos3rve.REFUSED
+                   and row[1:4] not in done]
+        self.assertGreater(len(refused), 40)
+        for row in refused:
+            path = {"service": "/", "bucket": "/box",
+                    "object": "/box/k"}[row.level]
+            names = [other.name for other in refused
+                     if other[1:4] == row[1:4]]
+            with self.subTest(row=row.name):
+                message = self.refused(row.method, path, {
+                    row.subresource: ""} if row.subresource else {})
+                self.assertTrue(any(name in message for name in names),
+                                message)
+
+    def test_two_subresources_are_one_too_many(self):
+        self.ok(self.s3.put("/box/k", b"stays"))
+        for method in ("PUT", "GET", "DELETE"):
+            answer = self.s3.request(method, "/box/k", {
+                "acl": "", "tagging": ""})
+            self.error(answer, "InvalidArgument", 400)
+        self.body("k", b"stays")
+
+    def test_an_unknown_parameter_never_makes_a_bucket(self):
+        for query in ({"unknown": ""}, {"acl": ""}, {"versioning": ""},
+                      {"prefix": "../x"}):
+            answer = self.s3.put("/not-made", query=query)
+            self.assertGreaterEqual(answer.status, 400)
+            self.error(self.s3.head("/not-made"), "", 404)
+
+    def test_refused_in_a_missing_bucket_makes_nothing(self):
+        for query in ("acl", "policy", "versioning"):
+            answer = self.s3.put("/missing", b"x", {query: ""})
+            self.assertIn(answer.status, (404, 501))
+        self.assertEqual(os.listdir(self.server.dir_buckets), ["box"])
+
+
+# --- regions, names and addresses ---
+
+class RegionRequests(unittest.TestCase):
+
+    def serve(self, **options):
+        """A server and its Client."""
+        server = gos3rve.serve(buckets=["box"], **options)
+        self.addCleanup(server.close, 5)
+        client = Client(server.url, server.key_id, server.key_val)
+        self.addCleanup(client.close)
+        return client
+
+    @staticmethod
+    def constraint(region):
+        """CreateBucket's document."""
+        return ("<CreateBucketConfiguration><LocationConstraint>%s"
+                "</LocationConstraint></CreateBucketConfiguration>"
+                % region).encode()
+
+    def test_without_a_region_every_scope_is_taken(self):
+        client = self.serve()
+        for region in ("us-east-1", "eu-central-1", "auto", "x"):
+            client.region = region
+            self.assertEqual(client.put("/box/" + region, b"x").status, 200)
+            url = urllib.parse.urlsplit(client.presign("GET",
+                                                       "/box/" + region))
+            self.assertEqual(client.send("GET", "%s?%s" % (
+                url.path, url.query)).body, b"x")
+
+    def test_a_given_region_is_the_only_one(self):
+        client = self.serve(region="eu-west-1")
+        answer = client.get("/box")
+        self.assertEqual((answer.status, answer.code),
+                         (400, "AuthorizationHeaderMalformed"))
+        self.assertEqual(answer.one("Region"), "eu-west-1")
+        url = urllib.parse.urlsplit(client.presign("GET", "/box"))
+        answer = client.send("GET", "%s?%s" % (url.path, url.query))
+        self.assertEqual((answer.status, answer.code),
+                         (400, "AuthorizationQueryParametersError"))
+        client.region = "eu-west-1"
+        answer = client.get("/box", {"location": ""})
+        self.assertEqual(answer.status, 200, answer.body)
+        self.assertEqual(answer.xml().text, "eu-west-1")
+        self.assertEqual(client.head("/box").headers[
+            "x-amz-bucket-region"], "eu-west-1")
+
+    def test_a_bucket_elsewhere_is_refused_where_a_region_is_given(self):
+        client = self.serve(region="eu-west-1")
+        client.region = "eu-west-1"
+        answer = client.put("/elsewhere", self.constraint("us-west-2"))
+        self.assertEqual((answer.status, answer.code),
+                         (400, "IllegalLocationConstraintException"))
+        self.assertEqual(client.head("/elsewhere").status, 404)
+        self.assertEqual(client.put("/here", self.constraint(
+            "eu-west-1")).status, 200)
+        answer = client.put("/here", self.constraint("eu-west-1"))
+        self.assertEqual((answer.status, answer.code),
+                         (409, "BucketAlreadyOwnedByYou"))
+
+
+class VirtualHostRequests(OperationCase):
+
+    options = {"domain": ("s3.example.test", "other.test")}
+
+    def host(self, host, method="GET", path="/", query=(), body=b"",
+             **headers):
+        """A signed request under another Host."""
+        return self.s3.request(method, path, query, body,
+                               headers=dict(headers, host=host))
+
+    def test_the_host_names_the_bucket(self):
+        for number, host in enumerate((
+                "box.s3.example.test", "box.s3.example.test:9000",
+                "BOX.S3.Example.Test", "box.other.test", "box.localhost",
+                "box.localhost:%d" % self.server.port)):
+            with self.subTest(host=host):
+                data = b"%d" % number
+                self.ok(self.host(host, "PUT", "/a b/k", body=data))
+                self.body("a b/k", data)
+                self.assertEqual(self.host(host, path="/a b/k").body, data)
+                answer = self.ok(self.host(host, query={"list-type": "2"}))
+                self.assertEqual(answer.one("Name"), "box")
+                self.assertEqual(answer.all("Contents/Key"), ["a b/k"])
+
+    def test_a_key_may_look_like_a_bucket_or_be_odd(self):
+        for key in ("box/k", "/lead", "a//b", ".."):
+            with self.subTest(key=key):
+                self.ok(self.host("box.s3.example.test", "PUT", "/" + key,
+                                  body=b"x"))
+                self.assertEqual(self.s3.keys("box"), [key])
+                self.ok(self.host("box.s3.example.test", "DELETE",
+                                  "/" + key), 204)
+
+    def test_other_hosts_are_path_style(self):
+        self.fill("k")
+        for host in ("127.0.0.1", "box.example.com", "s3.example.test",
+                     "box.unknown.test", "localhost", "10.0.0.1:80",
+                     "notother.test", "[::1]:80"):
+            with self.subTest(host=host):
+                self.assertEqual(self.ok(self.host(
+                    host, path="/box/k")).body, b"x")
+
+    def test_buckets_are_made_and_deleted(self):
+        for name in ("virtual", "with.dots"):
+            host = name + ".s3.example.test"
+            self.ok(self.host(host, "PUT"))
+            self.ok(self.s3.head("/" + name))
+            self.error(self.host(host, "DELETE", query={"acl": ""}),
+                       "NotImplemented", 501)
+            self.ok(self.host(host, "DELETE"), 204)
+            self.error(self.host(host), "NoSuchBucket", 404)
+
+    def test_a_bad_bucket_in_the_host_harms_nothing(self):
+        for host in ("...s3.example.test", "..s3.example.test",
+                     "a/b.s3.example.test",
+                     "%2e%2e.s3.example.test", ".gos3rve.localhost"):
+            for method in ("GET", "PUT", "DELETE"):
+                with self.subTest(host=host, method=method):
+                    answer = self.host(host, method)
+                    self.assertIn(answer.status, (400, 403, 404, 405))
+        self.assertEqual(os.listdir(self.server.dir_buckets), ["box"])
+
+    def test_the_location_of_an_upload_names_the_bucket_once(self):
+        host = "box.s3.example.test"
+        upload = self.host(host, "POST", "/k", {"uploads": ""}).one(
+            "UploadId")
+        etag = self.host(host, "PUT", "/k", {
+            "uploadId": upload, "partNumber": "1"}, b"x").etag
+        answer = self.ok(self.host(host, "POST", "/k", {
+            "uploadId": upload}, (
+            "<CompleteMultipartUpload><Part><PartNumber>1</PartNumber><ETag>"
+            "%s</ETag></Part></CompleteMultipartUpload>" % etag).encode()))
+        self.assertIn(answer.one("Location"), (
+            "http://s3.example.test/box/k", "http://box.s3.example.test/k"))
+
+
+class PresignedRequests(OperationCase):
+
+    def fetch(self, url, method="GET", body=b"", **headers):
+        """An unsigned request for a URL of this server."""
+        parts = urllib.parse.urlsplit(url)
+        if method == "PUT":
+            headers["content-length"] = str(len(body))
+        return self.s3.send(method, "%s?%s" % (parts.path, parts.query),
+                            body, headers)
+
+    def v2(self, method, path, expires, query=""):
+        """A URL presigned with SigV2 (RESTAuthentication.html)."""
+        path = quote(path, "/-_.~")
+        text = "%s\n\n\n%d\n%s%s" % (method, expires, path,
+                                     query and "?" + query)
+        signature = base64.b64encode(hmac.new(
+            self.s3.secret.encode(), text.encode(), hashlib.sha1).digest())
+        return "%s%s?%sAWSAccessKeyId=%s&Expires=%d&Signature=%s" % (
+            self.server.url, path, query and query + "&",
+            self.s3.key_id, expires, quote(signature.decode()))
+
+    def test_put_get_head_delete(self):
+        for key in ("k", "a b+c", "\u00e9/%2F", "d//e"):
+            path = "/box/" + key
+            for sign in (self.s3.presign, lambda method, path: self.v2(
+                    method, path, int(time.time()) + 60)):
+                with self.subTest(key=key):
+                    self.ok(self.fetch(sign("PUT", path), "PUT", b"data"))
+                    self.assertEqual(self.ok(self.fetch(
+                        sign("GET", path))).body, b"data")
+                    self.ok(self.fetch(sign("HEAD", path), "HEAD"))
+                    self.ok(self.fetch(sign("DELETE", path), "DELETE"), 204)
+                    self.assertEqual(self.s3.keys("box"), [])
+
+    def test_with_further_parameters(self):
+        self.fill("k")
+        name = "response-content-type"
+        url = self.s3.presign("GET", "/box/k", [(name, "text/odd")])
+        self.assertEqual(self.fetch(url).headers["content-type"],
+                         "text/odd")
+        url = self.v2("GET", "/box/k", int(time.time()) + 60,
+                      name + "=text/odd")
+        self.assertEqual(self.fetch(url).headers["content-type"],
+                         "text/odd")
+        url = self.s3.presign("GET", "/box", [("list-type", "2"),
+                                              ("prefix", "k")])
+        self.assertEqual(self.fetch(url).all("Contents/Key"), ["k"])
+
+    def test_a_range_needs_no_signature(self):
+        self.ok(self.s3.put("/box/k", b"0123456789"))
+        answer = self.fetch(self.s3.presign("GET", "/box/k"),
+                            range="bytes=2-3")
+        self.assertEqual((answer.status, answer.body), (206, b"23"))
+
+    def test_changed_urls_are_SignatureDoesNotMatch(self):
+        self.fill("k", "other")
+        good = self.s3.presign("GET", "/box/k")
+        old = self.v2("GET", "/box/k", int(time.time()) + 60)
+        for url in (good.replace("/box/k", "/box/other"),
+                    good.replace("Expires=60", "Expires=61"),
+                    good + "&response-content-type=text/html",
+                    good + "&versionId=null",
+                    old.replace("/box/k", "/box/other"),
+                    old + "&response-content-type=text/html"):
+            with self.subTest(url=url):
+                self.error(self.fetch(url), "SignatureDoesNotMatch", 403)
+        for url in (good, old):
+            self.error(self.fetch(url, "PUT", b"evil"),
+                       "SignatureDoesNotMatch", 403)
+        self.body("k", b"x")
+
+    def test_old_and_early_urls_are_AccessDenied(self):
+        self.fill("k")
+        now = time.time()
+        for url in (self.s3.presign("GET", "/box/k", when=now - 100),
+                    self.s3.presign("GET", "/box/k", expires=3600,
+                                    when=now + 1800),
+                    self.v2("GET", "/box/k", int(now) - 10)):
+            with self.subTest(url=url):
+                self.error(self.fetch(url), "AccessDenied", 403)
+        self.ok(self.fetch(self.s3.presign("GET", "/box/k", expires=3600,
+                                           when=now - 1800)))
+        for expires in (604801, -1):
+            self.error(self.fetch(self.s3.presign(
+                "GET", "/box/k", expires=expires)),
+                "AuthorizationQueryParametersError", 400)
+        self.ok(self.fetch(self.s3.presign("GET", "/box/k",
+                                           expires=604800)))
+
+    def test_signed_headers_must_be_sent_as_signed(self):
+        url = self.s3.presign("PUT", "/box/k", headers={
+            "content-type": "text/a", "x-amz-meta-a": "b"})
+        more = {"content-type": "text/a", "x-amz-meta-a": "b"}
+        self.error(self.fetch(url, "PUT", b"x"), "SignatureDoesNotMatch",
+                   403)
+        self.error(self.fetch(url, "PUT", b"x", **dict(
+            more, **{"x-amz-meta-a": "c"})), "SignatureDoesNotMatch", 403)
+        self.ok(self.fetch(url, "PUT", b"x", **more))
+        self.assertEqual(self.s3.head("/box/k").headers["x-amz-meta-a"],
+                         "b")
+
+    def test_a_header_of_amazon_s_that_was_not_signed_is_refused(self):
+        url = self.s3.presign("PUT", "/box/k")
+        self.error(self.fetch(url, "PUT", b"x", **{"x-amz-meta-a": "b"}),
+                   "AccessDenied", 403)
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_sigv2_in_the_header(self):
+        self.fill("k")
+        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+        text = "GET\n\n\n%s\n/box/k" % date
+        signature = base64.b64encode(hmac.new(
+            self.s3.secret.encode(), text.encode(), hashlib.sha1).digest())
+        authorization = "AWS %s:%s" % (self.s3.key_id, signature.decode())
+        headers = {"date": date, "authorization": authorization}
+        self.assertEqual(self.ok(self.s3.send(
+            "GET", "/box/k", headers=headers)).body, b"x")
+        self.error(self.s3.send("GET", "/box/other", headers=headers),
+                   "SignatureDoesNotMatch", 403)
+
+    def test_two_ways_of_signing_at_once_are_refused(self):
+        self.fill("k")
+        url = self.s3.presign("GET", "/box/k")
+        headers = self.s3.sign("GET", "/box/k", [], {}, "UNSIGNED-PAYLOAD")
+        headers.pop("host")
+        answer = self.fetch(url, **headers)
+        self.error(answer, "InvalidArgument", 400)
+
+
+class PublicUrlRequests(OperationCase):
+
+    options = {"public_url": "https://files.example.test"}
+
+    def setUp(self):
+        super().setUp()
+        self.fill("k")
+        self.outside = Client("https://files.example.test", self.s3.key_id,
+                              self.s3.secret)
+
+    def through(self, client, method="GET", path="/box/k", query=(),
+                body=b"", **headers):
+        """What a proxy makes of a request to the public URL."""
+        sent = client.sign(method, path, list(query), {}, hashlib.sha256(
+            body).hexdigest())
+        sent.pop("host")
+        sent.update({n.replace("_", "-"): v for n, v in headers.items()})
+        sent["content-length"] = str(len(body))
+        target = path + ("?" + "&".join("%s=%s" % (quote(n), quote(v))
+                                        for n, v in query) if query else "")
+        return self.s3.send(method, target, body, sent)
+
+    def test_signatures_under_the_public_name_hold(self):
+        for headers in ({"x_forwarded_host": "files.example.test"}, {}):
+            answer = self.through(self.outside, **headers)
+            self.assertEqual(self.ok(answer).body, b"x")
+        url = urllib.parse.urlsplit(self.outside.presign("GET", "/box/k"))
+        self.assertEqual(self.ok(self.s3.send(
+            "GET", "%s?%s" % (url.path, url.query), headers={
+                "x-forwarded-host": "files.example.test"})).body, b"x")
+
+    def test_the_forwarded_host_may_be_another_name(self):
+        other = Client("https://other.example.test", self.s3.key_id,
+                       self.s3.secret)
+        self.ok(self.through(other, x_forwarded_host="other.example.test"))
+        self.error(self.through(other), "SignatureDoesNotMatch", 403)
+
+    def test_direct_requests_go_on(self):
+        self.body("k", b"x")
+
+    def test_the_location_of_an_upload_is_public(self):
+        upload = self.s3.post("/box/u", {"uploads": ""}).one("UploadId")
+        etag = self.s3.put("/box/u", b"x", {"uploadId": upload,
+                                            "partNumber": "1"}).etag
+        answer = self.ok(self.s3.post("/box/u", {"uploadId": upload}, (
+            "<CompleteMultipartUpload><Part><PartNumber>1</PartNumber><ETag>"
+            "%s</ETag></Part></CompleteMultipartUpload>" % etag).encode()))
+        self.assertEqual(answer.one("Location"),
+                         "https://files.example.test/box/u")
+
+
+class OutsideRequests(OperationCase):
+    """Health URLs, and paths that try to lead out of a bucket."""
+
+    def test_the_health_urls_need_no_signature(self):
+        for path in ("/-/health", "/minio/health/live"):
+            for method in ("GET", "HEAD"):
+                with self.subTest(path=path, method=method):
+                    answer = self.ok(self.s3.send(method, path))
+                    self.assertNotIn(b"box", answer.body)
+
+    def test_near_the_health_urls_there_is_nothing(self):
+        for path in ("/-/", "/-/healthy", "/-/health/x", "/minio/",
+                     "/minio/health/cluster"):
+            self.assertIn(self.s3.send("GET", path).status, (400, 403, 404))
+
+    def test_a_forwarded_host_means_nothing_without_a_public_url(self):
+        self.fill("k")
+        other = Client("https://other.example.test", self.s3.key_id,
+                       self.s3.secret)
+        headers = other.sign("GET", "/box/k", [], {}, "UNSIGNED-PAYLOAD")
+        headers.pop("host")
+        headers["x-forwarded-host"] = "other.example.test"
+        self.error(self.s3.send("GET", "/box/k", headers=headers),
+                   "SignatureDoesNotMatch", 403)
+
+    def test_no_path_leads_out_of_a_bucket(self):
+        secret = os.path.join(self.server.dir_buckets, "secret")
+        with open(secret, "wb") as file:
+            file.write(b"top secret")
+        self.addCleanup(os.unlink, secret)
+        self.by_hand("d/f")
+        for raw_path in (
+                "/box/../secret", "/box/%2e%2e/secret", "/box/..%2fsecret",
+                "/box/d/../../secret", "/box/d/%2e%2e/%2e%2e/secret",
+                "/../secret", "/%2e%2e/secret", "/..%2fsecret", "/secret",
+                "/box/..", "/box/.", "/.", "/..", "/./secret",
+                "/box%2f..%2fsecret", "//secret", "/box//secret",
+                "/box/%2f" + secret.lstrip("/"), "/box/" + secret,
+                "/box/..%5csecret", "/box/.gos3rve/../../secret",
+                "/.gos3rve/secret", "/box/d/f/../../../secret"):
+            for method in ("GET", "HEAD", "DELETE"):
+                with self.subTest(method=method, raw_path=raw_path):
+                    answer = self.s3.request(method, "", raw_path=raw_path)
+                    self.assertNotIn(b"top secret", answer.body)
+                    self.assertNotEqual(answer.status, 200)
+                    self.assertLess(answer.status, 500)
+            with open(secret, "rb") as file:
+                self.assertEqual(file.read(), b"top secret")
+        self.assertEqual(self.tree(), {os.path.join("d", "f"): b"by hand"})
+
+    def test_what_is_put_there_stays_in_the_bucket(self):
+        top = os.path.dirname(self.server.dir_buckets)
+        before = {base: sorted(names) for base, _, names in os.walk(top)
+                  if not base.startswith(self.path())}
+        for key in ("../out", "d/../../out", "..", "/out", "a/..",
+                    ".gos3rve/bucket.json", ".gos3rve/tmp/x"):
+            with self.subTest(key=key):
+                self.ok(self.s3.put("/box/" + key, b"mine"))
+                self.body(key, b"mine")
+        self.assertEqual({base: sorted(names) for base, _, names
+                          in os.walk(top) if not base.startswith(
+                              self.path())}, before)
+        self.assertEqual(self.tree(), {})
+
+    def test_the_state_directory_is_no_object(self):
+        self.fill("odd//key")           # so that there is one
+        self.assertTrue(os.path.isdir(self.path(gos3rve.STATE)))
+        for base, _, names in os.walk(self.path(gos3rve.STATE)):
+            for name in names:
+                key = os.path.relpath(os.path.join(base, name), self.path())
+                with self.subTest(key=key):
+                    self.error(self.s3.get("/box/" + key), "NoSuchKey", 404)
+                    self.ok(self.s3.delete("/box/" + key), 204)
+        self.body("odd//key", b"x")
+
+    def test_a_symlink_that_leads_out_is_no_object(self):
+        outside = temporary_directory(self)
+        with open(os.path.join(outside, "f"), "wb") as file:
+            file.write(b"top secret")
+        os.symlink(os.path.join(outside, "f"), self.path("file"))
+        os.symlink(outside, self.path("dir"))
+        for key in ("file", "dir/f"):
+            self.error(self.s3.get("/box/" + key), "NoSuchKey", 404)
+            self.error(self.s3.put("/box/copy", headers={
+                "x-amz-copy-source": "/box/" + key}), "NoSuchKey", 404)
+        self.assertEqual(self.s3.keys("box"), [])
+        self.s3.put("/box/dir/new", b"x")
+        self.s3.delete("/box/dir/f")
+        self.s3.delete("/box/file")
+        self.assertEqual(os.listdir(outside), ["f"])
+
+    def test_malformed_targets_are_refused(self):
+        for raw_path in ("/box/%ff%fe", "/%ff"):
+            with self.subTest(raw_path=raw_path):
+                answer = self.s3.send("GET", raw_path)
+                self.assertIn((answer.status, answer.code), (
+                    (400, "InvalidURI"), (403, "AccessDenied")))
+
+    def test_a_nul_in_a_key_harms_nothing(self):
+        answer = self.s3.request("PUT", "", raw_path="/box/a%00b",
+                                 body=b"x")
+        self.assertIn(answer.status, (200, 400))
+        self.assertEqual(self.tree(), {})
+
+###############################################################################
+# 9. HTTP
+###############################################################################
+
+def read_answer(file, method="GET"):
+    """The next Answer on a stream, taken apart as strictly as RFC 9112
+    writes it; None at its end.  Raises ValueError for anything else."""
+    line = file.readline()
+    if not line:
+        return None
+    match = re.match(rb"HTTP/1\.1 ([1-5]\d\d) [ -~]*\r\n\Z", line)
+    if not match:
+        raise ValueError("no status line: %r" % line)
+    status, headers = int(match.group(1)), {}
+    while True:
+        line = file.readline()
+        if line == b"\r\n":
+            break
+        match = re.match(rb"([A-Za-z0-9-]+): ?([ -~\x80-\xff]*)\r\n\Z", line)
+        if not match:
+            raise ValueError("no header line: %r" % line)
+        name, value = (text.decode("latin-1") for text in match.groups())
+        if name.lower() in headers:
+            raise ValueError("%s comes twice" % name)
+        headers[name.lower()] = value.strip()
+    body = b""
+    if method != "HEAD" and status >= 200 and status not in (204, 304):
+        body = file.read(int(headers["content-length"]))
+        if len(body) != int(headers["content-length"]):
+            raise ValueError("the body is cut short")
+    return Answer(status, headers, body)
+
+
+class Peer:
+    """A raw connection to a server: bytes out, strict Answers in."""
+
+    def __init__(self, port, context=None):
+        self.sock = socket.create_connection(("127.0.0.1", port), 20)
+        if context:
+            self.sock = context.wrap_socket(
+                self.sock, server_hostname="localhost",
+                suppress_ragged_eofs=False)
+        self._file = self.sock.makefile("rb")
+
+    def send(self, data):
+        """Send bytes; itself."""
+        self.sock.sendall(data)
+        return self
+
+    def answer(self, method="GET"):
+        """The next Answer, None at the end; 1xx ones too."""
+        return read_answer(self._file, method)
+
+    def rest(self):
+        """What comes until the server closes."""
+        return self._file.read()
+
+    def close(self):
+        """Close the connection."""
+        self._file.close()
+        self.sock.close()
+
+    def reset(self):
+        """Vanish without a good-bye."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                             struct_linger(1, 0))
+        self.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def struct_linger(on, seconds):
+    """C's struct linger."""
+    size = 4 if os.name == "posix" else 2
+    return on.to_bytes(size, sys.byteorder) + seconds.to_bytes(
+        size, sys.byteorder)
+
+
+def wait_for(condition, seconds=20):
+    """The first true value of a function; its last one when time is up."""
+    deadline = time.monotonic() + seconds
+    value = condition()
+    while not value and time.monotonic() < deadline:
+        time.sleep(0.01)
+        value = condition()
+    return value
+
+
+class Lines(list):
+    """A list that a server's threads append to."""
+
+    def take(self, count):
+        """The first `count` entries, once there are as many."""
+        wait_for(lambda: len(self) >= count, 3)
+        return self[:count]
+
+
+class HttpCase(ServerCase):
+    """Raw connections, presigned targets, and a report that must stay
+    empty of tracebacks."""
+
+    context = None
+
+    def setUp(self):
+        super().setUp()
+        self.reports = Lines()
+        self.server.server.report = self.reports.append
+        self.addCleanup(setattr, self.server.server, "report",
+                        lambda line: None)
+
+    def tearDown(self):
+        faults = [line for line in self.reports if "Traceback" in line]
+        self.assertEqual(faults, [])
+
+    def peer(self):
+        """A Peer of the server, closed at the end of the test."""
+        peer = Peer(self.server.port, self.context)
+        self.addCleanup(peer.close)
+        return peer
+
+    def head(self, method, path, query=(), headers=(), version="1.1",
+             good=True):
+        """The bytes of a presigned request's head."""
+        url = self.s3.presign(method, path, query)
+        target = url[len(self.s3.url):] + ("" if good else "0")
+        lines = ["%s %s HTTP/%s" % (method, target, version),
+                 "Host: " + self.s3.netloc]
+        lines += ["%s: %s" % pair for pair in headers]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+    def put_bytes(self, path, body, *headers, **more):
+        """The bytes of a presigned PUT with its body."""
+        return self.head("PUT", path, headers=[
+            ("Content-Length", len(body))] + list(headers), **more) + body
+
+    def alive(self, peer):
+        """Assert that a connection is still in step."""
+        answer = peer.send(HEALTH).answer()
+        self.assertEqual(answer and answer.status, 200)
+
+    def closed(self, peer):
+        """Assert that the server closes and says no more."""
+        self.assertEqual(peer.rest(), b"")
+
+
+HEALTH = b"GET /-/health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+GET = b"GET /box/k HTTP/1.1\r\nHost: localhost\r\n"
+PUT = b"PUT /box/k HTTP/1.1\r\nHost: localhost\r\n"
+
+# What RFC 9112 does not allow: name, bytes, status
+MALFORMED = (
+    ("nothing but an empty line's half", b"\r", 400),
+    ("garbage", b"\x00" * 5000, 400),
+    ("a TLS hello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    ("another protocol", b"SSH-2.0-OpenSSH_9.6\r\n\r\n", 400),
+    ("HTTP/0.9", b"GET /\r\n\r\n", 400),
+    ("a word too many", b"GET / HTTP/1.1 x\r\nHost: a\r\n\r\n", 400),
+    ("no target", b"GET  HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    ("two spaces", b"GET  / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    ("tabs", b"GET\t/\tHTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    ("a space before", b" GET / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    ("lower case", b"get / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    ("a method of odd bytes", b"G(T / HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    ("NUL in the target", b"GET /a\0b HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    ("CR in the target", b"GET /a\rb HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    ("no number", b"GET / HTTP/x.y\r\nHost: a\r\n\r\n", 400),
+    ("lower-case http", b"GET / http/1.1\r\nHost: a\r\n\r\n", 400),
+    ("three numbers", b"GET / HTTP/1.1.1\r\nHost: a\r\n\r\n", 400),
+    ("HTTP/2.0", b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", 505),
+    ("HTTP/3.0", b"GET / HTTP/3.0\r\nHost: a\r\n\r\n", 505),
+    ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    ("no Host", b"GET / HTTP/1.1\r\n\r\n", 400),
+    ("two Hosts", GET + b"Host: localhost\r\n\r\n", 400),
+    ("no colon", GET + b"Colonless\r\n\r\n", 400),
+    ("space before the colon", GET + b"X-A : 1\r\n\r\n", 400),
+    ("no name", GET + b": 1\r\n\r\n", 400),
+    ("a space in a name", GET + b"X A: 1\r\n\r\n", 400),
+    ("a bracket in a name", GET + b"X(A: 1\r\n\r\n", 400),
+    ("a high byte in a name", GET + b"X\xe9: 1\r\n\r\n", 400),
+    ("a folded line", GET + b"X-A: 1\r\n 2\r\n\r\n", 400),
+    ("a line folded by tab", GET + b"X-A: 1\r\n\t2\r\n\r\n", 400),
+    ("a first line folded", b"GET / HTTP/1.1\r\n Host: a\r\n\r\n", 400),
+    ("NUL in a value", GET + b"X-A: 1\x002\r\n\r\n", 400),
+    ("bell in a value", GET + b"X-A: 1\x072\r\n\r\n", 400),
+    ("CR in a value", GET + b"X-A: 1\r2\r\n\r\n", 400),
+    ("LF after a header", GET + b"X-A: 1\nX-B: 2\r\n\r\n", 400),
+    ("LF only", b"GET / HTTP/1.1\nHost: a\n\n", 400),
+    ("LF after the request line", b"GET / HTTP/1.1\nHost: a\r\n\r\n", 400),
+    ("half a head", GET + b"X-A: 1\r\n", 400),
+    ("two lengths", PUT + b"Content-Length: 5\r\n"
+     b"Content-Length: 6\r\n\r\nhello!", 400),
+    ("a length twice", PUT + b"Content-Length: 5\r\n"
+     b"content-length: 5\r\n\r\nhello", 400),
+    ("a list of lengths", PUT + b"Content-Length: 5, 5\r\n\r\nhello", 400),
+    ("a signed length", PUT + b"Content-Length: +5\r\n\r\nhello", 400),
+    ("a negative length", PUT + b"Content-Length: -5\r\n\r\nhello", 400),
+    ("a length in hex", PUT + b"Content-Length: 0x5\r\n\r\nhello", 400),
+    ("a length of Python", PUT + b"Content-Length: 1_0\r\n\r\n", 400),
+    ("an empty length", PUT + b"Content-Length:\r\n\r\nhello", 400),
+    ("a length no number", PUT + b"Content-Length: \xb2\r\n\r\nhello", 400),
+    ("a length of 40 digits", PUT + b"Content-Length: "
+     + b"9" * 40 + b"\r\n\r\n", 400),
+    ("length and coding", PUT + b"Content-Length: 5\r\n"
+     b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    ("coding and length", PUT + b"Transfer-Encoding: chunked\r\n"
+     b"Content-Length: 5\r\n\r\n0\r\n\r\n", 400),
+    ("two codings", PUT + b"Transfer-Encoding: chunked\r\n"
+     b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    ("a coding in HTTP/1.0", b"PUT /box/k HTTP/1.0\r\n"
+     b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    ("an unknown coding", PUT + b"Transfer-Encoding: gzip\r\n\r\n", 501),
+    ("a coding before", PUT + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
+     501),
+    ("chunked is not last", PUT + b"Transfer-Encoding: chunked, gzip\r\n"
+     b"\r\n0\r\n\r\n", 501),
+    ("two Authorizations", GET + b"Authorization: a\r\n"
+     b"Authorization: b\r\n\r\n", 400),
+    ("an endless request line", b"GET /" + b"a" * 100000, 400),
+    ("an endless header", GET + b"X-A: " + b"a" * 100000, 400),
+    ("a huge header", GET + b"X-A: " + b"a" * 100000 + b"\r\n\r\n", 400),
+    ("2,000 headers", GET + b"".join(
+        b"X-%d: 1\r\n" % i for i in range(2000)) + b"\r\n", 400),
+    ("20,000 headers", GET + b"".join(
+        b"X-%d: 1\r\n" % i for i in range(20000)) + b"\r\n", 400),
+)
+
+# What it does allow, however odd; all ask for what needs no signature
+TOLERATED = (
+    ("an empty line before", b"\r\n\r\nGET /-/health HTTP/1.1\r\n"
+     b"Host: a\r\n\r\n"),
+    ("HTTP/1.0 without Host", b"GET /-/health HTTP/1.0\r\n\r\n"),
+    ("an empty Host", b"GET /-/health HTTP/1.1\r\nHost:\r\n\r\n"),
+    ("no space after the colon", b"GET /-/health HTTP/1.1\r\n"
+     b"Host:a\r\n\r\n"),
+    ("tabs and spaces around a value", b"GET /-/health HTTP/1.1\r\n"
+     b"Host:\t a \t\r\n\r\n"),
+    ("an empty value", HEALTH[:-2] + b"X-A:\r\n\r\n"),
+    ("a value of high bytes", HEALTH[:-2] + b"X-A: \xff\xe9\r\n\r\n"),
+    ("every character of a token",
+     HEALTH[:-2] + b"!#$%&'*+-.^_`|~09azAZ: 1\r\n\r\n"),
+    ("a header twice", HEALTH[:-2] + b"X-A: 1\r\nX-A: 2\r\n\r\n"),
+    ("100 headers", HEALTH[:-2] + b"".join(
+        b"X-%d: 1\r\n" % i for i in range(100)) + b"\r\n"),
+    ("a header of 16,000 bytes",
+     HEALTH[:-2] + b"X-A: " + b"a" * 16000 + b"\r\n\r\n"),
+    ("an unknown expectation", HEALTH[:-2] + b"Expect: tea\r\n\r\n"),
+    ("an empty body", HEALTH[:-2] + b"Content-Length: 0\r\n\r\n"),
+    ("a query", HEALTH.replace(b"health ", b"health?x=1&y ")),
+    ("MinIO's path",
+     HEALTH.replace(b"/-/health", b"/minio/health/live")),
+)
+
+
+class HttpRequests(HttpCase):
+
+    def error_document(self, answer, status):
+        """Assert an S3 error with request ids that agree."""
+        self.assertIsNotNone(answer, "closed without an answer")
+        self.assertEqual(answer.status, status, answer.body)
+        self.assertEqual(answer.headers["content-type"], "application/xml")
+        self.assertTrue(answer.code)
+        self.assertEqual(answer.xml().tag, "Error")
+        self.assertTrue(answer.headers["x-amz-request-id"])
+        self.assertEqual(answer.one("RequestId"),
+                         answer.headers["x-amz-request-id"])
+
+    def test_malformed_requests_get_one_error_and_a_closed_connection(self):
+        for name, data, status in MALFORMED:
+            with self.subTest(name):
+                file = io.BytesIO(raw(self.server.port, data))
+                answer = read_answer(file)
+                self.error_document(answer, status)
+                self.assertEqual(answer.headers["connection"], "close")
+                self.assertEqual(file.read(), b"")
+
+    def test_what_follows_a_malformed_request_is_never_served(self):
+        for name, data, _ in MALFORMED:
+            if not data.endswith(b"\r\n\r\n"):
+                continue
+            with self.subTest(name):
+                file = io.BytesIO(raw(self.server.port, data + HEALTH * 2))
+                self.assertGreaterEqual(read_answer(file).status, 400)
+                self.assertEqual(file.read(), b"")
+
+    def test_a_malformed_request_is_answered_while_the_client_waits(self):
+        for name, data, status in MALFORMED:
+            if not data.endswith((b"\r\n\r\n", b"a" * 100000)):
+                continue
+            with self.subTest(name), Peer(self.server.port) as peer:
+                answer = peer.send(data).answer()
+                self.error_document(answer, status)
+                self.closed(peer)
+
+    def test_odd_but_lawful_requests_are_served(self):
+        for name, data in TOLERATED:
+            with self.subTest(name):
+                file = io.BytesIO(raw(self.server.port, data))
+                answer = read_answer(file)
+                self.assertEqual((answer.status, answer.body), (200, b""))
+                self.assertEqual(file.read(), b"")
+
+    def test_a_malformed_body_is_a_400_and_leaves_nothing(self):
+        head = self.head("PUT", "/box/k", headers=[
+            ("Transfer-Encoding", "chunked")])
+        for body in (b"x\r\n", b"-1\r\n", b"0x5\r\nhello\r\n0\r\n\r\n",
+                     b"5\r\nhello!!\r\n0\r\n\r\n", b"5\nhello\n0\n\n",
+                     b"5\r\nhello\r\n", b"5\r\nhel", b"\r\n\r\n",
+                     b"F" * 17 + b"\r\n", b"5;" + b"a" * 20000,
+                     b"5 5\r\nhello\r\n0\r\n\r\n"):
+            with self.subTest(body[:30]):
+                file = io.BytesIO(raw(self.server.port, head + body))
+                self.error_document(read_answer(file), 400)
+                self.assertEqual(file.read(), b"")
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_a_chunked_body_with_extensions_and_trailer_is_stored(self):
+        peer = self.peer().send(self.head("PUT", "/box/k", headers=[
+            ("Transfer-Encoding", "Chunked")])
+            + b"5;name=value\r\nhello\r\n6\r\n world\r\n0\r\nX-A: 1\r\n\r\n")
+        self.ok(peer.answer())
+        self.alive(peer)
+        self.assertEqual(self.s3.get("/box/k").body, b"hello world")
+
+    def test_unknown_methods_are_refused_and_the_connection_goes_on(self):
+        peer = self.peer()
+        for method in ("PATCH", "TRACE", "PROPFIND", "LINK"):
+            with self.subTest(method):
+                answer = peer.send(b"%s /box/k HTTP/1.1\r\nHost: a\r\n\r\n"
+                                   % method.encode()).answer()
+                self.error_document(answer, 405)
+        self.alive(peer)
+
+    def test_CONNECT_and_OPTIONS_star_do_no_harm(self):
+        for line in (b"CONNECT a:443", b"OPTIONS *"):
+            with self.subTest(line), Peer(self.server.port) as peer:
+                answer = peer.send(line + b" HTTP/1.1\r\nHost: a\r\n"
+                                   b"Connection: close\r\n\r\n").answer()
+                self.assertIn(answer.status, (200, 400, 403, 405))
+                self.closed(peer)
+
+    def test_an_absolute_target_is_its_path(self):
+        self.s3.put("/box/k", b"hello")
+        for prefix in (self.s3.url, "HTTP://other.example:80"):
+            data = self.head("GET", "/box/k").replace(
+                b"GET ", b"GET " + prefix.encode(), 1)
+            self.assertEqual(self.ok(self.peer().send(data).answer()).body,
+                             b"hello")
+
+    def test_double_slashes_are_part_of_the_key(self):
+        for key in ("/k", "a//b", "//", "/box/k"):
+            self.ok(self.s3.put("/box/" + key, key.encode()))
+        self.assertEqual(sorted(self.s3.keys("box")),
+                         ["//", "/box/k", "/k", "a//b"])
+        self.assertEqual(self.s3.get("/box//k").body, b"/k")
+        self.assertEqual(self.s3.get("/box//box/k").body, b"/box/k")
+
+    def test_a_leading_double_slash_names_no_bucket(self):
+        self.s3.put("/box/k", b"secret")
+        for path in ("//box/k", "//-/health", "///box/k"):
+            with self.subTest(path):
+                answer = self.s3.get(path, raw_path=path)
+                self.assertEqual(answer.status, 400, answer.body)
+
+    def test_dots_in_a_target_are_not_resolved(self):
+        self.s3.put("/box/k", b"hello")
+        for path in ("/box/x/../k", "/box/./k", "/x/../box/k"):
+            answer = self.s3.get(path, raw_path=path)
+            self.assertEqual(answer.status, 404, path)
+
+    def test_health_needs_no_signature_and_tells_nothing(self):
+        for path in ("/-/health", "/minio/health/live"):
+            for method in ("GET", "HEAD"):
+                answer = self.ok(self.s3.request(method, path,
+                                                 signed=False))
+                self.assertEqual(answer.body, b"")
+                self.assertNotIn(self.server.key_id, str(answer.headers))
+        self.assertNotEqual(self.s3.request(
+            "PUT", "/-/health", signed=False).status, 200)
+
+    def test_every_answer_has_a_date_and_an_id_of_its_own(self):
+        self.s3.put("/box/k", b"hello")
+        answers = [self.s3.get("/box/k"), self.s3.get("/box/none"),
+                   self.s3.head("/box/none"), self.s3.delete("/box/k"),
+                   self.s3.get("/", signed=False), self.s3.get("/nobox"),
+                   self.s3.get("/-/health", signed=False)]
+        ids = {answer.headers["x-amz-request-id"] for answer in answers}
+        self.assertEqual(len(ids), len(answers))
+        for answer in answers:
+            self.assertTrue(answer.headers["x-amz-id-2"])
+            self.assertRegex(answer.headers["date"], r"\A(Mon|Tue|Wed|Thu|"
+                             r"Fri|Sat|Sun), \d\d \w{3} \d{4} [\d:]{8} GMT")
+            if answer.status >= 400 and answer.body:
+                self.assertEqual(answer.one("RequestId"),
+                                 answer.headers["x-amz-request-id"])
+                self.assertTrue(answer.one("HostId"))
+
+    def test_an_error_names_the_resource(self):
+        answer = self.s3.get("/box/a%20b", raw_path="/box/a%20b")
+        self.error(answer, "NoSuchKey")
+        self.assertEqual(answer.one("Resource"), "/box/a%20b")
+        self.assertEqual(answer.one("Key"), "a b")
+
+
+class HttpConnections(HttpCase):
+
+    def test_bytes_may_drip_in_one_at_a_time(self):
+        peer = self.peer()
+        peer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        data = self.put_bytes("/box/k", b"hello") + self.head(
+            "PUT", "/box/c", headers=[("Transfer-Encoding", "chunked")]) \
+            + b"5\r\nhello\r\n0\r\n\r\n" + self.head("GET", "/box/k")
+        for byte in data:
+            peer.sock.send(bytes((byte,)))
+        self.ok(peer.answer())
+        self.ok(peer.answer())
+        self.assertEqual(self.ok(peer.answer()).body, b"hello")
+        self.assertEqual(self.s3.get("/box/c").body, b"hello")
+
+    def test_pipelined_requests_are_answered_in_their_order(self):
+        self.s3.put("/box/a", b"first")
+        methods = ("GET", "HEAD", "PUT", "GET", "GET", "GET")
+        data = (self.head("GET", "/box/a") + self.head("HEAD", "/box/a")
+                + self.put_bytes("/box/b", b"x" * 100000)
+                + self.head("GET", "/box/none") + self.head("GET", "/box/b")
+                + HEALTH)
+        peer = self.peer().send(data)
+        answers = [peer.answer(method) for method in methods]
+        self.assertEqual([answer.status for answer in answers],
+                         [200, 200, 200, 404, 200, 200])
+        self.assertEqual(answers[0].body, b"first")
+        self.assertEqual(answers[1].headers["content-length"], "5")
+        self.assertEqual(answers[4].body, b"x" * 100000)
+
+    def test_keep_alive_survives_errors_with_documents(self):
+        peer = self.peer()
+        for _ in range(3):
+            answer = peer.send(self.head("GET", "/box/none")).answer()
+            self.error(answer, "NoSuchKey")
+            answer = peer.send(self.head("DELETE", "/nobox")).answer()
+            self.error(answer, "NoSuchBucket")
+        self.alive(peer)
+
+    def test_Connection_close_is_said_and_done(self):
+        peer = self.peer().send(HEALTH[:-2] + b"Connection: close\r\n\r\n")
+        self.assertEqual(peer.answer().headers["connection"], "close")
+        self.closed(peer)
+
+    def test_HTTP_1_0_closes_unless_asked_to_keep_alive(self):
+        line = b"GET /-/health HTTP/1.0\r\n"
+        peer = self.peer().send(line + b"\r\n")
+        self.ok(peer.answer())
+        self.closed(peer)
+        peer = self.peer()
+        for _ in range(2):
+            # RFC 9112 appendix C.2.2: the server has to say so as well
+            answer = peer.send(line + b"Connection: Keep-Alive\r\n\r\n")
+            answer = self.ok(answer.answer())
+            self.assertEqual(answer.headers.get("connection", "").lower(),
+                             "keep-alive")
+
+    def test_a_small_unwanted_body_does_not_end_the_connection(self):
+        peer = self.peer()
+        for path, code in (("/nobox/k", "NoSuchBucket"),
+                           ("/box/" + "k" * 1025, "KeyTooLongError")):
+            answer = peer.send(self.put_bytes(path, b"x" * 1000)).answer()
+            self.error(answer, code)
+        answer = peer.send(self.put_bytes("/box/k", b"GET / HTTP/1.1\r\n"
+                                          b"Host: a\r\n\r\n", good=False))
+        self.error(answer.answer(), "SignatureDoesNotMatch")
+        answer = peer.send(b"DELETE /box HTTP/1.1\r\nHost: localhost\r\n"
+                           b"Content-Length: 5\r\n\r\nhello").answer()
+        self.error(answer, "AccessDenied")
+        self.alive(peer)
+
+    def test_a_large_unwanted_body_ends_it_but_the_answer_arrives(self):
+        body = b"x" * (8 << 20)
+        peer = self.peer().send(self.put_bytes("/nobox/k", body))
+        answer = peer.answer()
+        self.error(answer, "NoSuchBucket")
+        self.assertEqual(answer.headers["connection"], "close")
+        self.closed(peer)
+
+    def test_an_unwanted_chunked_body_leaves_no_request_behind(self):
+        smuggled = b"GET /box HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        peer = self.peer().send(self.head("PUT", "/nobox/k", headers=[
+            ("Transfer-Encoding", "chunked")]) + b"%x\r\n%s\r\n0\r\n\r\n"
+            % (len(smuggled), smuggled) + HEALTH)
+        self.error(peer.answer(), "NoSuchBucket")
+        following = peer.answer()
+        if following is not None:       # read away: the next one is served
+            self.assertEqual((following.status, following.body), (200, b""))
+            self.assertIsNone(peer.answer())
+
+    def test_GET_with_a_body_is_served_and_stays_in_step(self):
+        self.s3.put("/box/k", b"hello")
+        smuggled = self.head("DELETE", "/box/k")
+        peer = self.peer().send(self.head("GET", "/box/k", headers=[
+            ("Content-Length", len(smuggled))]) + smuggled)
+        self.assertEqual(peer.answer().body, b"hello")
+        self.alive(peer)
+        self.assertEqual(self.s3.get("/box/k").body, b"hello")
+
+    def test_truncated_uploads_leave_nothing_visible(self):
+        self.s3.put("/box/old", b"old")
+        chunked = [("Transfer-Encoding", "chunked")]
+        for path in ("/box/new", "/box/old", "/box/d/e/f"):
+            for data in (
+                    self.put_bytes(path, b"x" * 100)[:-1],
+                    self.put_bytes(path, b"x" * (1 << 20))[:-(1 << 19)],
+                    self.head("PUT", path, headers=chunked) + b"5\r\nhello",
+                    self.head("PUT", path, headers=chunked)
+                    + b"5\r\nhello\r\n"):
+                answer = read_answer(io.BytesIO(raw(self.server.port, data)))
+                self.error(answer, "IncompleteBody")
+        self.assertEqual(self.s3.keys("box"), ["old"])
+        self.assertEqual(self.s3.get("/box/old").body, b"old")
+        self.assertFalse(os.path.exists(self.path("d")))
+        drafts = self.path(gos3rve.STATE, "tmp")
+        self.assertEqual(os.listdir(drafts) if os.path.isdir(drafts)
+                         else [], [])
+
+    def test_a_client_that_vanishes_in_an_upload_leaves_nothing(self):
+        log = Lines()
+        self.server.server.access_log = log.append
+        self.addCleanup(setattr, self.server.server, "access_log", None)
+        peer = self.peer().send(self.put_bytes(
+            "/box/k", b"x" * (1 << 20))[:-1000])
+        peer.reset()
+        self.assertEqual(log.take(1)[0]["operation"], "PutObject")
+        self.assertNotEqual(log[0]["status"], 200)
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_a_client_that_vanishes_in_a_download_stops_nobody(self):
+        self.s3.put("/box/k", b"x" * (8 << 20))
+        log = Lines()
+        self.server.server.access_log = log.append
+        self.addCleanup(setattr, self.server.server, "access_log", None)
+        peers = [self.peer().send(self.head("GET", "/box/k"))
+                 for _ in range(4)]
+        for peer in peers:
+            self.assertEqual(len(peer.sock.recv(1000)), 1000)
+            peer.reset()
+        self.assertEqual(len(log.take(4)), 4)
+        self.assertTrue(all(row["bytes_out"] < 8 << 20 for row in log))
+        self.assertEqual(len(self.ok(self.s3.get("/box/k")).body), 8 << 20)
+
+    def test_a_client_that_vanishes_after_a_bad_head_is_no_news(self):
+        send, reports = gos3rve.Handler._send_all, []
+
+        def too_late(handler, data):
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            send(handler, data)
+        server = gos3rve.serve()
+        server.server.report = reports.append
+        with mock.patch.object(gos3rve.Handler, "_send_all", too_late):
+            for data in (b"GET /" + b"a" * 100000, GET, GET + b"X\r\n\r\n"):
+                self.assertEqual(raw(server.port, data), b"")
+            self.assertTrue(server.close(5))    # all threads have ended
+        self.assertEqual(reports, [])
+
+    def test_half_a_head_is_not_waited_for_beyond_its_time(self):
+        with mock.patch.object(gos3rve, "HEAD_SECONDS", 1):
+            peer = self.peer().send(GET)
+            peer.sock.settimeout(5)
+            self.error(peer.answer(), "RequestTimeout")
+            self.closed(peer)
+
+    def test_downloads_larger_than_any_buffer_arrive_whole(self):
+        data = random.Random(1).getrandbits(8 * 3000001).to_bytes(
+            3000001, "big")
+        self.s3.put("/box/k", data)
+        peer = self.peer().send(self.head("GET", "/box/k") * 2 + HEALTH)
+        for _ in range(2):
+            self.assertEqual(self.ok(peer.answer()).body, data)
+        self.ok(peer.answer())
+
+
+class HttpContinue(HttpCase):
+
+    expect = ("Expect", "100-continue")
+
+    def ask(self, path, *headers, **more):
+        """Send a PUT's head of 5 bytes that expects; the Peer."""
+        return self.peer().send(self.put_bytes(
+            path, b"hello", self.expect, *headers, **more)[:-5])
+
+    def test_a_good_upload_is_asked_for_its_body(self):
+        peer = self.ask("/box/k")
+        self.assertEqual(peer.answer().status, 100)
+        self.ok(peer.send(b"hello").answer())
+        self.alive(peer)
+        self.assertEqual(self.s3.get("/box/k").body, b"hello")
+
+    def test_a_refused_upload_is_not_asked_for_its_body(self):
+        self.s3.put("/box/old", b"old")
+        for code, peer in (
+                ("SignatureDoesNotMatch", self.ask("/box/k", good=False)),
+                ("NoSuchBucket", self.ask("/nobox/k")),
+                ("KeyTooLongError", self.ask("/box/" + "k" * 1025)),
+                ("PreconditionFailed",
+                 self.ask("/box/old", ("If-None-Match", "*"))),
+                ("InvalidDigest", self.ask("/box/k", ("Content-MD5", "x"))),
+                ("AccessDenied", self.peer().send(
+                    PUT + b"Content-Length: 5\r\n"
+                    b"Expect: 100-continue\r\n\r\n"))):
+            with self.subTest(code):
+                self.error(peer.answer(), code)
+                self.closed(peer)
+        self.assertEqual(self.s3.keys("box"), ["old"])
+
+    def test_a_body_that_did_not_wait_is_taken(self):
+        peer = self.peer().send(self.put_bytes("/box/k", b"hello",
+                                               self.expect))
+        answer = peer.answer()
+        if answer.status == 100:
+            answer = peer.answer()
+        self.ok(answer)
+        self.alive(peer)
+
+    def test_no_100_without_an_expectation_a_body_or_HTTP_1_1(self):
+        for data in (self.put_bytes("/box/k", b"hello"),
+                     self.put_bytes("/box/k", b"", self.expect),
+                     self.put_bytes("/box/k", b"hello", self.expect,
+                                    version="1.0")):
+            self.ok(self.peer().send(data).answer())
+
+    def test_a_chunked_body_is_asked_for_once(self):
+        peer = self.peer().send(self.head("PUT", "/box/k", headers=[
+            ("Transfer-Encoding", "chunked"), self.expect]))
+        self.assertEqual(peer.answer().status, 100)
+        for piece in (b"5\r\nhe", b"llo\r\n", b"0\r\n", b"\r\n"):
+            peer.send(piece)
+        self.ok(peer.answer())
+        self.alive(peer)
+
+    def test_the_next_request_expects_for_itself(self):
+        peer = self.ask("/box/k")
+        self.assertEqual(peer.answer().status, 100)
+        peer.send(b"hello" + self.put_bytes("/box/l", b"hello")[:-5])
+        self.ok(peer.answer())
+        self.ok(peer.send(b"hello").answer())
+
+
+class HttpHead(HttpCase):
+
+    def test_HEAD_never_has_a_body(self):
+        etag = self.s3.put("/box/k", b"hello").headers["etag"]
+        peer = self.peer()
+        for status, path, headers, more in (
+                (200, "/box/k", [], {}),
+                (206, "/box/k", [("Range", "bytes=1-2")], {}),
+                (304, "/box/k", [("If-None-Match", etag)], {}),
+                (412, "/box/k", [("If-Match", '"x"')], {}),
+                (416, "/box/k", [("Range", "bytes=9-")], {}),
+                (404, "/box/none", [], {}),
+                (404, "/nobox", [], {}),
+                (400, "/box/" + "k" * 1025, [], {}),
+                (403, "/box/k", [], {"good": False}),
+                (405, "/", [], {}),
+                (501, "/box/k", [], {"query": [("acl", "")]}),
+                (200, "/box", [], {})):
+            with self.subTest(path=path, status=status):
+                peer.send(self.head("HEAD", path, headers=headers, **more))
+                answer = peer.answer("HEAD")
+                self.assertEqual(answer.status, status)
+                self.alive(peer)
+
+    def test_HEAD_tells_the_length_that_GET_would_send(self):
+        self.s3.put("/box/k", b"hello")
+        for headers in ({}, {"range": "bytes=1-2"}):
+            head = self.s3.head("/box/k", headers=headers)
+            got = self.s3.get("/box/k", headers=headers)
+            for name in ("content-length", "etag", "content-type",
+                         "last-modified", "accept-ranges"):
+                self.assertEqual(head.headers[name], got.headers[name])
+
+    def test_a_malformed_HEAD_has_no_body_either(self):
+        for lines in (b"Host: a\r\nHost: b\r\n", b"", b"Host: a\r\nX y\r\n",
+                      b"Host: a\r\nContent-Length: x\r\n"):
+            with self.subTest(lines):
+                data = raw(self.server.port,
+                           b"HEAD /box/k HTTP/1.1\r\n" + lines + b"\r\n")
+                file = io.BytesIO(data)
+                self.assertEqual(read_answer(file, "HEAD").status, 400)
+                self.assertEqual(file.read(), b"")
+
+    def test_204_and_304_have_neither_body_nor_length(self):
+        etag = self.s3.put("/box/k", b"hello").headers["etag"]
+        peer = self.peer().send(self.head("GET", "/box/k", headers=[
+            ("If-None-Match", etag)]))
+        answer = peer.answer()
+        self.assertEqual((answer.status, answer.headers["etag"]),
+                         (304, etag))
+        answer = peer.send(self.head("DELETE", "/box/k")).answer()
+        self.assertEqual(answer.status, 204)
+        self.assertNotIn("content-length", answer.headers)
+        self.alive(peer)
+
+
+class HttpInjection(HttpCase):
+
+    parameters = ("content-disposition", "content-type", "cache-control",
+                  "content-language", "content-encoding", "expires")
+
+    def test_an_override_cannot_break_out_of_its_header(self):
+        self.s3.put("/box/k", b"hello")
+        for value in ("a\r\nX-Evil: 1", "a\nX-Evil: 1", "a\rX-Evil: 1",
+                      "a\r\n\r\n<html>", "a\0b", "\r\nX-Evil: 1"):
+            for name in self.parameters:
+                with self.subTest(name=name, value=value):
+                    peer = self.peer().send(self.head("GET", "/box/k", [
+                        ("response-" + name, value)]))
+                    answer = peer.answer()      # strict about its lines
+                    self.assertIsNotNone(answer, "closed without answer")
+                    self.assertIn(answer.status, (200, 400))
+                    self.assertNotIn("x-evil", answer.headers)
+                    self.alive(peer)
+
+    def test_a_lawful_override_is_sent_as_it_is(self):
+        self.s3.put("/box/k", b"hello")
+        value = "attachment; filename=\"a b.txt\"; x='1'"
+        for name in self.parameters:
+            if name == "expires":
+                continue
+            answer = self.s3.get("/box/k", [("response-" + name, value)])
+            self.assertEqual(self.ok(answer).headers[name], value)
+
+    def test_a_header_beyond_latin_1_is_refused_or_kept(self):
+        # AWS: InvalidArgument, "Header value cannot be represented using
+        # ISO-8859-1"; never a silent question mark
+        self.s3.put("/box/k", b"hello")
+        answer = self.s3.get("/box/k", [
+            ("response-content-disposition", "filename=\u4e2d.txt")])
+        if answer.status == 200:
+            self.assertNotIn("?", answer.headers["content-disposition"])
+        else:
+            self.error(answer, "InvalidArgument")
+
+    def test_a_stored_header_or_key_cannot_break_out(self):
+        key = "a\r\nX-Evil: 1\r\n\r\n"
+        self.ok(self.s3.put("/box/" + key, b"hello", headers={
+            "x-amz-meta-a": "=?utf-8?q?a=0d=0aX-Evil:_1?="}))
+        for method in ("GET", "HEAD"):
+            peer = self.peer().send(self.head(method, "/box/" + key))
+            answer = self.ok(peer.answer(method))
+            self.assertNotIn("x-evil", answer.headers)
+            self.alive(peer)
+        answer = self.s3.get("/box/" + key, [("uploadId", "a\r\nb")])
+        self.assertEqual(answer.status // 100, 4)
+
+
+class HttpLog(HttpCase):
+
+    def setUp(self):
+        super().setUp()
+        self.log = Lines()
+        self.server.server.access_log = self.log.append
+        self.addCleanup(setattr, self.server.server, "access_log", None)
+
+    def test_a_request_is_one_entry_with_its_facts(self):
+        put = self.s3.put("/box/k", b"hello" * 50000)
+        get = self.s3.get("/box/k")
+        head = self.s3.head("/box/k")
+        none = self.s3.get("/box/none")
+        rows = self.log.take(4)
+        self.assertEqual(
+            [(row["operation"], row["method"], row["resource"],
+              row["status"], row["bytes_in"], row["bytes_out"])
+             for row in rows], [
+                 ("PutObject", "PUT", "/box/k", 200, 250000, 0),
+                 ("GetObject", "GET", "/box/k", 200, 0, 250000),
+                 ("HeadObject", "HEAD", "/box/k", 200, 0, 0),
+                 ("GetObject", "GET", "/box/none", 404, 0,
+                  len(none.body))])
+        for row, answer in zip(rows, (put, get, head, none)):
+            self.assertEqual(row["request_id"],
+                             answer.headers["x-amz-request-id"])
+            self.assertEqual(row["client"], "127.0.0.1")
+            self.assertEqual(row["account"], self.server.key_id)
+            self.assertGreaterEqual(row["ms"], 0)
+            self.assertRegex(row["time"],
+                             r"\A\d{4}-\d\d-\d\dT[\d:]{8}\.\d{3}Z\Z")
+
+    def test_a_refused_request_names_no_account(self):
+        self.s3.get("/box/k", signed=False)
+        self.s3.send("GET", "/box/k", headers={
+            "authorization": "AWS4-HMAC-SHA256 Credential=%s/20200101/"
+            "us-east-1/s3/aws4_request,SignedHeaders=host,Signature=%s"
+            % (self.server.key_id, "0" * 64)})
+        rows = self.log.take(2)
+        self.assertEqual([row["account"] for row in rows], ["-", "-"])
+        self.assertTrue(all(row["status"] in (400, 403) for row in rows))
+
+    def test_every_malformed_request_is_logged_with_its_id(self):
+        expected = {}
+        for name, data, status in MALFORMED:
+            answer = read_answer(io.BytesIO(raw(self.server.port, data)))
+            expected[answer.headers["x-amz-request-id"]] = status, name
+        rows = self.log.take(len(MALFORMED))
+        logged = {row["request_id"]: row["status"] for row in rows}
+        for request_id, (status, name) in expected.items():
+            with self.subTest(name):
+                self.assertEqual(logged.get(request_id), status)
+
+    def test_a_signature_is_not_logged(self):
+        self.ok(self.peer().send(self.head("GET", "/box")).answer())
+        row = self.log.take(1)[0]
+        self.assertEqual(row["resource"].rstrip("/"), "/box")
+        self.assertNotIn("Signature", str(row))
+
+    def test_a_virtual_host_s_bucket_is_logged(self):
+        host = "box.localhost:%d" % self.server.port
+        self.ok(self.s3.request("PUT", "/k", body=b"x",
+                                headers={"host": host}))
+        row = self.log.take(1)[0]
+        self.assertIn("box", row["resource"])
+        self.assertTrue(row["resource"].endswith("/k"))
+
+    def test_an_entry_is_one_line_whatever_the_key(self):
+        self.s3.put("/box/a b\nc\x1b[1m\u2028", b"x")
+        row = self.log.take(1)[0]
+        self.assertEqual(row["status"], 200)
+        self.assertRegex(row["resource"], r"\A[!-~]+\Z")
+
+
+###############################################################################
+# 10. Server
+###############################################################################
+
+def clean_environment(**more):
+    """This process's environment without a setting of gos3rve."""
+    return dict({name: value for name, value in os.environ.items()
+                 if not name.startswith(("GOS3RVE_", "MINIO_"))}, **more)
+
+
+class Process:
+    """gos3rve.py as a process of its own, in a directory of its own; it
+    ends with its test.  text: its banner; stderr(): what it said there."""
+
+    def __init__(self, test, *arguments, environment=None, wait=True):
+        self.directory = temporary_directory(test)
+        self._stderr = open(os.path.join(temporary_directory(test),
+                                         "stderr"), "wb")
+        self.process = subprocess.Popen(
+            [sys.executable, SERVER] + [str(word) for word in arguments],
+            cwd=self.directory, env=clean_environment(**environment or {}),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=self._stderr, universal_newlines=True)
+        test.addCleanup(self.kill)
+        self.text = self.url = ""
+        while wait and not self.url:
+            self._read(test)
+        self.port = urllib.parse.urlsplit(self.url).port
+
+    def _read(self, test):
+        """A line of the banner."""
+        line = self.process.stdout.readline()
+        if not line:
+            test.fail("no banner; stderr: " + self.stderr())
+        self.text += line
+        match = re.search(r"https?://[\w.\[\]:-]+:\d+", line)
+        self.url = match.group() if match else ""
+
+    def client(self, key_id="KEY", secret="hush-hush"):
+        """A Client of it."""
+        return Client(self.url, key_id, secret)
+
+    def stderr(self):
+        """What it said on stderr so far."""
+        with open(self._stderr.name, encoding="utf-8") as file:
+            return file.read()
+
+    def end(self, number=signal.SIGTERM):
+        """Ask it to stop; its exit status and the rest of stdout."""
+        self.process.send_signal(number)
+        return self.status()
+
+    def status(self):
+        """Its exit status, once it has ended; text is then whole."""
+        status = self.process.wait(20)
+        self.text += self.process.stdout.read()
+        return status
+
+    def kill(self):
+        """End it, if it has not ended yet."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+        self._stderr.close()
+
+
+KEYS = ("-bind", "127.0.0.1", "-p", "0", "-key_id", "KEY",
+        "-key_val", "hush-hush")
+
+
+def refused(port):
+    """True when nothing listens on a port."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 5).close()
+    except ConnectionError:
+        return True
+    return False
+
+
+class ServerEnd(HttpCase):
+
+    def upload(self, server, client):
+        """A Peer in the middle of an upload that the server waits for."""
+        url = client.presign("PUT", "/box/k")
+        peer = Peer(server.port)
+        self.addCleanup(peer.close)
+        peer.send(("PUT %s HTTP/1.1\r\nHost: %s\r\nContent-Length: 10\r\n"
+                   "Expect: 100-continue\r\n\r\n" % (
+                       url[len(client.url):], client.netloc)).encode())
+        self.assertEqual(peer.answer().status, 100)
+        return peer.send(b"hello")
+
+    @unittest.skipUnless(os.name == "posix", "signals of POSIX")
+    def test_a_signal_lets_a_running_request_finish_and_exits_0(self):
+        signals = (signal.SIGINT, signal.SIGTERM)
+        servers = [Process(self, "-bucket", "box", *KEYS) for _ in signals]
+        for number, server in zip(signals, servers):
+            with self.subTest(number):
+                idle = Peer(server.port)
+                self.addCleanup(idle.close)
+                self.ok(idle.send(HEALTH).answer())
+                peer = self.upload(server, server.client())
+                server.process.send_signal(number)
+                self.assertTrue(wait_for(lambda: refused(server.port)))
+                self.assertIsNone(server.process.poll())
+                answer = peer.send(b"world").answer()
+                self.assertEqual(answer.status, 200)
+                self.assertEqual(answer.headers["connection"], "close")
+                peer.close()
+                self.assertEqual(server.status(), 0)
+                path = os.path.join(server.directory, "buckets/box/k")
+                with open(path, "rb") as file:
+                    self.assertEqual(file.read(), b"helloworld")
+                self.assertNotIn("Traceback", server.stderr())
+
+    def test_close_waits_for_a_running_request_in_bounds(self):
+        server = gos3rve.serve(buckets=["box"])
+        client = Client(server.url, server.key_id, server.key_val)
+        peer = self.upload(server, client)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            closing = pool.submit(server.close, 20)
+            self.assertTrue(wait_for(lambda: refused(server.port)))
+            self.assertFalse(closing.done())
+            self.ok(peer.send(b"world").answer())
+            peer.close()
+            self.assertIs(closing.result(), True)
+
+    def test_close_gives_up_on_a_request_that_never_ends(self):
+        server = gos3rve.serve(buckets=["box"])
+        self.upload(server, Client(server.url, server.key_id,
+                                   server.key_val))
+        self.assertIs(server.close(0.1), False)
+
+    def test_idle_and_silent_connections_do_not_delay_the_end(self):
+        server = gos3rve.serve()
+        peers = [Peer(server.port) for _ in range(4)]
+        for peer in peers:
+            self.addCleanup(peer.close)
+        self.ok(peers[0].send(HEALTH).answer())     # between two requests
+        peers[1].send(b"GET / HT")                  # within a head
+        self.ok(peers[2].send(HEALTH + b"GET").answer())
+        self.assertIs(server.close(5), True)        # and peers[3]: silent
+        self.assertEqual(peers[0].rest(), b"")
+
+    def test_a_server_may_be_closed_twice(self):
+        server = gos3rve.serve()
+        self.assertTrue(server.close(5))
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            again = pool.submit(server.close, 5)
+            self.assertTrue(again.result(timeout=10))
+
+    def start(self, *argv):
+        """(exit status, stdout, stderr) of a start that has to fail."""
+        argv = ["-dir_buckets", os.path.join(self.server.dir_uploads, "b"),
+                "-dir_uploads", self.server.dir_uploads] + list(argv)
+        out, err = io.StringIO(), io.StringIO()
+        with mock.patch.object(gos3rve, "banner", side_effect=AssertionError(
+                "it serves")), contextlib.redirect_stdout(out), \
+                contextlib.redirect_stderr(err):
+            status = gos3rve.main(argv)
+        return status, out.getvalue(), err.getvalue()
+
+    def test_a_port_in_use_is_one_sentence_and_status_1(self):
+        status, out, err = self.start("-bind", "127.0.0.1", "-p",
+                                      str(self.server.port))
+        self.assertEqual((status, out), (1, ""))
+        self.assertRegex(err, r"\Agos3rve: [^\n]*in use[^\n]*\n\Z")
+
+    def test_an_address_that_is_not_here_is_one_sentence(self):
+        for name in ("203.0.113.1", "no such host", "nowhere.invalid",
+                     "a..b", "x" * 70, "300.1.1.1"):
+            with self.subTest(name):
+                status, out, err = self.start("-p", "0", "-bind", name)
+                self.assertIn(status, (1, 2))
+                self.assertEqual(out, "")
+                self.assertRegex(err, r"\Agos3rve: [^\n]+\n\Z")
+
+    def test_directories_that_cannot_be_are_one_sentence(self):
+        buckets = temporary_directory(self)
+        path = os.path.join(buckets, "mine")
+        with open(path, "w") as file:
+            file.write("no directory")
+        for words in (["-dir_buckets", path], ["-dir_uploads", path],
+                      ["-dir_buckets", os.path.join(path, "below")],
+                      ["-dir_buckets", buckets, "-bucket", "mine"]):
+            with self.subTest(words):
+                status, out, err = self.start("-p", "0", *words)
+                self.assertIn(status, (1, 2))
+                self.assertEqual(out, "")
+                self.assertRegex(err, r"\Agos3rve: [^\n]+\n\Z")
+
+
+class ServerConnections(HttpCase):
+
+    def test_connections_beyond_the_cap_wait_for_their_turn(self):
+        with mock.patch.object(gos3rve, "MAX_CONNECTIONS", 2):
+            server = gos3rve.serve()
+        self.addCleanup(server.close, 5)
+        peers = [Peer(server.port) for _ in range(3)]
+        for peer in peers:
+            self.addCleanup(peer.close)
+            peer.send(HEALTH)
+        self.ok(peers[0].answer())
+        self.ok(peers[1].answer())
+        peers[2].sock.settimeout(0.2)
+        with self.assertRaises(socket.timeout):
+            peers[2].sock.recv(1)       # while the other two are open
+        peers[0].close()
+        peers[2].sock.settimeout(20)
+        self.assertEqual(peers[2].sock.recv(12), b"HTTP/1.1 200")
+
+    def test_fifty_connections_at_once_are_all_served(self):
+        self.s3.put("/box/k", b"hello")
+        data = self.head("GET", "/box/k")
+        peers = [self.peer().send(data) for _ in range(50)]
+        for peer in peers:
+            self.assertEqual(self.ok(peer.answer()).body, b"hello")
+
+    def test_silent_connections_stop_nobody(self):
+        for _ in range(20):
+            self.peer().send(b"GET")
+        self.ok(self.s3.get("/box"))
+
+    def test_IPv6_is_served_and_named_in_the_url(self):
+        try:
+            server = gos3rve.serve(bind="::1", buckets=["box"])
+        except OSError as error:
+            self.skipTest("no IPv6 here: %s" % error)
+        self.addCleanup(server.close, 5)
+        self.assertEqual(server.url, "http://[::1]:%d" % server.port)
+        client = Client(server.url, server.key_id, server.key_val)
+        self.addCleanup(client.close)
+        self.ok(client.put("/box/k", b"hello"))
+
+    def test_all_interfaces_take_IPv4_and_log_it_as_such(self):
+        log = Lines()
+        server = gos3rve.serve(bind="")
+        self.addCleanup(server.close, 5)
+        server.server.access_log = log.append
+        with Peer(server.port) as peer:
+            self.ok(peer.send(HEALTH).answer())
+        self.assertEqual(log.take(1)[0]["client"], "127.0.0.1")
+
+    def test_a_fault_of_the_server_is_a_500_and_told_the_operator(self):
+        store = type(self.server.store)
+        with mock.patch.object(store, "put_object",
+                               side_effect=RuntimeError("secret detail")):
+            answer = self.s3.put("/box/k", b"x")
+        self.error(answer, "InternalError")
+        self.assertNotIn(b"secret detail", answer.body)
+        request_id = answer.headers["x-amz-request-id"]
+        self.assertTrue(any(
+            request_id in line and "secret detail" in line
+            for line in self.reports), self.reports)
+        self.reports.clear()
+        self.ok(self.s3.put("/box/k", b"x"))
+
+    def test_a_full_disk_is_said_and_the_server_goes_on(self):
+        with mock.patch.object(gos3rve.os, "write", side_effect=OSError(
+                errno.ENOSPC, "No space left on device")):
+            answer = self.s3.put("/box/k", b"x" * 100000)
+        self.assertEqual(answer.status, 507, answer.body)
+        self.assertEqual(self.s3.keys("box"), [])
+        self.ok(self.s3.put("/box/k", b"x"))
+
+
+class ServerLog(HttpCase):
+
+    def test_log_text_is_one_line_a_request(self):
+        server = Process(self, "-bucket", "box", *KEYS)
+        client = server.client()
+        put = client.put("/box/a b", b"hello")
+        client.get("/box/none")
+        urllib.request.urlopen(client.presign("GET", "/box")).close()
+        client.close()
+        self.assertEqual(server.end(), 0)
+        lines = sorted(server.stderr().splitlines(),
+                       key=lambda line: "PutObject" not in line)
+        self.assertEqual(len(lines), 3, lines)
+        for word in ("PutObject", "/box/a%20b", "KEY", "127.0.0.1", "200",
+                     "5", put.headers["x-amz-request-id"]):
+            self.assertIn(word, lines[0].split())
+        self.assertIn("404", (lines[1] + " " + lines[2]).split())
+        self.assertNotIn("Signature", server.stderr())
+        self.assertIn("KEY", server.text)
+        self.assertNotIn("hush-hush", server.text + server.stderr())
+
+    def test_log_json_is_one_object_a_request(self):
+        server = Process(self, "-bucket", "box", "-log=json", *KEYS)
+        client = server.client()
+        put = client.put("/box/k", b"hello")
+        raw(server.port, b"\x80\xff\r\n\r\n")
+        client.get("/box/\u4e2d")
+        client.close()
+        self.assertEqual(server.end(), 0)
+        rows = {row["status"]: row for row in map(
+            json.loads, server.stderr().splitlines())}
+        self.assertEqual(sorted(rows), [200, 400, 404])
+        self.assertEqual(
+            [rows[200][name] for name in ("operation", "resource",
+                                          "account", "bytes_in",
+                                          "request_id")],
+            ["PutObject", "/box/k", "KEY", 5,
+             put.headers["x-amz-request-id"]])
+
+    def test_a_log_nobody_reads_does_not_stop_the_server(self):
+        with mock.patch.object(gos3rve.os, "write", side_effect=OSError(
+                errno.EPIPE, "Broken pipe")):
+            gos3rve.access_writer("text")({"status": 200})
+            gos3rve.access_writer("json")({"status": 200})
+            gos3rve.operator_log("a line")
+        self.assertIsNone(gos3rve.access_writer("none"))
+
+
+def make_certificate(test, name="localhost"):
+    """(certificate, key): paths of a self-signed one, or skip the test."""
+    if not shutil.which("openssl"):
+        test.skipTest("no openssl command to make a certificate with")
+    directory = temporary_directory(test)
+    paths = [os.path.join(directory, part) for part in ("cert", "key")]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+         "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=" + name, "-addext",
+         "subjectAltName=DNS:localhost,IP:127.0.0.1",
+         "-out", paths[0], "-keyout", paths[1]],
+        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return paths
+
+
+def trusting(*certificates):
+    """A client's SSLContext that trusts these certificates only."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for path in certificates:
+        context.load_verify_locations(path)
+    return context
+
+
+class ServerTls(HttpCase):
+
+    @classmethod
+    def setUpClass(cls):
+        """A server over TLS; the certificate goes when the class ends."""
+        cls.made = unittest.TestCase()
+        try:
+            cls.cert, cls.key = make_certificate(cls.made)
+            cls.options = {"tls_cert": cls.cert, "tls_key": cls.key}
+            super().setUpClass()
+            cls.context = trusting(cls.cert)
+            cls.s3._context = cls.context
+        except BaseException:
+            cls.made.doCleanups()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        super().tearDownClass()
+        cls.made.doCleanups()
+
+    def test_the_url_is_https_and_objects_pass(self):
+        self.assertTrue(self.server.url.startswith("https://"))
+        data = os.urandom(3000001)
+        self.ok(self.s3.put("/box/k", data))
+        self.assertEqual(self.ok(self.s3.get("/box/k")).body, data)
+        answer = self.s3.get("/box/k", headers={"range": "bytes=5-9"})
+        self.assertEqual(self.ok(answer, 206).body, data[5:10])
+        self.assertEqual(self.s3.keys("box"), ["k"])
+
+    def test_trailers_are_checked(self):
+        data = b"hello world" * 1000
+        for checksum, status in ((crc64(data), 200), (crc64(b"x"), 400)):
+            body = b"%x\r\n%s\r\n0\r\nx-amz-checksum-crc32:%s\r\n\r\n" % (
+                len(data), data, checksum.encode())
+            answer = self.s3.put(
+                "/box/k%d" % status, body,
+                payload="STREAMING-UNSIGNED-PAYLOAD-TRAILER", headers={
+                    "x-amz-trailer": "x-amz-checksum-crc32",
+                    "content-encoding": "aws-chunked",
+                    "x-amz-decoded-content-length": len(data)})
+            self.ok(answer, status)
+        self.assertEqual(self.s3.keys("box"), ["k200"])
+        answer = self.s3.get("/box/k200")
+        self.assertEqual(answer.body, data)
+        self.assertNotIn("content-encoding", answer.headers)
+
+    def test_the_end_is_said_with_close_notify(self):
+        self.s3.put("/box/k", b"x" * 300000)
+        peer = self.peer()      # raises SSLEOFError at an end without
+        peer.send(self.head("GET", "/box/k", headers=[
+            ("Connection", "close")]))
+        self.assertEqual(len(self.ok(peer.answer()).body), 300000)
+        self.assertEqual(peer.rest(), b"")
+
+    def test_a_large_unwanted_body_ends_it_but_the_answer_arrives(self):
+        peer = self.peer()
+        peer.send(self.put_bytes("/nobox/k", b"x" * (4 << 20)))
+        answer = peer.answer()
+        self.error(answer, "NoSuchBucket")
+        self.assertEqual(answer.headers["connection"], "close")
+
+    def test_a_good_upload_is_asked_for_its_body(self):
+        peer = self.peer().send(self.put_bytes(
+            "/box/k", b"hello", ("Expect", "100-continue"))[:-5])
+        self.assertEqual(peer.answer().status, 100)
+        self.ok(peer.send(b"hello").answer())
+        self.alive(peer)
+
+    def test_pipelined_requests_are_answered(self):
+        self.s3.put("/box/k", b"hello")
+        peer = self.peer().send(self.head("GET", "/box/k") * 20)
+        for _ in range(20):
+            self.assertEqual(self.ok(peer.answer()).body, b"hello")
+
+    def test_plain_HTTP_and_garbage_on_its_port_do_no_harm(self):
+        for data in (HEALTH, b"\x00" * 1000, b"", b"\x16\x03\x01\x00\x05"):
+            answer = b""
+            with Peer(self.server.port) as peer:
+                with contextlib.suppress(OSError):
+                    peer.send(data).sock.shutdown(socket.SHUT_WR)
+                    answer = peer.rest()
+            self.assertNotIn(b"HTTP/1.1 200", answer)
+            self.ok(self.s3.get("/box"))
+
+    def test_a_client_that_delays_its_hello_stops_nobody(self):
+        with Peer(self.server.port), Peer(self.server.port):
+            self.ok(self.s3.get("/box"))
+
+    def test_a_client_without_a_hello_does_not_delay_the_end(self):
+        server = gos3rve.serve(**self.options)
+        with Peer(server.port), Peer(server.port) as halfway:
+            halfway.send(b"\x16\x03\x01\x02\x00")
+            self.shown(server.port, self.cert)      # accepted after them
+            self.assertIs(server.close(3), True)
+
+    def test_idle_connections_get_their_close_notify_at_the_end(self):
+        server = gos3rve.serve(**self.options)
+        with Peer(server.port, self.context) as idle, \
+                Peer(server.port, self.context) as halfway:
+            self.ok(idle.send(HEALTH).answer())
+            self.ok(halfway.send(HEALTH + b"GET / HT").answer())
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                closing = pool.submit(server.close, 5)
+                self.assertEqual(idle.rest(), b"")      # or SSLEOFError
+                idle.close()
+                answer = halfway.answer()   # encrypted, if there is one
+                self.assertIn(answer and answer.status, (None, 400))
+                self.assertEqual(halfway.rest(), b"")
+                halfway.close()
+                self.assertIs(closing.result(), True)
+
+    def shown(self, port, *certificates):
+        """The certificate (DER) that the server shows."""
+        with Peer(port, trusting(*certificates)) as peer:
+            self.assertEqual(peer.send(HEALTH).answer().status, 200)
+            return peer.sock.getpeercert(True)
+
+    def test_a_failed_reload_keeps_the_old_certificate(self):
+        directory = temporary_directory(self)
+        cert = shutil.copy(self.cert, os.path.join(directory, "cert"))
+        key = shutil.copy(self.key, os.path.join(directory, "key"))
+        server = gos3rve.serve(tls_cert=cert, tls_key=key)
+        self.addCleanup(server.close, 5)
+        before = self.shown(server.port, self.cert)
+        other = make_certificate(self)
+        shutil.copy(other[0], cert)         # its key has not come yet
+        with contextlib.suppress(OSError, gos3rve.ConfigError):
+            server.reload_certificate()
+        self.assertEqual(self.shown(server.port, self.cert), before)
+        shutil.copy(other[1], key)
+        server.reload_certificate()
+        self.assertNotEqual(self.shown(server.port, other[0]), before)
+
+    @unittest.skipUnless(hasattr(signal, "SIGHUP"), "no SIGHUP here")
+    def test_SIGHUP_reads_the_certificate_again(self):
+        directory = temporary_directory(self)
+        both = os.path.join(directory, "both.pem")
+        new = make_certificate(self)
+
+        def write(*paths):
+            with open(both + ".new", "wb") as target:
+                for path in paths:
+                    with open(path, "rb") as source:
+                        target.write(source.read())
+            os.replace(both + ".new", both)
+        write(self.cert, self.key)
+        server = Process(self, "-tls_cert", both, *KEYS)
+        self.assertTrue(server.url.startswith("https://"))
+        before = self.shown(server.port, self.cert)
+        write(os.devnull)
+        server.process.send_signal(signal.SIGHUP)
+        self.assertTrue(wait_for(lambda: "certificate" in server.stderr()))
+        self.assertEqual(self.shown(server.port, self.cert), before)
+        write(*new)
+        server.process.send_signal(signal.SIGHUP)
+        self.assertTrue(wait_for(lambda: self.shown(
+            server.port, self.cert, new[0]) != before))
+        self.assertEqual(server.end(), 0)
+        self.assertNotIn("Traceback", server.stderr())
+
+class ServerProcess:
+    """gos3rve.py as a process of its own over some directories."""
+
+    def __init__(self, directory, *arguments, interpreter=sys.executable):
+        self.directory = directory
+        self.buckets = os.path.join(directory, "buckets")
+        ready = os.path.join(directory, "ready-" + os.urandom(4).hex())
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [interpreter, SERVER, "-p", "0", "-bind", "127.0.0.1",
+             "-key_id", "KEY", "-key_val", "SECRET", "-log", "none",
+             "-dir_buckets", self.buckets,
+             "-dir_uploads", os.path.join(directory, "uploads"),
+             "-ready_file", ready] + list(arguments),
+            stdout=subprocess.DEVNULL, stderr=self.errors)
+        deadline = time.monotonic() + 20
+        while not os.path.exists(ready):
+            if self.process.poll() is not None \
+                    or time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError("the server did not start: %s"
+                                   % self.said())
+            time.sleep(0.01)
+        with open(ready) as file:
+            self.url = file.read().strip()
+
+    def client(self):
+        """A new Client of it."""
+        return Client(self.url, "KEY", "SECRET")
+
+    def said(self):
+        """What it wrote on stderr."""
+        self.errors.seek(0)
+        return self.errors.read().decode()
+
+    def kill(self):
+        """End it as a power cut of the process would."""
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+        self.errors.close()
+
+
+def together(count, function):
+    """Call function(number) in `count` threads that start at once; the
+    results."""
+    barrier = threading.Barrier(count)
+
+    def one(number):
+        barrier.wait()
+        return function(number)
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+class KilledServer(unittest.TestCase):
+    """kill -9 at random moments: what was acknowledged is whole, what was
+    not is the old object or the new one, and a sweep leaves nothing."""
+
+    rounds = int(os.environ.get("GOS3RVE_KILLS", "12"))
+
+    def setUp(self):
+        self.directory = temporary_directory(self)
+        self.random = random.Random(os.environ.get("GOS3RVE_SEED"))
+        self.sure = {}                  # key -> content that must be there
+        self.maybe = {}                 # key -> contents it may have, too
+
+    def content(self):
+        """New content of random length."""
+        size = self.random.choice((0, 10, 5000, 300000, 6 * MIB))
+        return os.urandom(16) * (size // 16)
+
+    def write(self, client, key, body):
+        """One PUT, multipart upload or copy of `body` under `key`."""
+        kind = self.random.choice(("put", "put", "copy", "multipart"))
+        path = "/box/" + key
+        self.maybe.setdefault(key, set()).add(body)
+        if kind == "put":
+            answer = client.put(path, body, payload="UNSIGNED-PAYLOAD")
+        elif kind == "copy":
+            source = "source-" + key
+            self.maybe.setdefault(source, set()).add(body)
+            answer = client.put("/box/" + source, body)
+            self.acknowledge(answer, source, body)
+            answer = client.put(path, headers={
+                "x-amz-copy-source": "/box/" + source})
+        else:
+            answer = self.multipart(client, path, body)
+        self.acknowledge(answer, key, body)
+
+    def acknowledge(self, answer, key, body):
+        self.assertEqual(answer.status, 200, answer.body)
+        self.sure[key] = body
+        self.maybe[key] = {body}
+
+    def multipart(self, client, path, body):
+        parts = [body[:5 * MIB], body[5 * MIB:]]
+        upload = client.post(path, [("uploads", "")]).one("UploadId")
+        document = ""
+        for number, part in enumerate(filter(None, parts), 1):
+            etag = client.put(path, part, [
+                ("partNumber", str(number)), ("uploadId", upload)],
+                payload="UNSIGNED-PAYLOAD").etag
+            document += ("<Part><PartNumber>%d</PartNumber><ETag>%s</ETag>"
+                         "</Part>" % (number, etag))
+        if not document:
+            return client.put(path, body)
+        return client.post(path, [("uploadId", upload)], (
+            "<CompleteMultipartUpload>%s</CompleteMultipartUpload>"
+            % document).encode())
+
+    def test_nothing_acknowledged_is_lost_and_nothing_torn_is_seen(self):
+        for _ in range(self.rounds):
+            with ServerProcess(self.directory, "-bucket",
+                               "box") as server:
+                self.check(server)
+                timer = threading.Timer(self.random.uniform(0, 0.15),
+                                        server.process.kill)
+                timer.start()
+                with contextlib.suppress(
+                        OSError, http.client.HTTPException), \
+                        contextlib.closing(server.client()) as client:
+                    while True:
+                        key = "key%d" % self.random.randrange(8)
+                        self.write(client, key, self.content())
+                timer.join()
+        with ServerProcess(self.directory) as server:
+            self.check(server)
+        self.check_swept()
+
+    def check(self, server):
+        """Every key has one of its possible contents."""
+        client = server.client()
+        self.addCleanup(client.close)
+        for key, contents in sorted(self.maybe.items()):
+            answer = client.get("/box/" + key)
+            if answer.status == 404 and key not in self.sure:
+                continue
+            allowed = contents | {self.sure.get(key)}
+            self.assertEqual(answer.status, 200, key)
+            self.assertIn(answer.body, allowed, "%s is torn" % key)
+            if "-" not in answer.etag:
+                self.assertEqual(answer.etag, hashlib.md5(
+                    answer.body).hexdigest())
+            self.sure[key], self.maybe[key] = answer.body, {answer.body}
+
+    def check_swept(self):
+        """A sweep, an hour later, leaves objects and nothing else."""
+        store = Store(os.path.join(self.directory, "buckets"),
+                      os.path.join(self.directory, "uploads"))
+        store.sweep(60, now=time.time() + 3600)
+        self.assertEqual(os.listdir(store.dir_uploads), [])
+        state = os.path.join(store.dir_buckets, "box", gos3rve.STATE)
+        self.assertEqual(os.listdir(os.path.join(state, "tmp")), [])
+        self.assertEqual(set(os.listdir(os.path.join(
+            store.dir_buckets, "box"))) - {gos3rve.STATE}, set(self.sure))
+
+
+class ConcurrentWrites(unittest.TestCase):
+    """Of writers who make the same condition exactly one wins, across
+    threads and across processes on the same directory."""
+
+    rounds = int(os.environ.get("GOS3RVE_RACES", "10"))
+
+    def test_one_winner_of_32(self):
+        directory = temporary_directory(self)
+        with ServerProcess(directory, "-bucket", "box") as one, \
+                ServerProcess(directory, "-bucket", "box") as two:
+            clients = [(one, two)[number % 2].client()
+                       for number in range(32)]
+            for number in range(self.rounds):
+                key = "/box/key%d" % number
+                etag = self.race(clients, key, {"if-none-match": "*"}, 0)
+                for more in range(2):
+                    etag = self.race(clients, key, {"if-match": etag},
+                                     more + 1)
+            for client in clients:
+                client.close()
+
+    def race(self, clients, key, headers, turn):
+        """32 PUTs at once; the winner's ETag."""
+        answers = together(len(clients), lambda number: clients[number].put(
+            key, b"%d of turn %d" % (number, turn), headers=headers))
+        won = [a for a in answers if a.status == 200]
+        self.assertEqual(len(won), 1)
+        self.assertEqual({a.code for a in answers if a.status != 200},
+                         {"PreconditionFailed"})
+        self.assertEqual(clients[0].get(key).etag, won[0].etag)
+        return won[0].headers["etag"]
+
+###############################################################################
+# 11. Configuration and command line
+###############################################################################
+
+# Option -> (text, value) as every source gives it; {dir} is a directory
+SAMPLES = {
+    "p": ("9000", 9000),
+    "bind": ("127.0.0.1", "127.0.0.1"),
+    "dir_buckets": ("some/buckets", "some/buckets"),
+    "dir_uploads": ("some/uploads", "some/uploads"),
+    "bucket": ("mine", (("mine", None),)),
+    "key_id": ("AKIAIOSFODNN7EXAMPLE", "AKIAIOSFODNN7EXAMPLE"),
+    "key_val": ("wJalrXUtnFEMI/K7M+bPx=", "wJalrXUtnFEMI/K7M+bPx="),
+    "user_id": ("c5dbe9e2", "c5dbe9e2"),
+    "user_name": ("A B", "A B"),
+    "user_email": ("a@example.com", "a@example.com"),
+    "region": ("eu-west-1", "eu-west-1"),
+    "domain": ("S3.example.com", ("s3.example.com",)),
+    "public_url": ("https://s3.example.com", "https://s3.example.com"),
+    "tls_cert": ("cert.pem", "cert.pem"),
+    "tls_key": ("key.pem", "key.pem"),
+    "sync": ("true", True),
+    "readonly": ("true", True),
+    "follow_symlinks": ("true", True),
+    "upload_ttl": ("15m", 900),
+    "log": ("json", "json"),
+    "ready_file": ("ready", "ready"),
+}
+SWITCHES = ("sync", "readonly", "follow_symlinks")
+# What an option cannot do without
+COMPANIONS = {"tls_key": ("tls_cert", "cert.pem")}
+SEED_FLAGS = ("p", "dir_buckets", "dir_uploads", "key_id", "key_val",
+              "region", "user_id", "user_name", "config", "help")
+SEED_CONFIG = """<root>
+    <AccessKeyId>any</AccessKeyId>
+    <SecretAccessKey>key</SecretAccessKey>
+    <Region>us-east-1</Region>
+    <UploadsPath>./uploads</UploadsPath>
+    <BucketsPath>./buckets</BucketsPath>
+    <Port>8080</Port>
+</root>
+"""
+
+
+class ConfigCase(unittest.TestCase):
+
+    def setUp(self):
+        """Each test runs in an empty directory, in no environment."""
+        self.directory = temporary_directory(self)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.directory)
+        patch = mock.patch.dict(os.environ, clean_environment(), clear=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def read(self, *argv, environment=None):
+        """The values of a Config."""
+        return gos3rve.read_config(list(argv), environment or {}).values
+
+    def write(self, text, name="config.xml"):
+        """Write a file into the directory; its name."""
+        with open(name, "w", encoding="utf-8") as file:
+            file.write(text)
+        return name
+
+    def main(self, *argv):
+        """(exit status, stdout, stderr) of the command, in this process;
+        it fails the test if that begins to serve."""
+        out, err = io.StringIO(), io.StringIO()
+        with mock.patch.object(gos3rve, "run", side_effect=AssertionError(
+                "it would serve")):
+            with contextlib.redirect_stdout(out):
+                with contextlib.redirect_stderr(err):
+                    status = gos3rve.main(list(argv))
+        return status, out.getvalue(), err.getvalue()
+
+
+class ConfigSources(ConfigCase):
+
+    def test_the_samples_are_all_options(self):
+        self.assertEqual(sorted(SAMPLES), sorted(
+            option.name for option in gos3rve.OPTIONS))
+
+    def test_every_flag_has_four_spellings(self):
+        for name, (text, value) in SAMPLES.items():
+            more = ["-%s=%s" % COMPANIONS[name]] if name in COMPANIONS \
+                else []
+            for words in (["-" + name, text], ["--" + name, text],
+                          ["-%s=%s" % (name, text)],
+                          ["--%s=%s" % (name, text)]):
+                with self.subTest(words):
+                    self.assertEqual(self.read(*more + words)[name], value)
+
+    def test_switches_need_no_value(self):
+        for name in SWITCHES:
+            for word in ("-" + name, "--" + name, "-%s=1" % name,
+                         "-%s=TRUE" % name, "-%s=yes" % name):
+                self.assertIs(self.read(word)[name], True, word)
+                self.assertIs(self.read(word, "-p", "1")[name], True, word)
+            for word in ("-%s=false", "--%s=0", "-%s=no", "-%s=off"):
+                self.assertIs(self.read(word % name)[name], False, word)
+
+    def test_every_option_is_an_environment_variable(self):
+        for name, (text, value) in SAMPLES.items():
+            with self.subTest(name):
+                environment = {"GOS3RVE_" + name.upper(): text}
+                if name in COMPANIONS:
+                    other, path = COMPANIONS[name]
+                    environment["GOS3RVE_" + other.upper()] = path
+                self.assertEqual(
+                    self.read(environment=environment)[name], value)
+
+    def test_every_option_is_an_element_of_config_xml(self):
+        elements = {option.name: option.element
+                    for option in gos3rve.OPTIONS}
+        for name, (text, value) in SAMPLES.items():
+            with self.subTest(name):
+                text = "<%s> %s\n</%s>" % (elements[name], text,
+                                           elements[name])
+                if name in COMPANIONS:
+                    other, path = COMPANIONS[name]
+                    text += "<%s>%s</%s>" % (elements[other], path,
+                                             elements[other])
+                self.write("<root>%s</root>" % text)
+                self.assertEqual(self.read()[name], value)
+
+    def test_command_line_over_environment_over_file_over_default(self):
+        for name, element, default, texts, values in (
+                ("p", "Port", 8080, "123", (1, 2, 3)),
+                ("region", "Region", None, "xyz", "xyz"),
+                ("readonly", "ReadOnly", False, ("0", "1", "0"),
+                 (False, True, False)),
+                ("bucket", "Bucket", (), ("one", "two", "three"), (
+                    (("one", None),), (("two", None),),
+                    (("three", None),)))):
+            with self.subTest(name):
+                os.path.exists("config.xml") and os.unlink("config.xml")
+                self.assertEqual(self.read()[name], default)
+                self.write("<root><%s>%s</%s></root>" % (
+                    element, texts[0], element))
+                self.assertEqual(self.read()[name], values[0])
+                environment = {"GOS3RVE_" + name.upper(): texts[1]}
+                self.assertEqual(self.read(
+                    environment=environment)[name], values[1])
+                self.assertEqual(self.read(
+                    "-%s=%s" % (name, texts[2]),
+                    environment=environment)[name], values[2])
+
+    def test_MinIO_s_variables_are_aliases(self):
+        environment = {"MINIO_ROOT_USER": "minio",
+                       "MINIO_ROOT_PASSWORD": "minio123"}
+        values = self.read(environment=environment)
+        self.assertEqual((values["key_id"], values["key_val"]),
+                         ("minio", "minio123"))
+        environment["GOS3RVE_KEY_ID"] = "own"
+        values = self.read(environment=environment)
+        self.assertEqual((values["key_id"], values["key_val"]),
+                         ("own", "minio123"))
+        self.write(SEED_CONFIG)
+        self.assertEqual(self.read(environment=environment)["key_val"],
+                         "minio123")
+
+    def test_an_empty_variable_is_none(self):
+        self.assertEqual(self.read(environment={"GOS3RVE_P": ""})["p"],
+                         8080)
+
+    def test_the_environment_names_the_file(self):
+        self.write("<root><Port>1234</Port></root>", "other.xml")
+        environment = {"GOS3RVE_CONFIG": "other.xml"}
+        self.assertEqual(self.read(environment=environment)["p"], 1234)
+        self.write("<root><Port>4321</Port></root>", "third.xml")
+        self.assertEqual(self.read("--config", "third.xml",
+                                   environment=environment)["p"], 4321)
+
+    def test_the_seed_s_config_xml_is_read(self):
+        for argv in ((), ("-config", "config.xml"),
+                     ("--config=./config.xml",)):
+            self.write(SEED_CONFIG)
+            values = self.read(*argv)
+            self.assertEqual(
+                [values[name] for name in (
+                    "key_id", "key_val", "region", "dir_uploads",
+                    "dir_buckets", "p")],
+                ["any", "key", "us-east-1", "./uploads", "./buckets",
+                 8080])
+
+    def test_the_seed_s_defaults_hold(self):
+        values = self.read()
+        self.assertEqual([values[name] for name in (
+            "p", "dir_buckets", "dir_uploads", "user_name")],
+            [8080, "./buckets/", "./uploads/", "s3user@amazon.com"])
+
+    def test_keys_that_nobody_gave_are_new_each_time(self):
+        first, second = self.read(), self.read()
+        for name in ("key_id", "key_val", "user_id"):
+            self.assertNotEqual(first[name], second[name])
+            self.assertGreaterEqual(len(first[name]), 10)
+        self.assertRegex(first["key_val"], r"\A[A-Za-z0-9]{40}\Z")
+
+    def test_what_may_be_repeated_is_collected(self):
+        os.mkdir("tree")
+        buckets = (("one", None), ("two", "tree"))
+        self.assertEqual(self.read("-bucket", "one", "--bucket=two=tree")
+                         ["bucket"], buckets)
+        self.assertEqual(self.read(environment={
+            "GOS3RVE_BUCKET": "one,two=tree"})["bucket"], buckets)
+        self.write("<root><Bucket>one</Bucket><Bucket>two=tree</Bucket>"
+                   "</root>")
+        self.assertEqual(self.read()["bucket"], buckets)
+
+    def test_durations_have_units(self):
+        for text, seconds in (("90", 90), ("90s", 90), ("15m", 900),
+                              ("24h", 86400), ("7d", 604800), ("0", 0)):
+            self.assertEqual(self.read("-upload_ttl", text)["upload_ttl"],
+                             seconds)
+
+    def test_config_xml_names_further_accounts(self):
+        self.write("""<root><AccessKeyId>first</AccessKeyId>
+            <User><AccessKeyId>BOB</AccessKeyId>
+                <SecretAccessKey>bob-secret</SecretAccessKey>
+                <UserId>bob-id</UserId><UserName>bob</UserName>
+                <Email>bob@example.com</Email></User>
+            <User><AccessKeyId>EVE</AccessKeyId>
+                <SecretAccessKey>eve-secret</SecretAccessKey></User>
+            </root>""")
+        config = gos3rve.read_config([], {})
+        self.assertEqual(config.users[0], gos3rve.Account(
+            "BOB", "bob-secret", "bob-id", "bob", "bob@example.com"))
+        self.assertEqual(config.users[1][:2], ("EVE", "eve-secret"))
+        self.assertNotIn(config.users[1].user_id, ("", "bob-id"))
+
+
+# What is wrong: arguments, environment, config.xml, a word of the sentence
+WRONG = (
+    (["-nonsense"], {}, None, "nonsense"),
+    (["--nonsense=1"], {}, None, "nonsense"),
+    (["-port", "80"], {}, None, "-port"),
+    (["-hello"], {}, None, "-hello"),
+    (["-p8080"], {}, None, "-p8080"),
+    (["-key", "x"], {}, None, "-key"),
+    (["-read"], {}, None, "-read"),
+    (["extra"], {}, None, "extra"),
+    (["-p", "1", "extra"], {}, None, "extra"),
+    (["-sync", "extra"], {}, None, "extra"),
+    (["-p"], {}, None, "-p"),
+    (["-p", "x"], {}, None, "'x'"),
+    (["-p", ""], {}, None, "-p"),
+    (["-p", "-1"], {}, None, "-p"),
+    (["-p", "65536"], {}, None, "65536"),
+    (["-p", "8080.0"], {}, None, "8080.0"),
+    (["-p", "\u0663"], {}, None, "-p"),
+    (["-log", "xml"], {}, None, "xml"),
+    (["-sync=maybe"], {}, None, "maybe"),
+    (["-upload_ttl", "soon"], {}, None, "soon"),
+    (["-upload_ttl", "-5"], {}, None, "-upload_ttl"),
+    (["-upload_ttl", "5w"], {}, None, "5w"),
+    (["-bucket", "No"], {}, None, "No"),
+    (["-bucket", "a"], {}, None, "'a'"),
+    (["-bucket", "../x"], {}, None, "../x"),
+    (["-bucket", "a/b"], {}, None, "a/b"),
+    (["-bucket", "192.168.1.1"], {}, None, "192.168.1.1"),
+    (["-bucket", "mine=nowhere"], {}, None, "nowhere"),
+    (["-bucket", "mine="], {}, None, "mine="),
+    (["-bucket", "..=."], {}, None, "..=."),
+    (["-bucket", "one", "-bucket", "one"], {}, None, "twice"),
+    (["-domain", "a b"], {}, None, "a b"),
+    (["-domain", ""], {}, None, "-domain"),
+    (["-public_url", "s3.example.com"], {}, None, "s3.example.com"),
+    (["-public_url", "ftp://a"], {}, None, "ftp"),
+    (["-public_url", "http://a/path"], {}, None, "path"),
+    (["-public_url", "http://["], {}, None, "http://["),
+    (["-region", "not a region"], {}, None, "not a region"),
+    (["-key_id", ""], {}, None, "-key_id"),
+    (["-key_val="], {}, None, "-key_val"),
+    (["-dir_buckets", ""], {}, None, "-dir_buckets"),
+    (["-tls_key", "key.pem"], {}, None, "-tls_cert"),
+    (["-dir_buckets", "d", "-dir_uploads", "d"], {}, None, "-dir_uploads"),
+    (["-dir_uploads", "./buckets/x"], {}, None, "-dir_uploads"),
+    (["-config", "missing.xml"], {}, None, "missing.xml"),
+    (["-config", "."], {}, None, "."),
+    ([], {"GOS3RVE_CONFIG": "missing.xml"}, None, "missing.xml"),
+    ([], {"GOS3RVE_P": "x"}, None, "GOS3RVE_P"),
+    ([], {"GOS3RVE_SYNC": "maybe"}, None, "GOS3RVE_SYNC"),
+    ([], {"GOS3RVE_BUCKET": "fine,No"}, None, "No"),
+    ([], {}, "", "config.xml"),
+    ([], {}, "no XML", "config.xml"),
+    ([], {}, "<root><Port>1</Port>", "config.xml"),
+    ([], {}, "<wrong/>", "config.xml"),
+    ([], {}, "<!DOCTYPE root [<!ENTITY a 'b'>]><root>&a;</root>",
+     "config.xml"),
+    ([], {}, "<root><Prot>1</Prot></root>", "Prot"),
+    ([], {}, "<root><Port><X/></Port></root>", "Port"),
+    ([], {}, "<root><Port>x</Port></root>", "Port"),
+    ([], {}, "<root><Port>1</Port><Port>2</Port></root>", "Port"),
+    ([], {}, "<root>stray text</root>", "stray"),
+    ([], {}, "<root><User><AccessKeyId>a</AccessKeyId></User></root>",
+     "SecretAccessKey"),
+    ([], {}, "<root><User><SecretAccessKey>a</SecretAccessKey></User>"
+     "</root>", "AccessKeyId"),
+    ([], {}, "<root><User><AccessKeyId>a</AccessKeyId><SecretAccessKey>b"
+     "</SecretAccessKey><Shoe>9</Shoe></User></root>", "Shoe"),
+    ([], {}, "<root><User><AccessKeyId>a</AccessKeyId><AccessKeyId>c"
+     "</AccessKeyId><SecretAccessKey>b</SecretAccessKey></User></root>",
+     "AccessKeyId"),
+    (["-key_id", "a"], {}, "<root><User><AccessKeyId>a</AccessKeyId>"
+     "<SecretAccessKey>b</SecretAccessKey></User></root>", "access key"),
+)
+
+
+class ConfigErrors(ConfigCase):
+
+    def test_what_is_wrong_is_one_sentence_and_status_2(self):
+        for argv, environment, config, word in WRONG:
+            with self.subTest(argv=argv, env=environment, config=config):
+                if os.path.exists("config.xml"):
+                    os.unlink("config.xml")
+                if config is not None:
+                    self.write(config)
+                before = os.listdir(".")
+                with mock.patch.dict(os.environ, environment):
+                    status, out, err = self.main(*argv)
+                self.assertEqual((status, out), (2, ""), err)
+                self.assertRegex(err, r"\Agos3rve: [^\n]+\n\Z")
+                self.assertIn(word, err)
+                self.assertEqual(os.listdir("."), before)
+
+    def test_a_wrong_secret_is_not_repeated(self):
+        for argv, environment in ((["-key_val=hush", "-p", "x"], {}),
+                                  (["-p", "x"],
+                                   {"GOS3RVE_KEY_VAL": "hush"})):
+            with mock.patch.dict(os.environ, environment):
+                self.assertNotIn("hush", self.main(*argv)[2])
+
+    def test_the_process_says_it_and_starts_nothing(self):
+        path = os.path.join(self.directory, self.write("garbage", "pem"))
+        cases = [["-config", "none.xml"], ["-p", "0", "-tls_cert", path]]
+        servers = [Process(self, *words, wait=False) for words in cases]
+        for words, server in zip(cases, servers):
+            with self.subTest(words):
+                self.assertEqual(server.status(), 2)
+                self.assertRegex(server.stderr(), r"\Agos3rve: [^\n]+\n\Z")
+                self.assertEqual(server.text, "")
+                self.assertEqual(os.listdir(server.directory), [])
+
+    def test_a_ready_file_that_cannot_be_is_one_sentence_too(self):
+        path = os.path.join(self.directory, "ready")
+        os.mkdir(path)
+        server = Process(self, "-ready_file", path, *KEYS, wait=False)
+        self.assertIn(server.status(), (1, 2))
+        self.assertRegex(server.stderr(), r"\Agos3rve: [^\n]+\n\Z")
+        self.assertEqual(os.listdir(self.directory), ["ready"])
+
+
+class ConfigCommands(ConfigCase):
+
+    def test_help_lists_every_option(self):
+        for flag in ("-help", "--help", "-h", "--h"):
+            status, out, err = self.main(flag)
+            self.assertEqual((status, err), (0, ""))
+            listed = set(re.findall(r"^  -(\w+)", out, re.MULTILINE))
+            names = {option.name for option in gos3rve.OPTIONS}
+            self.assertEqual(listed, names | {"config", "help", "version",
+                                              "operations"})
+            self.assertLessEqual(set(SEED_FLAGS), listed)
+            for option in gos3rve.OPTIONS:
+                self.assertIn(option.help, out)
+        for words in ('"./buckets/"', "8080", '"s3user@amazon.com"'):
+            self.assertIn(words, out)
+
+    def test_version_is_one_line(self):
+        for flag in ("-version", "--version"):
+            self.assertEqual(self.main(flag), (
+                0, "gos3rve %s\n" % gos3rve.__version__, ""))
+
+    def test_operations_lists_every_operation_once_with_its_state(self):
+        status, out, err = self.main("-operations")
+        self.assertEqual((status, err), (0, ""))
+        rows = [line.split() for line in out.splitlines()]
+        self.assertEqual(sorted(row[0] for row in rows),
+                         sorted(gos3rve.OPERATIONS))
+        for name, state, method, path in rows:
+            self.assertIn(state, ("done", "stored", "refused"))
+            self.assertIn(method, ("GET", "HEAD", "PUT", "POST", "DELETE"))
+            self.assertTrue(path.startswith("/"))
+        self.assertIn(["GetObject", "done", "GET", "/Bucket/Key"], rows)
+
+    def test_commands_start_nothing(self):
+        for flag in ("-help", "-version", "-operations"):
+            self.main(flag)
+        self.assertEqual(os.listdir("."), [])
+
+    def test_a_command_works_as_a_process(self):
+        server = Process(self, "-operations", wait=False)
+        self.assertEqual(server.status(), 0)
+        self.assertIn("GetObject", server.text)
+        self.assertEqual(server.stderr(), "")
+
+
+class ConfigRun(ConfigCase):
+
+    def test_the_banner_shows_a_generated_secret_that_works(self):
+        server = Process(self, "-p", "0", "-bind", "127.0.0.1")
+        while "rclone" not in server.text:      # the last block
+            server.text += server.process.stdout.readline()
+        keys = dict(re.findall(r"(access|secret) key +(\S+)", server.text))
+        client = server.client(keys["access"], keys["secret"])
+        self.assertEqual(client.get("/").status, 200)
+        client.close()
+        self.assertEqual(server.end(), 0)
+        self.assertIn("127.0.0.1:%d" % server.port, server.text)
+        self.assertIn(os.path.join(os.path.realpath(server.directory),
+                                   "buckets"), server.text)
+        self.assertIn("us-east-1", server.text)
+        for word in ("aws", "s3cmd", "boto3", "rclone", "access_key = ",
+                     "endpoint_url=", "AWS_ACCESS_KEY_ID=",
+                     "secret_access_key = "):
+            self.assertIn(word, server.text)
+        secrets = re.findall(r"(?:SECRET_ACCESS_KEY=|secret_key = |"
+                             r"secret key +|secret_access_key = |"
+                             r'secret_access_key=")([^\s"]+)', server.text)
+        self.assertEqual(len(secrets), 5)
+        self.assertEqual(len(set(secrets)), 1)
+        self.assertNotIn("\033", server.text)
+
+    def test_a_secret_of_any_source_counts_as_given(self):
+        self.write("<root><SecretAccessKey>hush-hush</SecretAccessKey>"
+                   "</root>", "secret.xml")
+        with gos3rve.serve(key_val="hush-hush") as s3:
+            for argv, environment in (
+                    (["-key_val", "hush-hush"], {}),
+                    (["-config", "secret.xml"], {}),
+                    ([], {"GOS3RVE_KEY_VAL": "hush-hush"})):
+                text = gos3rve.banner(s3, gos3rve.read_config(
+                    argv, environment))
+                self.assertIn(s3.key_id, text)
+                self.assertNotIn("hush-hush", text)
+                self.assertNotIn("\033", text)
+            config = gos3rve.read_config([], {})
+            self.assertIn("\033[1m", gos3rve.banner(s3, config, True))
+
+    def test_the_seed_s_config_serves_the_seed_s_keys(self):
+        path = os.path.join(self.directory,
+                            self.write(SEED_CONFIG, "seed.xml"))
+        server = Process(self, "-config", path, "-p", "0",
+                         "-bind", "127.0.0.1")
+        client = server.client("any", "key")
+        self.addCleanup(client.close)
+        self.assertEqual(client.put("/mine").status, 200)
+        self.assertEqual(client.put("/mine/k", b"x").status, 200)
+        self.assertEqual(sorted(os.listdir(server.directory)),
+                         ["buckets", "uploads"])
+        self.assertTrue(os.path.isfile(os.path.join(
+            server.directory, "buckets", "mine", "k")))
+
+    def test_a_ready_file_has_the_url_and_goes_at_the_end(self):
+        path = os.path.join(self.directory, "ready")
+        server = Process(self, "-ready_file", path, *KEYS, wait=False)
+        self.assertTrue(wait_for(lambda: os.path.exists(path)),
+                        server.stderr())
+        with open(path) as file:
+            url = file.read().strip()
+        with urllib.request.urlopen(url + "/-/health", timeout=20) as got:
+            self.assertEqual(got.status, 200)
+        self.assertEqual(server.end(), 0)
+        self.assertEqual(os.listdir(self.directory), [])
+
+    def test_a_bucket_may_be_a_directory_elsewhere(self):
+        tree = temporary_directory(self)
+        os.mkdir(os.path.join(tree, "d"))
+        with open(os.path.join(tree, "d", "file"), "w") as file:
+            file.write("hello")
+        with gos3rve.serve("buckets", ["new", "Old_Tree=" + tree]) as s3:
+            client = Client(s3.url, s3.key_id, s3.key_val)
+            self.assertEqual(client.get("/").all("Buckets/Bucket/Name"),
+                             ["Old_Tree", "new"])
+            self.assertEqual(client.keys("Old_Tree"), ["d/file"])
+            self.assertEqual(client.put("/Old_Tree/d/k", b"x").status, 200)
+            client.close()
+        self.assertEqual(sorted(os.listdir(os.path.join(tree, "d"))),
+                         ["file", "k"])
+        self.assertEqual(os.listdir("buckets"), ["new"])
+
+    def test_a_restart_finds_its_buckets(self):
+        for _ in range(2):
+            with gos3rve.serve("buckets", ["mine"], user_id="me") as s3:
+                client = Client(s3.url, s3.key_id, s3.key_val)
+                self.assertEqual(client.put("/mine/k", b"x").status, 200)
+                client.close()
+
+    def test_readonly_creates_nothing_and_refuses_changes(self):
+        tree = temporary_directory(self)
+        with open(os.path.join(tree, "file"), "w") as file:
+            file.write("hello")
+        with gos3rve.serve("buckets", ["tree=" + tree], readonly=True,
+                           dir_uploads="uploads") as s3:
+            client = Client(s3.url, s3.key_id, s3.key_val)
+            self.assertEqual(client.get("/tree/file").body, b"hello")
+            self.assertEqual(client.keys("tree"), ["file"])
+            for answer in (client.put("/tree/k", b"x"), client.put("/new"),
+                           client.delete("/tree/file"),
+                           client.delete("/tree"),
+                           client.post("/tree/k", [("uploads", "")])):
+                self.assertEqual((answer.status, answer.code),
+                                 (403, "AccessDenied"))
+            client.close()
+        self.assertEqual(os.listdir("."), [])
+        self.assertEqual(os.listdir(tree), ["file"])
+
+
+class ConfigServe(unittest.TestCase):
+
+    def client(self, server):
+        """A Client of a Running, closed at the end."""
+        client = Client(server.url, server.key_id, server.key_val)
+        self.addCleanup(client.close)
+        return client
+
+    def test_serve_is_a_server_on_a_free_port_until_its_end(self):
+        with gos3rve.serve(buckets=["mine", "yours"]) as s3:
+            self.assertEqual(s3.url, "http://127.0.0.1:%d" % s3.port)
+            client = self.client(s3)
+            self.assertEqual(client.get("/").all("Buckets/Bucket/Name"),
+                             ["mine", "yours"])
+            self.assertEqual(client.put("/mine/a/k", b"x").status, 200)
+            path = os.path.join(s3.dir_buckets, "mine", "a", "k")
+            self.assertTrue(os.path.isfile(path))
+            self.assertEqual(s3.region, "us-east-1")
+        self.assertFalse(os.path.exists(s3.dir_buckets))
+        self.assertFalse(os.path.exists(s3.dir_uploads))
+        self.assertFalse(os.path.exists(os.path.dirname(s3.dir_buckets)))
+        self.assertTrue(refused(s3.port))
+
+    def test_a_given_directory_is_served_and_kept(self):
+        directory = temporary_directory(self)
+        os.mkdir(os.path.join(directory, "mine"))
+        with gos3rve.serve(directory) as s3:
+            uploads = s3.dir_uploads
+            self.assertEqual(self.client(s3).put("/mine/k", b"x").status,
+                             200)
+        self.assertTrue(os.path.isfile(os.path.join(directory, "mine",
+                                                    "k")))
+        self.assertFalse(os.path.exists(uploads))
+
+    def test_options_are_those_of_the_command_line(self):
+        tree = temporary_directory(self)
+        with gos3rve.serve(key_id="me", key_val="hush", readonly=True,
+                           region="eu-west-1", user_id="my-id",
+                           buckets=["tree=" + tree]) as s3:
+            self.assertEqual((s3.key_id, s3.key_val, s3.region),
+                             ("me", "hush", "eu-west-1"))
+            client = Client(s3.url, "me", "hush", "eu-west-1")
+            self.addCleanup(client.close)
+            answer = client.get("/")
+            self.assertEqual(answer.one("Owner/ID"), "my-id")
+            self.assertEqual(answer.all("Buckets/Bucket/Name"), ["tree"])
+            self.assertEqual(client.put("/tree/k", b"x").status, 403)
+            client.region = "us-east-1"
+            self.assertEqual(client.get("/").code,
+                             "AuthorizationHeaderMalformed")
+
+    def test_servers_know_nothing_of_each_other(self):
+        with gos3rve.serve(buckets=["mine"]) as one:
+            with gos3rve.serve() as two:
+                self.assertNotEqual(one.key_val, two.key_val)
+                client = self.client(two)
+                self.assertEqual(client.get("/mine").status, 404)
+                client.key_id = one.key_id
+                self.assertEqual(client.get("/").code, "InvalidAccessKeyId")
+
+    def test_a_wrong_option_is_a_ConfigError(self):
+        directory = temporary_directory(self)
+        for options in ({"nonsense": 1}, {"buckets": ["No"]},
+                        {"tls_cert": "missing.pem"}, {"tls_key": "x"},
+                        {"log": "xml"}, {"p": 65536}, {"p": "x"},
+                        {"region": "not a region"}, {"key_id": ""},
+                        {"upload_ttl": "soon"}, {"domain": "a b"}):
+            with self.subTest(options):
+                with mock.patch.object(tempfile, "tempdir", directory):
+                    with self.assertRaises(gos3rve.ConfigError):
+                        gos3rve.serve(**options).close(1)
+
+    def test_a_serve_that_fails_leaves_nothing(self):
+        directory = temporary_directory(self)
+        for options in ({"buckets": ["No"]}, {"tls_cert": "missing.pem"},
+                        {"nonsense": 1}, {"tls_key": "x"}):
+            with mock.patch.object(tempfile, "tempdir", directory):
+                with self.assertRaises(gos3rve.ConfigError):
+                    gos3rve.serve(**options).close(1)
+            self.assertEqual(os.listdir(directory), [], options)
+
+    def test_a_port_in_use_is_an_OSError_and_leaves_nothing(self):
+        directory = temporary_directory(self)
+        with gos3rve.serve() as s3:
+            with mock.patch.object(tempfile, "tempdir", directory):
+                with self.assertRaises(OSError):
+                    gos3rve.serve(p=s3.port)
+        self.assertEqual(os.listdir(directory), [])
+
+###############################################################################
+# 12. Real clients
+###############################################################################
+#
+# Every recipe of the README, word for word, by the client that it is for,
+# over HTTP and over TLS; trees up and down; the keys that break servers.  A
+# client is looked for beside sys.executable, then on PATH.  Those that are
+# not there are named in one line and skipped; GOS3RVE_REQUIRE_CLIENTS=1
+# makes that a failure, =0 runs none.
+
+# name: (a command that only an installed one carries out, what it says)
+CLIENTS = {
+    "aws": (["aws", "--version"], r"aws-cli/"),
+    "boto3": ([sys.executable, "-c", "import boto3"], r""),
+    "curl": (["curl", "--version"], r"curl (7\.8[89]|7\.9|[89]\.|\d\d)"),
+    "mc": (["mc", "--version"], r"RELEASE\."),      # not Midnight Commander
+    "minio": ([sys.executable, "-c", "import minio"], r""),
+    "openssl": (["openssl", "version"], r"OpenSSL"),
+    "pytest": ([sys.executable, "-c", "import boto3, pytest"], r""),
+    "rclone": (["rclone", "version"], r"rclone v"),
+    "s3cmd": (["s3cmd", "--version"], r"s3cmd version"),
+    "s5cmd": (["s5cmd", "version"], r"v\d"),
+}
+# What .ci/run cannot or need not install
+OPTIONAL_CLIENTS = ("mc", "pytest")
+# s3api rename-object came with botocore 1.38.37, in the middle of 2025
+AWS_WITH_RENAME = r"aws-cli/(1\.(4[1-9]|[5-9]\d)|2\.(2[89]|[3-9]\d)|[3-9])"
+
+# The operations a whole session consists of; each row is "one of"
+SESSION = (("CreateBucket",), ("PutObject",), ("GetObject",),
+           ("ListObjects", "ListObjectsV2"), ("CopyObject",), ("UploadPart",),
+           ("CompleteMultipartUpload",), ("DeleteObject", "DeleteObjects"),
+           ("DeleteBucket",))
+# What moves content, or removes it
+TRANSFERS = {"PutObject", "GetObject", "CopyObject", "UploadPart",
+             "UploadPartCopy", "CompleteMultipartUpload", "DeleteObject",
+             "DeleteObjects"}
+
+
+def recipes():
+    """The README's recipes: name -> (language, text)."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        found = re.findall(r"^<!-- recipe: (\S+) -->\n```(\w+)\n(.*?)^```$",
+                           file.read(), re.MULTILINE | re.DOTALL)
+    return {name: (language, text) for name, language, text in found}
+
+
+def client_environment(home, server=None, cert=None):
+    """What a client sees: nothing of this machine's own settings."""
+    kept = ("LD_LIBRARY_PATH", "PYENV_ROOT", "PYENV_VERSION", "SYSTEMROOT",
+            "TMPDIR", "VIRTUAL_ENV")
+    env = {name: os.environ[name] for name in kept if name in os.environ}
+    env.update(
+        PATH=os.path.dirname(sys.executable) + os.pathsep
+        + os.environ.get("PATH", os.defpath),
+        HOME=home, LANG="C.UTF-8", PYTHONPATH=HERE,
+        PYTHONUSERBASE=os.path.expanduser("~/.local"),
+        AWS_EC2_METADATA_DISABLED="true", AWS_DEFAULT_REGION="us-east-1")
+    if server:
+        env.update(AWS_ENDPOINT_URL=server.url,
+                   AWS_ACCESS_KEY_ID=server.key_id,
+                   AWS_SECRET_ACCESS_KEY=server.key_val)
+    if cert:
+        env.update(AWS_CA_BUNDLE=cert, SSL_CERT_FILE=cert,
+                   CURL_CA_BUNDLE=cert, RCLONE_CA_CERT=cert)
+    return env
+
+
+def run_client(command, directory, env):
+    """(exit status, stdout, both outputs as text) of a command."""
+    # `which` knows the PATH of env, and Popen that of this process only
+    path = shutil.which(command[0], path=env["PATH"])
+    if path is None:
+        return 127, "", "%s: not found" % command[0]
+    done = subprocess.run([path] + command[1:], cwd=directory, env=env,
+                          stdin=subprocess.DEVNULL, timeout=120,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, error = (data.decode("utf-8", "backslashreplace")
+                  for data in (done.stdout, done.stderr))
+    return done.returncode, out, out + error
+
+
+class _Found:
+    """Which clients are there, looked up once, all at a time."""
+
+    said = None                         # name -> what it says, None: absent
+
+    @classmethod
+    def look(cls):
+        if cls.said is None:
+            with tempfile.TemporaryDirectory() as home, \
+                    concurrent.futures.ThreadPoolExecutor() as pool:
+                env = client_environment(home)
+                cls.said = dict(zip(CLIENTS, pool.map(
+                    lambda row: cls._ask(row, home, env),
+                    CLIENTS.values())))
+            missing = sorted(n for n in CLIENTS if cls.said[n] is None)
+            if missing:
+                print("clients that are not installed, skipped: "
+                      + ", ".join(missing), file=sys.stderr)
+        return cls.said
+
+    @staticmethod
+    def _ask(row, home, env):
+        command, pattern = row
+        if os.environ.get("GOS3RVE_REQUIRE_CLIENTS") == "0":
+            return None
+        status, _, said = run_client(command, home, env)
+        return said if not status and re.search(pattern, said) else None
+
+
+def need_client(test, *names):
+    """Skip the test, or fail it, unless these clients are there."""
+    for name in names:
+        if _Found.look()[name] is not None:
+            continue
+        if os.environ.get("GOS3RVE_REQUIRE_CLIENTS") == "1" \
+                and name not in OPTIONAL_CLIENTS:
+            test.fail("%s is not installed" % name)
+        test.skipTest("%s is not installed" % name)
+
+
+class ClientCase(unittest.TestCase):
+    """A server and a home for the client.
+
+    self.done: the operations that the server carried out, each noted
+    before its answer leaves; self.failed: those answered with a 5xx.
+    """
+
+    options = {}
+    cert = None
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = gos3rve.serve(**cls.options)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.server.close(5)
+
+    def setUp(self):
+        self.home = os.path.realpath(temporary_directory(self))
+        self.env = client_environment(self.home, self.server, self.cert)
+        self.done, self.failed = [], []
+        respond = gos3rve.respond
+        noting = mock.patch.object(
+            gos3rve, "respond", lambda request: self._noted(respond, request))
+        noting.start()
+        self.addCleanup(noting.stop)
+
+    def _noted(self, respond, request):
+        status = 500
+        try:
+            response = respond(request)
+            status = response.status
+            return response
+        except S3Error as error:
+            status = error.status
+            raise
+        finally:
+            name = request.operation.name if request.operation else "-"
+            self.done.append(name)
+            if status >= 500:
+                self.failed.append((name, status))
+
+    def client(self, *command):
+        """Run a client in its home; what it prints on stdout."""
+        status, out, said = run_client(list(command), self.home, self.env)
+        self.assertEqual(status, 0, "%s\n%s" % (command, said[-3000:]))
+        return out
+
+    def recipe(self, name):
+        """Carry out a recipe as it stands in the README; its stdout."""
+        language, text = recipes()[name]
+        if language == "sh":
+            return self.client("sh", "-e", "-c", text)
+        path = os.path.join(self.home, "test_recipe.py")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        if name == "pytest":
+            return self.client(sys.executable, "-m", "pytest", "-q",
+                               "-p", "no:cacheprovider", path)
+        return self.client(sys.executable, path)
+
+    def session(self, name):
+        """Carry out the recipe of a whole session, and see on the server
+        that it was one; its stdout."""
+        out = self.recipe(name)
+        for names in SESSION:
+            self.assertTrue(set(names) & set(self.done), (names, self.done))
+        self.assertGreater(self.done.count("UploadPart"), 1)
+        # s3cmd ends a copy with a PutObjectAcl, and takes the 501
+        self.assertLessEqual(set(self.failed), {("PutObjectAcl", 501)})
+        self.assertEqual(os.listdir(self.server.dir_buckets), [])
+        self.assertEqual(os.listdir(self.server.dir_uploads), [])
+        return out
+
+
+class RecipesOverHTTP(ClientCase):
+    """Each client's session of the README."""
+
+    def test_aws(self):
+        need_client(self, "aws", "curl")
+        self.assertEqual(self.session("aws").splitlines().count("hello"), 2)
+
+    def test_aws_renames_in_one_request(self):
+        need_client(self, "aws")
+        if not re.search(AWS_WITH_RENAME, _Found.look()["aws"]):
+            self.skipTest("this aws has no rename-object")
+        self.recipe("aws-rename")
+        self.assertIn("RenameObject", self.done)
+        self.assertNotIn("CopyObject", self.done)
+        self.assertEqual(self.failed, [])
+
+    def test_boto3(self):
+        need_client(self, "boto3")
+        self.session("boto3")
+        self.assertIn("RenameObject", self.done)
+
+    def test_curl(self):
+        need_client(self, "curl")
+        self.assertIn("hello\n", self.session("curl"))
+        self.assertIn("RenameObject", self.done)
+
+    def test_mc(self):
+        need_client(self, "mc")
+        if self.cert:
+            trusted = os.path.join(self.home, ".mc", "certs", "CAs")
+            os.makedirs(trusted)
+            shutil.copy(self.cert, trusted)
+        self.session("mc")
+
+    def test_minio(self):
+        need_client(self, "minio")
+        self.session("minio")
+
+    def test_rclone(self):
+        need_client(self, "rclone", "curl")
+        self.assertEqual(self.session("rclone").count("hello\n"), 2)
+
+    def test_s3cmd(self):
+        need_client(self, "s3cmd", "curl")
+        self.recipe("s3cmd-setup")
+        if self.cert:
+            with open(os.path.join(self.home, ".s3cfg"), "a") as file:
+                file.write("use_https = True\nsignurl_use_https = True\n"
+                           "ca_certs_file = %s\n" % self.cert)
+        self.assertIn("hello\n", self.session("s3cmd"))
+
+    def test_s5cmd(self):
+        need_client(self, "s5cmd", "curl")
+        self.assertEqual(self.session("s5cmd").splitlines().count("hello"),
+                         2)
+
+
+class RecipesOverTLS(RecipesOverHTTP):
+    """The same over TLS, with the certificate of the README."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.directory = tempfile.mkdtemp(prefix="test-gos3rve-")
+        cls.server = None
+        if _Found.look()["openssl"] is None:
+            return
+        status, _, said = run_client(
+            ["sh", "-e", "-c", recipes()["certificate"][1]], cls.directory,
+            client_environment(cls.directory))
+        assert status == 0, said
+        cls.cert = os.path.join(cls.directory, "cert.pem")
+        cls.options = {"tls_cert": cls.cert, "tls_key": os.path.join(
+            cls.directory, "key.pem")}
+        super().setUpClass()
+
+    @classmethod
+    def tearDownClass(cls):
+        if cls.server:
+            super().tearDownClass()
+        shutil.rmtree(cls.directory)
+
+    def setUp(self):
+        need_client(self, "openssl")
+        super().setUp()
+
+    def test_boto3_sends_trailers(self):
+        need_client(self, "boto3")
+        with mock.patch.object(gos3rve, "open_body",
+                               wraps=gos3rve.open_body) as opened:
+            self.session("boto3")
+        sent = [call[0][1] for call in opened.call_args_list]
+        trailers = [headers["x-amz-trailer"] for headers in sent
+                    if headers.get("x-amz-content-sha256")
+                    == "STREAMING-UNSIGNED-PAYLOAD-TRAILER"]
+        self.assertIn("x-amz-checksum-crc32", trailers)
+
+    test_boto3 = None                   # test_boto3_sends_trailers is it
+
+
+class RecipesOfTheServer(unittest.TestCase):
+    """What the README says of starting it."""
+
+    def setUp(self):
+        self.home = temporary_directory(self)
+        shutil.copy(SERVER, self.home)
+        self.env = dict(
+            client_environment(self.home), GOS3RVE_P="0",
+            GOS3RVE_BIND="127.0.0.1", GOS3RVE_KEY_ID="me",
+            GOS3RVE_KEY_VAL="secret", GOS3RVE_READY_FILE="url.txt")
+
+    def start(self, name):
+        """Start the server as a recipe does; its URL."""
+        path = os.path.join(self.home, "url.txt")
+        with open(os.path.join(self.home, "log"), "wb") as log:
+            server = subprocess.Popen(
+                ["sh", "-c", "exec " + recipes()[name][1]], cwd=self.home,
+                env=self.env, stdout=log, stderr=log)
+        self.addCleanup(server.wait, 30)
+        self.addCleanup(server.terminate)
+        deadline = time.monotonic() + 30
+        while not os.path.exists(path) and time.monotonic() < deadline:
+            self.assertIsNone(server.poll(), "it ended")
+            time.sleep(0.02)
+        with open(path) as file:
+            return file.read().strip()
+
+    def client(self, url, context=None):
+        """A Client that is closed before its server ends."""
+        client = Client(url, "me", "secret", context=context)
+        self.addCleanup(client.close)
+        return client
+
+    def test_an_existing_directory_readonly(self):
+        os.mkdir(os.path.join(self.home, "photos"))
+        with open(os.path.join(self.home, "photos", "one.txt"), "w") as file:
+            file.write("one")
+        s3 = self.client(self.start("serve-readonly"))
+        self.assertEqual(s3.get("/photos/one.txt").body, b"one")
+        self.assertEqual(s3.put("/photos/two.txt", b"two").status, 403)
+        self.assertEqual(os.listdir(os.path.join(self.home, "photos")),
+                         ["one.txt"])
+
+    def test_a_free_port_and_a_ready_file(self):
+        del self.env["GOS3RVE_READY_FILE"], self.env["GOS3RVE_P"]
+        url = self.start("serve-free-port")
+        with urllib.request.urlopen(url + "/-/health") as answer:
+            self.assertEqual((answer.status, answer.read()), (200, b""))
+
+    def test_https_with_a_certificate_of_ones_own(self):
+        need_client(self, "openssl")
+        status, _, said = run_client(
+            ["sh", "-e", "-c", recipes()["certificate"][1]], self.home,
+            self.env)
+        self.assertEqual(status, 0, said)
+        s3 = self.client(
+            self.start("serve-https"), ssl.create_default_context(
+                cafile=os.path.join(self.home, "cert.pem")))
+        self.assertTrue(s3.url.startswith("https://"))
+        self.assertEqual(s3.put("/mine").status, 200)
+
+    def test_the_first_screen(self):
+        need_client(self, "curl")
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            block = re.search(r"^```console\n(.*?)^```$", file.read(),
+                              re.MULTILINE | re.DOTALL)[1]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        script, output = re.sub(r"^\$ ", "", block, flags=re.M).rsplit(
+            "\n", 2)[:2]
+        del self.env["GOS3RVE_READY_FILE"]
+        done = run_client(
+            ["sh", "-e", "-c", "trap 'kill $!; wait $!' EXIT\n"
+             + script.replace("8080", port) + "\n"],
+            self.home, dict(self.env, GOS3RVE_P=port))
+        self.assertEqual(done, (0, output + "\n", output + "\n"))
+
+    def test_config_xml(self):
+        path = os.path.join(self.home, "config.xml")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(recipes()["config.xml"][1])
+        values, users = gos3rve.load_config(path)
+        self.assertEqual((values["p"], values["key_id"]), (8080, "me"))
+        self.assertEqual(values["bucket"], (("mine", None), ("yours", None)))
+        self.assertEqual(users[0], (
+            "alice", "her-secret", "alice-id", "Alice", "alice@example.com"))
+        self.assertEqual([user.key_id for user in users], ["alice", "bob"])
+
+    def test_serve_in_python(self):
+        path = os.path.join(self.home, "recipe.py")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(recipes()["serve-python"][1])
+        status, out, said = run_client([sys.executable, path], self.home,
+                                       client_environment(self.home))
+        self.assertEqual(status, 0, said)
+        self.assertRegex(out, r"^http://127\.0\.0\.1:\d+ \w{20} \w{40}\n$")
+
+    def test_a_pytest_fixture(self):
+        need_client(self, "pytest")
+        path = os.path.join(self.home, "test_recipe.py")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(recipes()["pytest"][1])
+        status, out, said = run_client(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+             path], self.home, client_environment(self.home))
+        self.assertEqual(status, 0, said)
+        self.assertIn("1 passed", out)
+
+    def test_every_recipe_is_run_by_a_test(self):
+        with open(os.path.join(HERE, "test_gos3rve.py")) as file:
+            tests = file.read()
+        for name in recipes():
+            with self.subTest(name):
+                self.assertIn('"%s"' % name, tests)
+
+
+def make_tree(root):
+    """Some 300 files of all sizes and names, at fixed old times."""
+    chance = random.Random(12)
+    words = ["a", "B", "c d", "e+f", "100%", "g&h", "\u00e9t\u00e9", "\u65e5",
+             ".hidden", "i'j", "k=l", "m~n", "(o)", "p@q,r"]
+    for number in range(300):
+        depth = chance.randrange(4)
+        directory = os.path.join(root, *(
+            "%s-%d" % (chance.choice(words), chance.randrange(3))
+            for _ in range(depth)))
+        os.makedirs(directory, exist_ok=True)
+        path = os.path.join(directory, "%s.%d" % (chance.choice(words),
+                                                  number))
+        size = 9 * MIB if number == 7 else chance.choice(
+            (0, 1, 100, 4096, 70000))
+        with open(path, "wb") as file:
+            file.write((b"%08d" % number) * (size // 8) + b"x" * (size % 8))
+        when = 1600000000 + chance.randrange(100000000) + number / 1000
+        os.utime(path, (when, when))
+
+
+def read_tree(root):
+    """Relative path -> content of every file but the server's own."""
+    found = {}
+    for path, directories, files in os.walk(root):
+        if path == root and gos3rve.STATE in directories:
+            directories.remove(gos3rve.STATE)
+        for name in files:
+            full = os.path.join(path, name)
+            with open(full, "rb") as file:
+                found[os.path.relpath(full, root)] = file.read()
+    return found
+
+
+class TreesUpAndDown(ClientCase):
+    """A tree of files put there by hand comes down and goes up again into
+    a second bucket, byte for byte; doing it again moves nothing."""
+
+    def setUp(self):
+        super().setUp()
+        self.tree = os.path.join(self.server.dir_buckets, "tree")
+        self.copy = os.path.join(self.server.dir_buckets, "copy")
+
+    def check(self, down, up, down_again=None, up_again=None):
+        """Carry out the commands, and look at the trees."""
+        if not os.path.exists(self.tree):       # made once, for them all
+            make_tree(self.tree)
+        expected = read_tree(self.tree)
+        self.assertEqual(len(expected), 300)
+        os.mkdir(self.copy)
+        self.addCleanup(shutil.rmtree, self.copy)
+        os.mkdir(os.path.join(self.home, "down"))
+        self.client(*down)
+        self.assertTrue(read_tree(os.path.join(self.home, "down"))
+                        == expected, "not the same")
+        self.client(*up)
+        self.assertTrue(read_tree(self.copy) == expected, "not the same")
+        del self.done[:]
+        self.client(*(down_again or down))
+        self.client(*(up_again or up))
+        self.assertEqual(set(self.done) & TRANSFERS, set())
+        self.assertTrue(self.done, "nobody asked")
+        self.assertTrue(read_tree(self.tree) == expected, "it changed")
+
+    def test_aws_sync(self):
+        need_client(self, "aws")
+        self.check(("aws", "s3", "sync", "s3://tree", "down"),
+                   ("aws", "s3", "sync", "down", "s3://copy"))
+
+    def test_s3cmd_sync(self):
+        need_client(self, "s3cmd")
+        self.client("sh", "-e", "-c", recipes()["s3cmd-setup"][1])
+        self.check(("s3cmd", "sync", "s3://tree/", "down/"),
+                   ("s3cmd", "sync", "down/", "s3://copy/"))
+
+    def test_rclone_sync(self):
+        need_client(self, "rclone")
+        self.env.update(rclone_environment(self.server))
+        self.check(("rclone", "sync", "gos3rve:tree", "down"),
+                   ("rclone", "sync", "down", "gos3rve:copy"))
+
+    def test_s5cmd_cp(self):
+        need_client(self, "s5cmd")
+        self.env["S3_ENDPOINT_URL"] = self.server.url
+        self.check(("s5cmd", "cp", "s3://tree/*", "down/"),
+                   ("s5cmd", "cp", "down/", "s3://copy/"),
+                   ("s5cmd", "sync", "s3://tree/*", "down/"),
+                   ("s5cmd", "sync", "down/", "s3://copy/"))
+
+
+def rclone_environment(server):
+    """The remote `gos3rve:` as variables."""
+    prefix = "RCLONE_CONFIG_GOS3RVE_"
+    return {prefix + "TYPE": "s3", prefix + "PROVIDER": "Other",
+            prefix + "ENDPOINT": server.url, prefix + "ENV_AUTH": "true",
+            prefix + "REGION": "us-east-1", prefix + "ENCODING": "None"}
+
+
+# Keys that are no path, or stand in each other's way, or break what is
+# quoted carelessly.  DESIGN 3, "Keys are total".
+TORTURE_KEYS = (
+    "k" * 200 + "/" + "\u00fc" * 100 + "/" + "z" * 622,     # 1,024 bytes
+    "s" * 600, "..", ".", "up/../down", "here/./there", "../box/out",
+    "two//slashes", "/leading", "//leading", "trailing/", "double//",
+    "a", "a/b", "a/", "a/b/c", "a-b", "a0", "per%2Fcent", "%", "%zz",
+    "plus+plus", "a space", " ", "it's \"quoted\"", "a&b<c>d", "q?r=s#t",
+    "back\\slash", "*", "\U0001f600", "caf\u00e9", "cafe\u0301",
+    "new\nline", "tab\tand\rreturn", "\x01", ".gos3rve/x", ".gos3rve",
+    "~tilde", "x=y;z,w:v@u!$()'")
+
+
+class TortureKeys(ClientCase):
+    """All of them at once, in either order of arrival: each is put,
+    listed, read, copied, moved and deleted, and no other changes."""
+
+    def setUp(self):
+        super().setUp()
+        os.mkdir(os.path.join(self.server.dir_buckets, "box"))
+        self.addCleanup(shutil.rmtree,
+                        os.path.join(self.server.dir_buckets, "box"))
+
+    def check(self, keys, client):
+        """client: an object with put, get, keys, copy, move, delete."""
+        for order in (keys, keys[::-1]):
+            self._check_order(order, client)
+
+    def _check_order(self, keys, client):
+        content = {key: ("<%d>%r" % (number, key)).encode()
+                   for number, key in enumerate(keys)}
+        for key in keys:
+            client.put(key, content[key])
+        everything = sorted(keys, key=str.encode)
+        self.assertEqual(client.keys(), everything)
+        for key in keys:
+            with self.subTest(key=key):
+                self.assertEqual(client.get(key), content[key])
+                client.copy(key, "target")
+                self.assertEqual(client.get("target"), content[key])
+                client.delete("target")
+                client.move(key, "target")
+                self.assertEqual(client.get("target"), content[key])
+                client.move("target", key)
+                self.assertEqual(client.get(key), content[key])
+        self.assertEqual(client.keys(), everything)
+        for key in keys[1::2] + keys[::2]:
+            client.delete(key)
+            everything.remove(key)
+            self.assertEqual(client.keys(), everything)
+            if everything:
+                other = everything[len(everything) // 2]
+                self.assertEqual(client.get(other), content[other])
+
+    def test_boto3(self):
+        need_client(self, "boto3")
+        with mock.patch.dict(os.environ, self.env, clear=True):
+            client = _WithBoto3()
+            self.addCleanup(client.s3.close)
+            self.check(TORTURE_KEYS, client)
+
+    def test_minio(self):
+        need_client(self, "minio")
+        client = _WithMinio(self.server)
+        self.addCleanup(client.close)
+        self.check(client.possible(TORTURE_KEYS), client)
+
+    def test_rclone(self):
+        need_client(self, "rclone")
+        self.env.update(rclone_environment(self.server))
+        client = _WithRclone(self)
+        self.check(client.possible(TORTURE_KEYS), client)
+
+
+class _WithBoto3:
+    """The six acts, by boto3, all in bucket `box`."""
+
+    def __init__(self):
+        import boto3
+        self.s3 = boto3.client("s3")
+
+    def put(self, key, data):
+        self.s3.put_object(Bucket="box", Key=key, Body=data)
+
+    def get(self, key):
+        return self.s3.get_object(Bucket="box", Key=key)["Body"].read()
+
+    def keys(self):
+        pages = self.s3.get_paginator("list_objects_v2").paginate(
+            Bucket="box", PaginationConfig={"PageSize": 7})
+        return [item["Key"] for page in pages
+                for item in page.get("Contents", ())]
+
+    def copy(self, key, target):
+        self.s3.copy_object(Bucket="box", Key=target,
+                            CopySource={"Bucket": "box", "Key": key})
+
+    def move(self, key, target):
+        self.s3.rename_object(Bucket="box", Key=target,
+                              RenameSource="box/" + quote(key, "/-_.~"))
+
+    def delete(self, key):
+        self.s3.delete_object(Bucket="box", Key=key)
+
+
+class _WithMinio:
+    """The six acts, by minio-py."""
+
+    def __init__(self, server):
+        import minio
+        import minio.commonconfig
+        self._source = minio.commonconfig.CopySource
+        self.s3 = minio.Minio(
+            urllib.parse.urlsplit(server.url).netloc, secure=False,
+            access_key=server.key_id, secret_key=server.key_val)
+
+    def close(self):
+        self.s3._http.clear()
+
+    @staticmethod
+    def possible(keys):
+        """Not those whose dot segments the client folds away, nor one of
+        spaces only, which it takes for empty."""
+        return [key for key in keys if key.strip()
+                and not {".", ".."} & set(key.split("/"))]
+
+    def put(self, key, data):
+        self.s3.put_object("box", key, io.BytesIO(data), len(data))
+
+    def get(self, key):
+        answer = self.s3.get_object("box", key)
+        try:
+            return answer.read()
+        finally:
+            answer.close()
+            answer.release_conn()
+
+    def keys(self):
+        return [item.object_name
+                for item in self.s3.list_objects("box", recursive=True)]
+
+    def copy(self, key, target):
+        self.s3.copy_object("box", target, self._source("box", key))
+
+    def move(self, key, target):
+        self.copy(key, target)
+        self.delete(key)
+
+    def delete(self, key):
+        self.s3.remove_object("box", key)
+
+
+class _WithRclone:
+    """The six acts, by one rclone that is told them over HTTP."""
+
+    def __init__(self, test):
+        self._home, log = test.home, os.path.join(test.home, "log")
+        rclone = subprocess.Popen(
+            [shutil.which("rclone", path=test.env["PATH"]), "rcd",
+             "--rc-no-auth", "--rc-addr", "127.0.0.1:0", "--log-file", log,
+             "--low-level-retries", "1"], cwd=test.home, env=test.env)
+        test.addCleanup(rclone.wait, 30)
+        test.addCleanup(rclone.terminate)
+        deadline, found = time.monotonic() + 30, None
+        while not found and time.monotonic() < deadline:
+            test.assertIsNone(rclone.poll(), "rclone ended")
+            time.sleep(0.02)
+            if os.path.exists(log):
+                with open(log, encoding="utf-8") as file:
+                    found = re.search(r"http://127\.0\.0\.1:\d+/",
+                                      file.read())
+        self._url = found[0]
+
+    def _call(self, name, **values):
+        request = urllib.request.Request(
+            self._url + "operations/" + name, json.dumps(values).encode(),
+            {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    @staticmethod
+    def possible(keys):
+        """Not those that it takes for directories, or folds together."""
+        return [key for key in keys if all(key.split("/"))]
+
+    @staticmethod
+    def _name(key):
+        """A key as rclone writes it: rclone.org/overview/#encoding."""
+        key = re.sub(r"[\x00-\x1f]", lambda m: chr(0x2400 + ord(m[0])), key)
+        return re.sub(r"(?<![^/])\.\.?(?![^/])",
+                      lambda m: "\uff0e" * len(m[0]), key)
+
+    def put(self, key, data):
+        with open(os.path.join(self._home, "up"), "wb") as file:
+            file.write(data)
+        self._call("copyfile", srcFs=self._home, srcRemote="up",
+                   dstFs="gos3rve:box", dstRemote=self._name(key))
+
+    def get(self, key):
+        path = os.path.join(self._home, "down")
+        self._call("copyfile", srcFs="gos3rve:box", dstFs=self._home,
+                   srcRemote=self._name(key), dstRemote="down")
+        with open(path, "rb") as file:
+            data = file.read()
+        os.unlink(path)
+        return data
+
+    def keys(self):
+        plain = {0x2400 + code: code for code in range(32)}
+        plain[0xff0e] = "."
+        found = self._call("list", fs="gos3rve:box", remote="",
+                           opt={"recurse": True, "filesOnly": True})
+        return sorted((item["Path"].translate(plain)
+                       for item in found["list"]), key=str.encode)
+
+    def copy(self, key, target):
+        self._call("copyfile", srcFs="gos3rve:box", dstFs="gos3rve:box",
+                   srcRemote=self._name(key), dstRemote=self._name(target))
+
+    def move(self, key, target):
+        self._call("movefile", srcFs="gos3rve:box", dstFs="gos3rve:box",
+                   srcRemote=self._name(key), dstRemote=self._name(target))
+
+    def delete(self, key):
+        self._call("deletefile", fs="gos3rve:box", remote=self._name(key))
+
+###############################################################################
+# 13. House
+###############################################################################
+
+HOUSE_FILES = (SERVER, os.path.abspath(__file__))
+README = os.path.join(HERE, "README.md")
+MAX_FUNCTION_LINES, MAX_NESTING = 60, 4
+# Functions that may be longer: name -> reason
+LONG_FUNCTIONS = {}
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
+def read_text(path):
+    """A file's text."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def functions(tree):
+    """Every def of a tree."""
+    return [node for node in ast.walk(tree)
+            if isinstance(node, FUNCTIONS[:2])]
+
+
+def nesting(node):
+    """How deep blocks stand in blocks below a node, functions within it
+    aside; an elif is no deeper than its if."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, FUNCTIONS + (ast.ClassDef,)):
+            continue
+        is_elif = isinstance(node, ast.If) and node.orelse == [child] \
+            and isinstance(child, ast.If)
+        is_block = isinstance(child, BLOCKS) and not is_elif
+        deepest = max(deepest, nesting(child) + is_block)
+    return deepest
+
+
+def banners(text):
+    """[(line number, "6. Storage")] of a file's banners."""
+    found = re.finditer(r"^#{79}\n# (\d+\. [^\n]+)\n#{79}$", text,
+                        re.MULTILINE)
+    return [(text.count("\n", 0, match.start()) + 1, match.group(1))
+            for match in found]
+
+
+def stored_names(node, into_functions):
+    """The names that a node's statements bind."""
+    names, todo = set(), [node]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, (ast.arg, ast.alias)):
+            names.add(getattr(node, "asname", None) or getattr(
+                node, "arg", None) or node.name.partition(".")[0])
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.add(node.name)
+        elif isinstance(node, FUNCTIONS[:2] + (ast.ClassDef,)):
+            names.add(node.name)
+            if not into_functions:
+                continue
+        todo.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def free_names(node, bound=frozenset()):
+    """(name, line number) of each name read below a node that no function
+    around it binds."""
+    if isinstance(node, FUNCTIONS):
+        inner = set()
+        for child in ast.iter_child_nodes(node):
+            inner |= stored_names(child, True)
+        for child in ast.walk(node):
+            if isinstance(child, ast.Global):
+                inner -= set(child.names)
+        bound = bound | inner
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) \
+            and node.id not in bound:
+        yield node.id, node.lineno
+    for child in ast.iter_child_nodes(node):
+        yield from free_names(child, bound)
+
+
+def call_codes(tree):
+    """{code} of every S3Error("...") of a tree."""
+    codes = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args \
+                and getattr(node.func, "id", "") == "S3Error":
+            codes |= {leaf.value for leaf in ast.walk(node.args[0])
+                      if isinstance(leaf, ast.Constant)
+                      and isinstance(leaf.value, str)}
+    return codes
+
+
+class House(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        """texts and trees of the files, by path."""
+        cls.texts = {path: read_text(path) for path in HOUSE_FILES}
+        cls.trees = {path: ast.parse(text)
+                     for path, text in cls.texts.items()}
+
+    def test_lines_have_at_most_79_columns(self):
+        for path, text in self.texts.items():
+            for number, line in enumerate(text.split("\n"), 1):
+                where = "%s, line %d" % (os.path.basename(path), number)
+                self.assertLessEqual(len(line), 79, where)
+                self.assertEqual(line, line.rstrip(), where)
+                self.assertNotIn("\t", line, where)
+
+    def test_functions_have_at_most_60_lines(self):
+        long = set()
+        for tree in self.trees.values():
+            for node in functions(tree):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    long.add(node.name)
+        self.assertEqual(long, set(LONG_FUNCTIONS))
+
+    def test_blocks_nest_at_most_four_deep(self):
+        for tree in self.trees.values():
+            for node in functions(tree):
+                self.assertLessEqual(nesting(node), MAX_NESTING, node.name)
+
+    def test_nesting_is_counted_as_it_is_read(self):
+        for text, depth in (
+                ("pass", 0), ("if a: pass", 1),
+                ("if a: pass\nelif b: pass\nelse: pass", 1),
+                ("for a in b:\n if c:\n  with d: pass", 3),
+                ("try:\n if a: pass\nexcept b:\n if c:\n  if d: pass", 3),
+                ("def f():\n if a: pass", 0)):
+            self.assertEqual(nesting(ast.parse(text)), depth, text)
+
+    def test_the_contents_are_the_banners(self):
+        for path, text in self.texts.items():
+            contents = re.findall(r"^    (\d+\. .+)$", ast.get_docstring(
+                self.trees[path]), re.MULTILINE)
+            self.assertEqual([title for _, title in banners(text)],
+                             contents, path)
+            self.assertGreater(len(contents), 10)
+
+    def test_the_tests_rooms_are_the_server_s(self):
+        own, tests = ([title for _, title in banners(self.texts[path])]
+                      for path in HOUSE_FILES)
+        self.assertEqual([title for title in tests if title in own], own)
+        self.assertEqual(len(own), 11)
+
+    def test_a_room_names_only_its_own_and_earlier_rooms(self):
+        for path, tree in self.trees.items():
+            starts, home = banners(self.texts[path]), {}
+            for statement in tree.body:
+                for name in stored_names(statement, False):
+                    home.setdefault(name, statement.lineno)
+            for name, line in free_names(tree):
+                room, other = (
+                    sum(first <= number for first, _ in starts)
+                    for number in (line, home.get(name, 0)))
+                self.assertLessEqual(other, room, "%s, line %d: %s" % (
+                    os.path.basename(path), line, name))
+
+    def test_that_walk_sees_what_it_should(self):
+        names = {name for name, _ in free_names(ast.parse(
+            "def f(a, *b, c=d):\n e = a; g(e, b, c)\n"
+            " return [h for h in i if (lambda j: j + k)(h)]"))}
+        self.assertEqual(names, {"d", "g", "i", "k"})
+        self.assertEqual(stored_names(ast.parse(
+            "a = 1\ndef b(c): d = 2\nfor e, f in g: h = 3\nclass i: pass"),
+            False), set("abefhi"))
+
+    def test_imports_are_the_standard_library_s(self):
+        imported = set()
+        for node in ast.walk(self.trees[SERVER]):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                self.assertEqual(node.level, 0)
+                imported.add(node.module)
+        known = getattr(sys, "stdlib_module_names", None)   # new in 3.10
+        if known:
+            self.assertLessEqual({name.partition(".")[0]
+                                  for name in imported}, set(known))
+        self.assertIn("http.server", imported)
+        done = subprocess.run(              # -S: without site-packages
+            [sys.executable, "-E", "-S", "-c", "import "
+             + os.path.basename(__file__)[:-3]], cwd=HERE,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual((done.returncode, done.stdout), (0, b""))
+
+    def test_errors_and_raises_agree(self):
+        tree, known = self.trees[SERVER], set(gos3rve.ERRORS)
+        self.assertEqual(call_codes(tree) - known, set())
+        used = set()
+        for statement in tree.body:
+            targets = getattr(statement, "targets", [])
+            if [getattr(target, "id", "") for target in targets] \
+                    != ["ERRORS"]:
+                used |= {node.value for node in ast.walk(statement)
+                         if isinstance(node, ast.Constant)
+                         and isinstance(node.value, str)}
+        self.assertEqual(known - used, set(), "nothing raises these")
+
+    def test_errors_have_an_error_s_status_and_a_message(self):
+        for code, (status, message) in gos3rve.ERRORS.items():
+            self.assertRegex(code, r"\A[A-Z][A-Za-z0-9]+\Z")
+            self.assertTrue(300 < status < 600, code)
+            self.assertTrue(message, code)
+
+    def test_the_text_is_finished(self):
+        for path, text in self.texts.items():
+            self.assertIsNone(re.search(r"\b(TO" r"DO|FIX" r"ME|X" r"XX)\b",
+                                        text))
+            self.assertTrue(text.endswith("\n"))
+            bare = [node.lineno for node in ast.walk(self.trees[path])
+                    if isinstance(node, ast.ExceptHandler)
+                    and node.type is None]
+            self.assertEqual(bare, [], path)
+
+    def test_it_parses_on_3_8(self):
+        for text in self.texts.values():
+            tree = ast.parse(text, feature_version=(3, 8))
+            self.assertGreater(len(tree.body), 50)
+
+
+class HouseTables(unittest.TestCase):
+
+    def rows(self):
+        """The README's table rows: lists of cells."""
+        if not os.path.exists(README):
+            if os.path.isdir(os.path.join(HERE, ".git")):
+                self.fail("README.md is missing")
+            self.skipTest("README.md is not beside the test file")
+        return [[cell.strip() for cell in line.strip("|\n ").split("|")]
+                for line in read_text(README).splitlines()
+                if line.startswith("|")]
+
+    def test_the_README_has_a_row_for_each_option(self):
+        flags = [flag for row in self.rows()
+                 for flag in re.findall(r"\A`-(\w+)", row[0])]
+        names = [option.name for option in gos3rve.OPTIONS]
+        self.assertEqual(set(names) - set(flags), set())
+        self.assertEqual(set(flags) - set(names), {
+            "config", "help", "version", "operations"} & set(flags))
+        self.assertEqual(len(flags), len(set(flags)))
+
+    def test_the_README_has_each_operation_with_its_state(self):
+        rows, listed = self.rows(), {}
+        for row in rows:
+            state = {"done", "stored", "refused"} & set(
+                re.findall(r"\w+", " ".join(row[1:])))
+            for name in re.findall(r"\w+", row[0]) if state else ():
+                if re.match(r"[A-Z]\w+[A-Z]", name):
+                    listed.setdefault(name, state)
+        self.assertEqual({name: listed.get(name) for name in
+                          gos3rve.OPERATIONS}, {
+            name: {row.state} for name, row in gos3rve.OPERATIONS.items()})
+        self.assertEqual(set(listed) - set(gos3rve.OPERATIONS), set())
+
+    def test_option_names_elements_and_helps_are_whole(self):
+        names = [option.name for option in gos3rve.OPTIONS]
+        elements = [option.element for option in gos3rve.OPTIONS]
+        for values in (names, elements):
+            self.assertEqual(len(values), len(set(values)))
+        for option in gos3rve.OPTIONS:
+            self.assertRegex(option.name, r"\A[a-z][a-z_]*\Z")
+            self.assertRegex(option.element, r"\A([A-Z][a-z]*)+\Z")
+            self.assertTrue(option.help)
+
+    def test_operations_are_those_of_botocore(self):
+        try:
+            import botocore.loaders
+        except ImportError:
+            self.skipTest("botocore is not installed")
+        names = set(botocore.loaders.Loader().load_service_model(
+            "s3", "service-2")["operations"]) | {"PostObject"}
+        self.assertEqual(names - set(gos3rve.OPERATIONS), set())
+        version = tuple(map(int, botocore.__version__.split(".")[:2]))
+        if version < (1, 44):           # an older one knows fewer
+            self.skipTest("botocore %d.%d is too old to name all" % version)
+        self.assertEqual(set(gos3rve.OPERATIONS), names)
+
+    def test_operations_have_a_function_unless_refused(self):
+        for name, row in gos3rve.OPERATIONS.items():
+            self.assertEqual(row.name, name)
+            self.assertEqual(row.function is None, row.state == "refused",
+                             name)
+            self.assertRegex(row.action, r"\As3:[A-Z]\w+\Z")
+
+
+if __name__ == "__main__":
+    unittest.main()
