@@ -1068,8 +1068,8 @@ def _check_skew(then, now, text):
 
 def _checked_payload(payload):
     """x-amz-content-sha256 itself, when it is one of the known forms."""
-    if (_HEX_SHA256.match(payload) or payload == UNSIGNED
-            or payload == STREAMING_UNSIGNED or payload in STREAMING_SIGNED):
+    if (_HEX_SHA256.match(payload) or payload in STREAMING_SIGNED
+            or payload in (UNSIGNED, STREAMING_UNSIGNED)):
         return payload
     if payload.startswith("STREAMING-AWS4-ECDSA"):
         raise S3Error("NotImplemented", "SigV4A payloads are not "
@@ -1229,8 +1229,8 @@ def _v2_verify(request, account, date, signature):
     texts = ["\n".join(lines + [resource])
              for resource in _v2_resources(request)]
     expected = [_v2_signature(account.secret, text) for text in texts]
-    if not any([hmac.compare_digest(one, _ascii(signature))
-                for one in expected]):
+    if not any(hmac.compare_digest(one, _ascii(signature))
+               for one in expected):
         raise S3Error("SignatureDoesNotMatch", StringToSign=texts[0],
                       AWSAccessKeyId=account.key_id,
                       SignatureProvided=signature,
@@ -2981,11 +2981,11 @@ class Walker:
             return
         entries = names.entries
         tail = prefix[len(base):]
-        index = bisect.bisect_left(entries, tail) if tail else 0
+        start = bisect.bisect_left(entries, tail) if tail else 0
         if after.startswith(base):
-            index = max(index, _position(entries, after[len(base):]))
-        for index in range(index, len(entries)):
-            name = entries[index]
+            start = max(start, _position(entries, after[len(base):]))
+        for position in range(start, len(entries)):
+            name = entries[position]
             if tail and not name.startswith(tail):
                 return
             key = base + name
@@ -3120,6 +3120,9 @@ _PART_NAME = re.compile(r"\d{5}\Z", re.ASCII)
 
 # --- the store ---
 
+ALWAYS = WriteConditions()          # no condition at all
+
+
 class Store:
     """All buckets and uploads.
 
@@ -3235,15 +3238,15 @@ class Store:
         draft.seal(record)
 
         def step():
-            if conditions != WriteConditions():
+            if conditions != ALWAYS:
                 conditions.check(bucket.find(key))
             return bucket.publish(draft, key, record)
         return bucket.retry(key, step)
 
-    def delete_object(self, bucket, key, conditions=WriteConditions()):
+    def delete_object(self, bucket, key, conditions=ALWAYS):
         """Remove an object; nothing happens when there is none."""
         with bucket.lock(key):
-            if conditions != WriteConditions():
+            if conditions != ALWAYS:
                 conditions.check(bucket.find(key))
             return bucket.remove(key)
 
@@ -3269,7 +3272,7 @@ class Store:
             walker = Walker(bucket, self._cache)
             stamp = walker.odd_stamp()
             page = collect_page(
-                lambda start: walker.keys(prefix, start), bucket.glance,
+                functools.partial(walker.keys, prefix), bucket.glance,
                 prefix, delimiter, after, limit, skip)
             if walker.odd_stamp() == stamp:
                 break                   # nothing moved behind our back
@@ -4233,7 +4236,7 @@ def put_object(request):
     record = object_record(request.headers)
     conditions = write_conditions(request.headers)
     bucket, key = request.bucket, request.key
-    if conditions != WriteConditions():
+    if conditions != ALWAYS:
         conditions.check(bucket.find(key))      # before the body is sent
     with bucket.draft() as draft:
         receive(request.body, draft)
@@ -5793,9 +5796,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._running = 0
         self._changed = threading.Condition()
         host = address[0]
-        if host == "" and socket.has_ipv6 and _has_dual_stack():
-            self.address_family = socket.AF_INET6
-        elif ":" in host:
+        if ":" in host or (host == "" and socket.has_ipv6
+                           and _has_dual_stack()):
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
 
@@ -6505,9 +6507,9 @@ def main(argv=None):
     """The command line; its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        commands = {name: help_text for name in ("h", "help")}
-        commands["version"] = lambda: "gos3rve " + __version__
-        commands["operations"] = operations_text
+        commands = {"h": help_text, "help": help_text,
+                    "version": lambda: "gos3rve " + __version__,
+                    "operations": operations_text}
         arguments = _parse_arguments(argv)
         for name, text in commands.items():
             if _switch(arguments.get(name, "false")):

@@ -26,7 +26,6 @@ import base64
 import calendar
 import concurrent.futures
 import contextlib
-import datetime
 import errno
 import hashlib
 import hmac
@@ -40,7 +39,6 @@ import shutil
 import signal
 import socket
 import ssl
-import stat
 import subprocess
 import sys
 import tempfile
@@ -8088,12 +8086,23 @@ class HttpContinue(HttpCase):
         self.ok(answer)
         self.alive(peer)
 
-    def test_no_100_without_an_expectation_a_body_or_HTTP_1_1(self):
+    def test_no_100_without_an_expectation_or_HTTP_1_1(self):
         for data in (self.put_bytes("/box/k", b"hello"),
-                     self.put_bytes("/box/k", b"", self.expect),
                      self.put_bytes("/box/k", b"hello", self.expect,
                                     version="1.0")):
             self.ok(self.peer().send(data).answer())
+
+    def test_an_empty_body_is_asked_for_too(self):
+        """botocore before boto/botocore#3755 was mended takes the next
+        answer for this one's where a success comes without a 100."""
+        peer = self.peer().send(self.put_bytes("/box/k", b"", self.expect))
+        self.assertEqual(peer.answer().status, 100)
+        self.ok(peer.answer())
+        self.alive(peer)
+        peer = self.peer().send(self.put_bytes("/nobox/k", b"",
+                                               self.expect))
+        answer = self.error(peer.answer(), "NoSuchBucket")
+        self.assertEqual(answer.headers["connection"], "close")
 
     def test_a_chunked_body_is_asked_for_once(self):
         peer = self.peer().send(self.head("PUT", "/box/k", headers=[
