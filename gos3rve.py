@@ -150,6 +150,8 @@ ERRORS = {
     "IllegalLocationConstraintException": (
         400, "The specified location constraint is incompatible with the "
              "region specific endpoint this request was sent to."),
+    "IllegalVersioningConfigurationException": (
+        400, "The Versioning element must be specified"),
     "IncompleteBody": (
         400, "You did not provide the number of bytes specified by the "
              "Content-Length HTTP header."),
@@ -1870,6 +1872,8 @@ def _is_aws_chunked(headers):
 #                       tmp/         drafts: not visible yet
 #                       meta/        records that no xattr can hold
 #                       odd/         objects whose key is no path here
+#                       versions/    <key's name>/<version>: noncurrent
+#                                    versions and delete markers
 #                       locks/       one empty file a stripe
 #     <uploads>/<bucket>/<id>/       a multipart upload: upload.json, 00001
 
@@ -1947,6 +1951,25 @@ def odd_name(key):
     return "h" + hashlib.sha256(key.encode()).hexdigest()
 
 
+# --- versions ---
+
+NULL_VERSION = "null"
+ENABLED, SUSPENDED = "Enabled", "Suspended"
+_VERSION_ID = re.compile(r"[0-9a-f]{32}\Z")
+_END_OF_TIME_NS = 1 << 63
+
+
+def new_version_id():
+    """An id that no other version has; later ones sort first."""
+    return "%016x%s" % (_END_OF_TIME_NS - time.time_ns(),
+                        secrets.token_hex(8))
+
+
+def valid_version_id(text):
+    """True for `null` and for what new_version_id() makes."""
+    return text == NULL_VERSION or bool(_VERSION_ID.match(text))
+
+
 # --- records ---
 
 # The fields of a record that describe the content and not the object: they
@@ -1955,7 +1978,7 @@ _CONTENT_FIELDS = ("etag", "checksums", "checksum_type", "parts",
                    "part_checksums", "upload_id")
 _RECORD_TYPES = {"size": int, "mtime_ns": int, "etag": str, "headers": dict,
                  "meta": dict, "class": str, "checksums": dict, "key": str,
-                "was": str,
+                "was": str, "version": str, "marker": bool, "tags": dict,
                  "checksum_type": str, "parts": list, "upload_id": str,
                  "part_checksums": list}
 
@@ -1993,12 +2016,17 @@ class Info:
 
     key; size in bytes; mtime_ns; etag without quotes; record: headers,
     meta, class, checksums, parts and the like, as far as they hold.
+    version_id: `null` where the bucket had no versions; marker: True for
+    a delete marker; latest: True for the version that a GET finds.
     """
 
-    __slots__ = ("key", "size", "mtime_ns", "etag", "record")
+    __slots__ = ("key", "size", "mtime_ns", "etag", "record", "version_id",
+                 "marker", "latest")
 
-    def __init__(self, key, status, record):
-        self.key = key
+    def __init__(self, key, status, record, latest=True):
+        self.key, self.latest = key, latest
+        self.version_id = record.get("version", NULL_VERSION)
+        self.marker = record.get("marker", False)
         self.size = status.st_size
         self.mtime_ns = status.st_mtime_ns
         if (record.get("mtime_ns") != self.mtime_ns
@@ -2019,6 +2047,28 @@ def _stat_etag(status):
     has a `-` so that no client takes it for an MD5."""
     text = "%d:%d:%d" % (status.st_ino, status.st_size, status.st_mtime_ns)
     return new_md5(text.encode()).hexdigest() + "-0"
+
+
+def marker_error(info, version_id):
+    """What a read of a delete marker answers: 404, and 405 when it was
+    asked for by its id (userguide/DeleteMarker.html)."""
+    headers = {"x-amz-delete-marker": "true",
+               "x-amz-version-id": info.version_id,
+               "Last-Modified": http_date(info.mtime)}
+    if version_id is None:
+        return S3Error("NoSuchKey", headers=headers, Key=info.key)
+    headers["Allow"] = "DELETE"
+    return S3Error("MethodNotAllowed", headers=headers, Method="GET",
+                   ResourceType="DeleteMarker")
+
+
+class Removed(NamedTuple):
+    """What a delete did: the version it removed or the delete marker it
+    made (None in a bucket without versions); marker: it was a marker;
+    existed: False when there was nothing to delete."""
+    version_id: Optional[str]
+    marker: bool
+    existed: bool = True
 
 
 class Part(NamedTuple):
@@ -2227,10 +2277,11 @@ class Bucket:
         self._report = store.report
         self._real = os.path.realpath(root)
         self._real_slash = os.path.join(self._real, "")
-        self._real_odd = os.path.join(self._real, STATE, "odd", "")
+        self._real_state = os.path.join(self._real, STATE, "")
         self._state = os.path.join(root, STATE)
         self._odd = os.path.join(self._state, "odd")
         self._meta = os.path.join(self._state, "meta")
+        self._versions = os.path.join(self._state, "versions")
         self._threads = [threading.Lock() for _ in range(LOCK_STRIPES)]
         self._config = (None, {})
 
@@ -2258,10 +2309,20 @@ class Bucket:
             self._config = stamp, config
         return config
 
+    def save(self, config):
+        """Replace bucket.json.  The caller holds lock_all()."""
+        path = os.path.join(self._state, "bucket.json")
+        write_json(path, config, self._sync)
+
     @property
     def owner(self):
         """The user id of the owner; None for a directory made by hand."""
         return self.config.get("owner")
+
+    @property
+    def versioning(self):
+        """ENABLED, SUSPENDED, or None when it never had versions."""
+        return self.config.get("versioning")
 
     @property
     def region(self):
@@ -2326,8 +2387,9 @@ class Bucket:
             real = os.readlink("/proc/self/fd/%d" % fd)
         except OSError:
             real = os.path.realpath(path)
-        if path.startswith(self._odd) and real.startswith(self._real_odd):
-            return
+        if path.startswith(self._state) and real.startswith(
+                self._real_state):
+            return                      # a path of ours, not of a key
         if not self._is_inside(real):
             raise LeadsOut(errno.ENOENT, "leads out", path)
 
@@ -2481,7 +2543,11 @@ class Bucket:
         return path
 
     def _drop_sidecar(self, key, inode):
-        _unlink(self._sidecar(key, inode))
+        """Remove a sidecar, unless a version still has that inode."""
+        path = self._sidecar(key, inode)
+        if os.path.exists(path) and not self._describes(
+                key, os.path.basename(path)):
+            _unlink(path)
 
     # locks
 
@@ -2775,10 +2841,232 @@ class Bucket:
     def _describes(self, key, name):
         """True when a sidecar of that name is that of the key's file."""
         found = self._open_key(key)
+        if found is not None:
+            os.close(found[0])
+            if self._sidecar(key, found[1].st_ino).endswith(name):
+                return True
+        directory = self._version_directory(key)
+        for version in _listdir(directory):
+            with contextlib.suppress(OSError):
+                inode = os.stat(os.path.join(directory, version)).st_ino
+                if self._sidecar(key, inode).endswith(name):
+                    return True
+        return False
+
+    # versions; the caller holds the key's lock
+
+    def _version_directory(self, key):
+        return os.path.join(self._versions, odd_name(key))
+
+    def version_names(self, key):
+        """The file names of a key's noncurrent versions and markers, the
+        newest first."""
+        return sorted(_listdir(self._version_directory(key)))
+
+    def _load_version(self, key, name, latest=False):
+        """(Info, fd) of a noncurrent version or marker; None if gone."""
+        path = os.path.join(self._version_directory(key), name)
+        try:
+            fd, status = self._open_path(path)
+        except _ABSENT:
+            return None
+        try:
+            record = self._read_record(fd, status, key)
+            return Info(key, status, record, latest), fd
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def open_version(self, key, version_id=None):
+        """(Info, fd) of a version, the latest for None.  The caller
+        closes.  NoSuchKey, NoSuchVersion; a marker is given like others.
+        """
+        for _ in range(3):              # it may become current meanwhile
+            found = self._look(key)
+            if found and version_id in (None, found[0].version_id):
+                return found
+            if found:
+                os.close(found[1])
+            name = self._version_name(key, version_id)
+            found = name and self._load_version(
+                key, name, not found and version_id is None)
+            if found:
+                return found
+        if version_id is None:
+            raise S3Error("NoSuchKey", Key=key)
+        raise S3Error("NoSuchVersion", Key=key, VersionId=version_id)
+
+    def _version_name(self, key, version_id):
+        """The file name of a noncurrent version; that of the newest one
+        for None, if it is a marker."""
+        names = self.version_names(key)
+        if version_id is None:
+            return names[0] if names and self._is_marker(
+                key, names[0]) else None
+        for name in names:
+            if name == version_id or (version_id == NULL_VERSION
+                                      and name.endswith(NULL_VERSION)):
+                return name
+        return None
+
+    def _is_marker(self, key, name):
+        found = self._load_version(key, name)
+        if found:
+            os.close(found[1])
+        return bool(found) and found[0].marker
+
+    def versions(self, key):
+        """The Infos of all versions and markers, the newest first."""
+        current = self.find(key)
+        found = [current] if current else []
+        for name in self.version_names(key):
+            version = self._load_version(key, name)
+            if version:
+                info, fd = version
+                os.close(fd)
+                # a crash may have left the current one here as well
+                if not current or info.version_id != current.version_id:
+                    info.latest = not found and info.marker
+                    found.append(info)
+        return found
+
+    def _archive_name(self, key, info):
+        """Where a current version goes: before all that are there."""
+        name = info.version_id
+        if name == NULL_VERSION:
+            name = "%016x%s" % (_END_OF_TIME_NS - info.mtime_ns,
+                                NULL_VERSION)
+        names = self.version_names(key)
+        if name not in names and names and name > names[0] \
+                and info.version_id == NULL_VERSION:
+            name = "%016x%s" % (int(names[0][:16], 16) - 1, NULL_VERSION)
+        return name
+
+    def archive(self, key, keep_null=True):
+        """Link the current version in among the noncurrent ones; it stays
+        where it is, too.  keep_null: also when it is the null version."""
+        found = self._open_key(key)
         if found is None:
+            return
+        fd, status, path = found
+        try:
+            info = Info(key, status, self._read_record(fd, status, key))
+            if info.version_id == NULL_VERSION and not keep_null:
+                return
+            self._name_version(fd, status, key)
+            target = os.path.join(self._make_versions(key),
+                                  self._archive_name(key, info))
+            with contextlib.suppress(FileExistsError):
+                os.link(path, target)
+        finally:
+            os.close(fd)
+        if self._sync:
+            sync_directory(os.path.dirname(target))
+
+    def _name_version(self, fd, status, key):
+        """The record tells the key where the directory's name cannot."""
+        if odd_name(key)[0] == "h":
+            record = self._read_record(fd, status, key)
+            if record.get("key") != key:
+                record["key"] = key
+                self._write_record(fd, status, key, record)
+
+    def _make_versions(self, key):
+        """The directory for a key's versions, made."""
+        directory = self._version_directory(key)
+        self._make_state("versions")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory)
+        return directory
+
+    def add_marker(self, key, version_id):
+        """Publish a delete marker as the newest version; its id."""
+        record = {"marker": True, "key": key}
+        if version_id != NULL_VERSION:
+            record["version"] = version_id
+        directory = self._make_versions(key)
+        with self.draft() as draft:
+            status = draft.seal(record)
+            info = Info(key, status, record)
+            self._write_record(draft.fd, status, key, record)
+            if self._sync:
+                os.fsync(draft.fd)
+            os.replace(draft.path, os.path.join(
+                directory, self._archive_name(key, info)))
+            draft.path = None
+        if self._sync:
+            sync_directory(directory)
+
+    def drop_version(self, key, name):
+        """Remove a noncurrent version or marker by its file name."""
+        directory = self._version_directory(key)
+        path = os.path.join(directory, name)
+        try:
+            inode = os.stat(path).st_ino
+        except _ABSENT:
+            return
+        _unlink(path)
+        self._drop_sidecar(key, inode)
+        if self._sync:
+            sync_directory(directory)
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+
+    def drop_null(self, key):
+        """Remove the noncurrent null version or marker, if there is one."""
+        for name in self.version_names(key):
+            if name.endswith(NULL_VERSION):
+                self.drop_version(key, name)
+
+    def promote(self, key):
+        """Make the newest noncurrent version current, over what is there;
+        False when it is a marker or there is none."""
+        names = self.version_names(key)
+        if not names or self._is_marker(key, names[0]):
             return False
-        os.close(found[0])
-        return self._sidecar(key, found[1].st_ino).endswith(name)
+        replaced = self._inode(key)
+        path = os.path.join(self._version_directory(key), names[0])
+        kept = os.stat(path).st_ino
+        self._move(path, key)
+        if replaced not in (None, kept):
+            self._drop_sidecar(key, replaced)
+        with contextlib.suppress(OSError):
+            os.rmdir(self._version_directory(key))
+        return True
+
+    def remove_version(self, key, info):
+        """Remove one version: the latest makes way for the one before."""
+        if info.marker or not info.latest:
+            newest = self.version_names(key)[:1]
+            name = self._version_name(key, info.version_id)
+            self.drop_version(key, name)
+            if [name] == newest and self.find(key) is None:
+                self.promote(key)
+            return
+        # a copy of the current one that a crash left among the others
+        twin = self._version_name(key, info.version_id)
+        if twin:
+            self.drop_version(key, twin)
+        if not self.promote(key):
+            self.remove(key)
+
+    def update_record(self, key, version_id, change):
+        """Change the record of a version in place, change(record) being
+        given it; its new Info.  MethodNotAllowed for a delete marker."""
+        with self.lock(key):
+            info, fd = self.open_version(key, version_id)
+            try:
+                if info.marker:
+                    raise marker_error(info, version_id)
+                status = os.fstat(fd)
+                record = self._read_record(fd, status, key)
+                change(record)
+                self._write_record(fd, status, key, record)
+                if self._sync:
+                    os.fsync(fd)
+                return Info(key, status, record, info.latest)
+            finally:
+                os.close(fd)
 
     def is_empty(self):
         """True when the directory holds no object and no other file."""
@@ -2790,10 +3078,9 @@ class Bucket:
             if files or any(os.path.islink(os.path.join(path, name))
                             for name in directories):
                 return False
-        try:
-            return not os.listdir(self._odd)
-        except _ABSENT:
-            return True
+        return not _listdir(self._odd) and not any(
+            _listdir(os.path.join(self._versions, name))
+            for name in _listdir(self._versions))
 
 
 _NO_XATTR = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.E2BIG, errno.ENOSPC,
@@ -2886,6 +3173,33 @@ class Walker:
             lambda key: key.startswith(prefix),
             itertools.islice(odd, start, None)))
 
+    def version_keys(self, prefix, after, inclusive):
+        """As keys(), and those that have noncurrent versions only; `after`
+        itself, too, when `inclusive`."""
+        names = self._names(self._bucket._versions, self._read_versions)
+        old = names.entries if names else ()
+        start = max(bisect.bisect_left(old, prefix),
+                    bisect.bisect_left(old, after) if inclusive
+                    else bisect.bisect_right(old, after))
+        current = self.keys(prefix, after)
+        if inclusive and after.startswith(prefix):
+            current = itertools.chain([after], current)
+        return self._merge(current, itertools.takewhile(
+            lambda key: key.startswith(prefix),
+            itertools.islice(old, start, None)))
+
+    def _read_versions(self, path, stamp):
+        keys = []
+        for name in os.listdir(path):
+            if name[:1] == "k":
+                keys.append(urllib.parse.unquote(name[1:]))
+            elif name[:1] == "h":
+                for version in _listdir(os.path.join(path, name))[:1]:
+                    with contextlib.suppress(OSError):
+                        keys.append(self._hashed_key(
+                            os.path.join(path, name, version), name))
+        return Names(stamp, sorted(filter(None, keys)), frozenset())
+
     @staticmethod
     def _merge(natural, odd):
         last = None
@@ -2912,12 +3226,13 @@ class Walker:
                 keys.append(urllib.parse.unquote(name[1:]))
             elif name[:1] == "h":
                 with contextlib.suppress(OSError):
-                    keys.append(self._hashed_key(os.path.join(path, name)))
+                    keys.append(self._hashed_key(
+                        os.path.join(path, name), name))
         return Names(stamp, sorted(filter(None, keys)), frozenset())
 
-    def _hashed_key(self, path):
-        """The key that a file's own record tells, or None."""
-        name = os.path.basename(path)
+    def _hashed_key(self, path, name):
+        """The key of that odd_name() that a file's record tells, or None.
+        """
         if self._bucket._xattrs:
             with contextlib.suppress(OSError):
                 record = load_record(os.getxattr(path, XATTR))
@@ -3062,6 +3377,14 @@ def _position(entries, rest):
             entries[index - 1]):
         index -= 1
     return index
+
+
+def _after_version(infos, version_id):
+    """The versions behind one of them; all when it is not there."""
+    for number, info in enumerate(infos):
+        if info.version_id == version_id:
+            return infos[number + 1:]
+    return infos
 
 
 def collect_page(keys_after, look, prefix, delimiter, after, limit, skip=""):
@@ -3240,15 +3563,66 @@ class Store:
         def step():
             if conditions != ALWAYS:
                 conditions.check(bucket.find(key))
-            return bucket.publish(draft, key, record)
+            versioning = bucket.versioning
+            if versioning is None:
+                return bucket.publish(draft, key, record)
+            if versioning == ENABLED:
+                record["version"] = new_version_id()
+            bucket.archive(key, versioning == ENABLED)
+            info = bucket.publish(draft, key, record)
+            if versioning == SUSPENDED:
+                bucket.drop_null(key)
+            return info
         return bucket.retry(key, step)
 
-    def delete_object(self, bucket, key, conditions=ALWAYS):
-        """Remove an object; nothing happens when there is none."""
-        with bucket.lock(key):
+    def delete_object(self, bucket, key, conditions=ALWAYS,
+                      version_id=None, allow=None):
+        """Remove an object or one version of it, or add a delete marker;
+        what was Removed.  Nothing happens when there is none.
+
+        allow(info) may raise before that version is removed for good.
+        """
+        def step():
             if conditions != ALWAYS:
                 conditions.check(bucket.find(key))
-            return bucket.remove(key)
+            if version_id is not None:
+                return self._delete_version(bucket, key, version_id, allow)
+            versioning = bucket.versioning
+            if versioning is None:
+                current = bucket.find(key) if allow else None
+                if current:
+                    allow(current)
+                return Removed(None, False, bucket.remove(key))
+            return self._add_marker(bucket, key, versioning, allow)
+        return bucket.retry(key, step)
+
+    @staticmethod
+    def _add_marker(bucket, key, versioning, allow):
+        current = bucket.find(key)
+        if versioning == SUSPENDED and current and allow \
+                and current.version_id == NULL_VERSION:
+            allow(current)
+        marker = new_version_id() if versioning == ENABLED else NULL_VERSION
+        bucket.archive(key, versioning == ENABLED)
+        if versioning == SUSPENDED:
+            bucket.drop_null(key)
+        bucket.add_marker(key, marker)
+        bucket.remove(key)
+        return Removed(marker, True)
+
+    @staticmethod
+    def _delete_version(bucket, key, version_id, allow):
+        try:
+            info, fd = bucket.open_version(key, version_id)
+        except S3Error as error:
+            if error.code != "NoSuchVersion":
+                raise
+            return Removed(version_id, False, False)
+        os.close(fd)
+        if allow:
+            allow(info)
+        bucket.remove_version(key, info)
+        return Removed(version_id, info.marker)
 
     def rename_object(self, bucket, source, key, source_check, conditions):
         """Rename atomically, replacing what `key` was.
@@ -3259,6 +3633,9 @@ class Store:
             info = bucket.find(source)
             if info is None:
                 raise S3Error("NoSuchKey", Key=source)
+            if bucket.versioning:
+                raise S3Error("InvalidRequest", "RenameObject does not work "
+                              "in a bucket that has versions")
             source_check(info)
             conditions.check(bucket.find(key))
             if source != key:
@@ -3277,6 +3654,38 @@ class Store:
             if walker.odd_stamp() == stamp:
                 break                   # nothing moved behind our back
         return page
+
+    def list_versions(self, bucket, prefix="", delimiter="", key_marker="",
+                      version_marker="", limit=MAX_LIST_KEYS, skip=""):
+        """A Page of all versions and delete markers, by key and then the
+        newest first, behind a key or behind one version of it."""
+        walker = Walker(bucket, self._cache)
+        entries, last = [], skip
+        after = skip + "\U0010ffff" if skip else key_marker
+        for key in walker.version_keys(prefix, after, version_marker):
+            cut = key.find(delimiter, len(prefix)) if delimiter else -1
+            if cut >= 0:
+                found = [CommonPrefix(key[:cut + len(delimiter)])]
+                if found[0].key == last:
+                    continue
+                last = found[0].key
+            else:
+                found = bucket.versions(key)
+            if key == key_marker:
+                found = _after_version(found, version_marker)
+            for entry in found:
+                if len(entries) == limit:
+                    return Page(entries, bool(limit))
+                entries.append(entry)
+        return Page(entries, False)
+
+    def update_bucket(self, bucket, change):
+        """Change bucket.json: change(config) is given a copy of it."""
+        with bucket.lock_all():
+            config = json.loads(json.dumps(bucket.config))
+            config.setdefault("created_ns", bucket.created_ns)
+            change(config)
+            bucket.save(config)
 
     # uploads
 
@@ -3907,11 +4316,44 @@ def object_record(headers):
     return record
 
 
-def checked_version(request):
-    """Take `versionId=null`; there is no other version."""
-    version = request.query.get("versionId")
-    if version is not None and version != "null":
-        raise S3Error("NoSuchVersion", Key=request.key, VersionId=version)
+def asked_version(request):
+    """The versionId of a request, None when it names none."""
+    return checked_version(request.query.get("versionId"))
+
+
+def checked_version(version_id):
+    """A version id as a client gave it, or None for None."""
+    if version_id is not None and not valid_version_id(version_id):
+        raise S3Error("InvalidArgument", "Invalid version id specified"
+                      if version_id else "Version id cannot be the empty "
+                      "string", ArgumentName="versionId",
+                      ArgumentValue=version_id)
+    return version_id
+
+
+def version_header(request, info):
+    """The x-amz-version-id of an answer, in a bucket with versions."""
+    if request.bucket.versioning is None:
+        return {}
+    return {"x-amz-version-id": info.version_id}
+
+
+def open_asked(request):
+    """(Info, fd) of the version that a request reads; its delete marker
+    is an error."""
+    version_id = asked_version(request)
+    info, fd = request.bucket.open_version(request.key, version_id)
+    if info.marker:
+        os.close(fd)
+        raise marker_error(info, version_id)
+    return info, fd
+
+
+def find_asked(request):
+    """The Info of the version that a request reads."""
+    info, fd = open_asked(request)
+    os.close(fd)
+    return info
 
 
 def encode_type(request):
@@ -4141,27 +4583,27 @@ def _entry(info, encode):
 
 @operation("GET", BUCKET, "versions", action="s3:ListBucketVersions")
 def list_object_versions(request):
-    """API_ListObjectVersions of a bucket without versions: each object is
-    its own one version, `null`."""
+    """API_ListObjectVersions."""
     query = request.query
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
-    marker, limit = (query.get("key-marker", ""),
-                     page_size(request, "max-keys"))
-    if query.get("version-id-marker") and not marker:
+    marker, version = query.get("key-marker", ""), query.get(
+        "version-id-marker", "")
+    limit = page_size(request, "max-keys")
+    if version and not marker:
         raise S3Error("InvalidArgument", "A version-id marker cannot be "
                       "specified without a key marker.",
                       ArgumentName="version-id-marker")
     encode, encoding = encode_type(request)
-    page = request.store.list_objects(
-        request.bucket, prefix, delimiter, marker, limit,
+    page = request.store.list_versions(
+        request.bucket, prefix, delimiter, marker, version, limit,
         _rolled_up(marker, prefix, delimiter))
     last = page.entries[-1] if page.truncated else None
     children = [
         ("Name", request.bucket_name), ("Prefix", encode(prefix)),
-        ("KeyMarker", encode(marker)),
-        ("VersionIdMarker", query.get("version-id-marker", "")),
+        ("KeyMarker", encode(marker)), ("VersionIdMarker", version),
         ("NextKeyMarker", last and encode(last.key)),
-        ("NextVersionIdMarker", "null" if isinstance(last, Info) else None),
+        ("NextVersionIdMarker", last.version_id
+         if isinstance(last, Info) else None),
         ("MaxKeys", limit), ("Delimiter", encode(delimiter) or None),
         ("EncodingType", encoding), ("IsTruncated", page.truncated)]
     owner = owner_element(request, bucket_owner(request))
@@ -4169,9 +4611,14 @@ def list_object_versions(request):
         if isinstance(entry, CommonPrefix):
             children.append(("CommonPrefixes",
                              [("Prefix", encode(entry.key))]))
+            continue
+        which = [("VersionId", entry.version_id),
+                 ("IsLatest", entry.latest), owner]
+        if entry.marker:
+            children.append(("DeleteMarker", _entry(entry, encode)[:2]
+                             + which))
         else:
-            children.append(("Version", _entry(entry, encode) + [
-                ("VersionId", "null"), ("IsLatest", True), owner]))
+            children.append(("Version", _entry(entry, encode) + which))
     return xml_document("ListVersionsResult", children)
 
 
@@ -4245,6 +4692,7 @@ def put_object(request):
                                         conditions)
     headers = {"ETag": quoted(info.etag)}
     headers.update(checksum_headers(record))
+    headers.update(version_header(request, info))
     return headers
 
 
@@ -4258,9 +4706,12 @@ def copy_object(request):
         _copy_content(request, source, draft, record)
         info = request.store.put_object(request.bucket, key, draft, record,
                                         conditions)
-    return xml_document("CopyObjectResult", [
+    headers = {"Content-Type": "application/xml"}
+    headers.update(version_header(request, info))
+    headers.update(source.headers)
+    return Response(200, headers, xml_document("CopyObjectResult", [
         ("LastModified", iso_date(info.mtime_ns)),
-        ("ETag", quoted(info.etag))] + checksum_children(record))
+        ("ETag", quoted(info.etag))] + checksum_children(record)))
 
 
 class CopySource(NamedTuple):
@@ -4268,6 +4719,7 @@ class CopySource(NamedTuple):
     info: Info
     fd: int
     same: bool                      # it is the target, too
+    headers: Dict[str, str]         # which version it is
 
     def __enter__(self):
         return self
@@ -4281,17 +4733,22 @@ def open_copy_source(request):
     name, key, version = parse_copy_source(
         request.headers["x-amz-copy-source"])
     bucket = request.own_bucket(name, "x-amz-source-expected-bucket-owner")
-    if version not in (None, "null"):
-        raise S3Error("NoSuchVersion", Key=key, VersionId=version)
-    info, fd = bucket.open(key)
+    info, fd = bucket.open_version(key, checked_version(version))
     try:
+        if info.marker:
+            raise S3Error("InvalidRequest", "The source of a copy request "
+                          "may not specifically refer to a delete marker by "
+                          "version id.") if version else S3Error(
+                              "NoSuchKey", Key=key)
         check_read_conditions(request.headers, info.etag, info.mtime,
                               "x-amz-copy-source-")
     except S3Error:
         os.close(fd)
         raise
-    return CopySource(info, fd, (name, key) == (
-        request.bucket_name, request.key))
+    headers = {"x-amz-copy-source-version-id": info.version_id} \
+        if bucket.versioning else {}
+    return CopySource(info, fd, info.latest and (name, key) == (
+        request.bucket_name, request.key), headers)
 
 
 def _copied_record(request, source):
@@ -4399,12 +4856,18 @@ def rename_object(request):
 @operation("DELETE", OBJECT, status=204)
 def delete_object(request):
     """API_DeleteObject; deleting what is not there succeeds."""
-    checked_version(request)
     headers = request.headers
     conditions = delete_conditions(
         headers.get("if-match"), headers.get("x-amz-if-match-size"),
         headers.get("x-amz-if-match-last-modified-time"))
-    request.store.delete_object(request.bucket, request.key, conditions)
+    removed = request.store.delete_object(
+        request.bucket, request.key, conditions, asked_version(request))
+    if request.bucket.versioning is None:
+        return {}
+    answer = {"x-amz-version-id": removed.version_id}
+    if removed.marker:
+        answer["x-amz-delete-marker"] = "true"
+    return answer
 
 
 @operation("POST", BUCKET, "delete", action="s3:DeleteObject")
@@ -4421,30 +4884,33 @@ def delete_objects(request):
         key = element.findtext("Key") or ""
         version = xml_text(element, "VersionId")
         try:
-            _delete_one(request, element, key, version)
+            removed = _delete_one(request, element, key, version)
         except S3Error as error:
             children.append(("Error", [
                 ("Key", key), ("VersionId", version),
                 ("Code", error.code), ("Message", error.message)]))
             continue
         if not quiet:
-            children.append(("Deleted", [("Key", key),
-                                         ("VersionId", version)]))
+            children.append(("Deleted", [
+                ("Key", key), ("VersionId", version),
+                ("DeleteMarker", removed.marker or None),
+                ("DeleteMarkerVersionId", removed.version_id
+                 if removed.marker else None)]))
     return xml_document("DeleteResult", children)
 
 
 def _delete_one(request, element, key, version):
-    """Delete what one Object element names."""
+    """Delete what one Object element names; what was Removed."""
     if not key:
         raise S3Error("MalformedXML")
-    if version not in (None, "null"):
+    if version is not None and not valid_version_id(version):
         raise S3Error("NoSuchVersion")
     conditions = delete_conditions(
         xml_text(element, "ETag"), xml_text(element, "Size"),
         xml_text(element, "LastModifiedTime"))
     try:
-        request.store.delete_object(request.bucket, checked_key(key),
-                                    conditions)
+        return request.store.delete_object(
+            request.bucket, checked_key(key), conditions, version)
     except OSError as error:
         raise storage_error(error) from error
 
@@ -4454,8 +4920,7 @@ def _delete_one(request, element, key, version):
 @operation("GET", OBJECT)
 def get_object(request):
     """API_GetObject."""
-    checked_version(request)
-    info, fd = request.bucket.open(request.key)
+    info, fd = open_asked(request)
     try:
         response = object_response(request, info)
     except BaseException:
@@ -4468,16 +4933,13 @@ def get_object(request):
 @operation("HEAD", OBJECT, action="s3:GetObject")
 def head_object(request):
     """API_HeadObject: GetObject's answer without its body."""
-    checked_version(request)
-    info = request.bucket.find(request.key)
-    if info is None:
-        raise S3Error("NoSuchKey")
-    return object_response(request, info)
+    return object_response(request, find_asked(request))
 
 
 def object_response(request, info):
     """The Response to GET and HEAD, but for the file."""
     headers = object_headers(info)
+    headers.update(version_header(request, info))
     request_headers = request.headers
     try:
         check_read_conditions(request_headers, info.etag, info.mtime)
@@ -4607,16 +5069,13 @@ def _override_headers(request, headers):
 @operation("GET", OBJECT, "attributes")
 def get_object_attributes(request):
     """API_GetObjectAttributes."""
-    checked_version(request)
     names = {name.strip() for name in request.headers.get(
         "x-amz-object-attributes", "").split(",")} - {""}
     known = {"ETag", "Checksum", "ObjectParts", "StorageClass", "ObjectSize"}
     if not names or names - known:
         raise S3Error("InvalidArgument", "Invalid attribute name specified.",
                       ArgumentName="x-amz-object-attributes")
-    info = request.bucket.find(request.key)
-    if info is None:
-        raise S3Error("NoSuchKey")
+    info = find_asked(request)
     check_read_conditions(request.headers, info.etag, info.mtime)
     record = info.record
     values = [("ETag", info.etag),
@@ -4627,8 +5086,10 @@ def get_object_attributes(request):
               ("ObjectSize", info.size)]
     body = xml_document("GetObjectAttributesResponse", [
         value for value in values if value[0] in names])
-    return Response(200, {"Content-Type": "application/xml",
-                          "Last-Modified": http_date(info.mtime)}, body)
+    headers = {"Content-Type": "application/xml",
+               "Last-Modified": http_date(info.mtime)}
+    headers.update(version_header(request, info))
+    return Response(200, headers, body)
 
 
 def _object_parts(request, record):
@@ -4806,10 +5267,13 @@ def complete_multipart_upload(request):
             raise
     location = "%s/%s" % (service_url(request), uri_encode(
         "%s/%s" % (request.bucket_name, request.key), "/-_.~"))
-    return xml_document("CompleteMultipartUploadResult", [
-        ("Location", location), ("Bucket", request.bucket_name),
-        ("Key", request.key), ("ETag", quoted(info.etag))]
-        + checksum_children(info.record))
+    headers = {"Content-Type": "application/xml"}
+    headers.update(version_header(request, info))
+    return Response(200, headers, xml_document(
+        "CompleteMultipartUploadResult", [
+            ("Location", location), ("Bucket", request.bucket_name),
+            ("Key", request.key), ("ETag", quoted(info.etag))]
+        + checksum_children(info.record)))
 
 
 def service_url(request):
@@ -4824,10 +5288,10 @@ def service_url(request):
 
 def _completed_before(request):
     """The object's Info when it came from this very upload, or None."""
-    info = request.bucket.find(request.key)
     upload_id = request.query["uploadId"]
-    if info and info.record.get("upload_id") == upload_id:
-        return info
+    for info in request.bucket.versions(request.key):
+        if info.record.get("upload_id") == upload_id:
+            return info
     return None
 
 
@@ -5059,8 +5523,24 @@ def _upload_entry(request, upload, encode):
 
 @operation("GET", BUCKET, "versioning")
 def get_bucket_versioning(request):
-    """API_GetBucketVersioning: never enabled."""
-    return xml_document("VersioningConfiguration", [])
+    """API_GetBucketVersioning: empty until it is enabled once."""
+    return xml_document("VersioningConfiguration", [
+        ("Status", request.bucket.versioning)])
+
+
+@operation("PUT", BUCKET, "versioning")
+def put_bucket_versioning(request):
+    """API_PutBucketVersioning; MFA delete is not implemented."""
+    document = request.xml("VersioningConfiguration")
+    status = xml_text(document, "Status")
+    if xml_text(document, "MfaDelete", "Disabled") != "Disabled":
+        raise S3Error("NotImplemented", "MFA delete is not implemented")
+    if status is None and document.find("MfaDelete") is None:
+        raise S3Error("IllegalVersioningConfigurationException")
+    if status not in (ENABLED, SUSPENDED):
+        raise S3Error("MalformedXML")
+    request.store.update_bucket(
+        request.bucket, lambda config: config.update(versioning=status))
 
 
 def _full_control(request):
@@ -5082,18 +5562,14 @@ def get_bucket_acl(request):
 @operation("GET", OBJECT, "acl")
 def get_object_acl(request):
     """API_GetObjectAcl."""
-    checked_version(request)
-    if request.bucket.find(request.key) is None:
-        raise S3Error("NoSuchKey", Key=request.key)
+    find_asked(request)
     return _full_control(request)
 
 
 @operation("GET", OBJECT, "tagging")
 def get_object_tagging(request):
     """API_GetObjectTagging: no tags."""
-    checked_version(request)
-    if request.bucket.find(request.key) is None:
-        raise S3Error("NoSuchKey", Key=request.key)
+    find_asked(request)
     return xml_document("Tagging", [("TagSet", [])])
 
 
@@ -5242,7 +5718,6 @@ for _method, _level, _subresource, _name in (
         ("DELETE", OBJECT, "tagging", "DeleteObjectTagging"),
         ("PUT", OBJECT, "tagging", "PutObjectTagging"),
         ("GET", OBJECT, "torrent", "GetObjectTorrent"),
-        ("PUT", BUCKET, "versioning", "PutBucketVersioning"),
         ("DELETE", BUCKET, "website", "DeleteBucketWebsite"),
         ("PUT", BUCKET, "website", "PutBucketWebsite"),
         ("POST", BUCKET, None, "PostObject"),

@@ -374,6 +374,18 @@ class ServerCase(unittest.TestCase):
         return answer
 
 
+def together(count, function):
+    """Call function(number) in `count` threads that start at once; the
+    results."""
+    barrier = threading.Barrier(count)
+
+    def one(number):
+        barrier.wait()
+        return function(number)
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
 class Drip(io.BytesIO):
     """A source that gives at most `step` bytes at a time."""
 
@@ -2512,7 +2524,7 @@ class StorageCase(unittest.TestCase):
 
     def delete(self, key):
         """Delete an object."""
-        return self.store.delete_object(self.bucket, key)
+        return self.store.delete_object(self.bucket, key).existed
 
     def read(self, key):
         """(Info, content) of an object."""
@@ -4941,6 +4953,8 @@ class ListingOptionRequests(OperationCase):
         self.assertEqual(self.ok(self.s3.get("/box/a", query)).body, b"x")
         self.ok(self.s3.head("/box/a", query))
         other = {"versionId": "3sL4kqtJlcpXroDTDmJ.rmSpXd3dIbrHY"}
+        self.error(self.s3.get("/box/a", other), "InvalidArgument", 400)
+        other = {"versionId": "0123456789abcdef" * 2}
         self.error(self.s3.get("/box/a", other), "NoSuchVersion", 404)
         self.s3.delete("/box/a", other)
         self.body("a", b"x")
@@ -6964,7 +6978,7 @@ class RefusedRequests(OperationCase):
             "intelligent-tiering", "inventory", "lifecycle", "logging",
             "metrics", "notification", "object-lock", "ownershipControls",
             "policy", "publicAccessBlock", "replication", "requestPayment",
-            "tagging", "versioning", "website"),
+            "tagging", "website"),
         "DELETE bucket": (
             "analytics", "cors", "encryption", "intelligent-tiering",
             "inventory", "lifecycle", "metrics", "ownershipControls",
@@ -7041,6 +7055,236 @@ class RefusedRequests(OperationCase):
             answer = self.s3.put("/missing", b"x", {query: ""})
             self.assertIn(answer.status, (404, 501))
         self.assertEqual(os.listdir(self.server.dir_buckets), ["box"])
+
+
+# --- versions ---
+
+class VersionRequests(OperationCase):
+    """Versioning enabled and suspended, over HTTP and on the disk."""
+
+    def setUp(self):
+        super().setUp()
+        shutil.rmtree(self.path(gos3rve.STATE), ignore_errors=True)
+
+    def switch(self, status, code=200):
+        body = ("<VersioningConfiguration><Status>%s</Status>"
+                "</VersioningConfiguration>" % status).encode()
+        return self.ok(self.s3.put("/box", body, {"versioning": ""}), code)
+
+    def put_version(self, key, body):
+        return self.ok(self.s3.put("/box/" + key, body)).headers[
+            "x-amz-version-id"]
+
+    def listed(self, **query):
+        """(key, version id, is latest, is marker) of every entry."""
+        answer = self.ok(self.s3.get("/box", dict(
+            {n.replace("_", "-"): v for n, v in query.items()},
+            versions="")))
+        return [(e.findtext("Key"), e.findtext("VersionId"),
+                 e.findtext("IsLatest") == "true", e.tag == "DeleteMarker")
+                for e in answer.xml() if e.tag in ("Version",
+                                                   "DeleteMarker")]
+
+    def test_status_is_empty_until_it_is_set(self):
+        answer = self.ok(self.s3.get("/box", {"versioning": ""}))
+        self.assertIsNone(answer.one("Status"))
+        for status in ("Enabled", "Suspended", "Enabled"):
+            self.switch(status)
+            answer = self.ok(self.s3.get("/box", {"versioning": ""}))
+            self.assertEqual(answer.one("Status"), status)
+
+    def test_bad_documents_are_refused(self):
+        for body, code in (
+                (b"", "MalformedXML"), (b"<a/>", "MalformedXML"),
+                (b"<VersioningConfiguration/>",
+                 "IllegalVersioningConfigurationException"),
+                (b"<VersioningConfiguration><Status>On</Status>"
+                 b"</VersioningConfiguration>", "MalformedXML"),
+                (b"<VersioningConfiguration><Status>Enabled</Status>"
+                 b"<MfaDelete>Enabled</MfaDelete>"
+                 b"</VersioningConfiguration>", "NotImplemented")):
+            with self.subTest(body=body):
+                self.error(self.s3.put("/box", body, {"versioning": ""}),
+                           code)
+        self.assertIsNone(self.s3.get("/box", {"versioning": ""}).one(
+            "Status"))
+
+    def test_each_put_is_a_version_and_a_plain_file(self):
+        self.s3.put("/box/k", b"before")
+        self.switch("Enabled")
+        ids = [self.put_version("k", b"%d" % n) for n in range(3)]
+        self.assertEqual(len(set(ids)), 3)
+        with open(self.path("k"), "rb") as file:
+            self.assertEqual(file.read(), b"2")
+        for body, version in zip((b"0", b"1", b"2", b"before"),
+                                 ids + ["null"]):
+            answer = self.ok(self.s3.get("/box/k", {"versionId": version}))
+            self.assertEqual((answer.body,
+                              answer.headers["x-amz-version-id"]),
+                             (body, version))
+        self.assertEqual(self.listed(), [
+            ("k", version, version == ids[2], False)
+            for version in ids[::-1] + ["null"]])
+        self.assertEqual(self.s3.keys("box"), ["k"])
+
+    def test_delete_leaves_a_marker_and_removing_it_brings_the_key_back(
+            self):
+        self.switch("Enabled")
+        version = self.put_version("d/k", b"1")
+        answer = self.ok(self.s3.delete("/box/d/k"), 204)
+        marker = answer.headers["x-amz-version-id"]
+        self.assertEqual(answer.headers["x-amz-delete-marker"], "true")
+        self.assertFalse(os.path.exists(self.path("d")))
+        answer = self.error(self.s3.get("/box/d/k"), "NoSuchKey")
+        self.assertEqual(answer.headers["x-amz-delete-marker"], "true")
+        self.assertEqual(answer.headers["x-amz-version-id"], marker)
+        answer = self.error(self.s3.get("/box/d/k", {
+            "versionId": marker}), "MethodNotAllowed")
+        self.assertEqual(answer.headers["allow"], "DELETE")
+        self.assertEqual(self.s3.keys("box"), [])
+        self.assertEqual(self.listed(), [("d/k", marker, True, True),
+                                         ("d/k", version, False, False)])
+        answer = self.ok(self.s3.delete("/box/d/k", {
+            "versionId": marker}), 204)
+        self.assertEqual(answer.headers["x-amz-delete-marker"], "true")
+        self.assertEqual(self.s3.get("/box/d/k").body, b"1")
+        self.assertEqual(self.listed(), [("d/k", version, True, False)])
+
+    def test_deleting_the_latest_version_uncovers_the_one_before(self):
+        self.switch("Enabled")
+        one, two = (self.put_version("k", b"%d" % n) for n in (1, 2))
+        self.ok(self.s3.delete("/box/k", {"versionId": two}), 204)
+        self.assertEqual(self.s3.get("/box/k").body, b"1")
+        self.ok(self.s3.delete("/box/k", {"versionId": one}), 204)
+        self.assertEqual((self.listed(), self.s3.get("/box/k").status),
+                         ([], 404))
+        self.ok(self.s3.delete("/box"), 204)
+        self.ok(self.s3.put("/box"))
+
+    def test_suspended_writes_replace_the_null_version_only(self):
+        self.switch("Enabled")
+        one = self.put_version("k", b"1")
+        self.switch("Suspended")
+        for body in (b"2", b"3"):
+            self.assertEqual(self.put_version("k", body), "null")
+        self.assertEqual(self.listed(), [("k", "null", True, False),
+                                         ("k", one, False, False)])
+        answer = self.ok(self.s3.delete("/box/k"), 204)
+        self.assertEqual(answer.headers["x-amz-version-id"], "null")
+        self.assertEqual(self.listed(), [("k", "null", True, True),
+                                         ("k", one, False, False)])
+        self.assertEqual(self.put_version("k", b"4"), "null")
+        self.assertEqual(self.listed(), [("k", "null", True, False),
+                                         ("k", one, False, False)])
+        self.assertEqual(self.s3.get("/box/k", {"versionId": one}).body,
+                         b"1")
+
+    def test_a_bucket_with_versions_only_is_not_empty(self):
+        self.switch("Enabled")
+        self.put_version("k", b"1")
+        self.s3.delete("/box/k")
+        self.error(self.s3.delete("/box"), "BucketNotEmpty")
+
+    def test_odd_keys_have_versions_too(self):
+        self.switch("Enabled")
+        keys = ["a", "a/b", "a/", "x" * 600, "../up", "\u00fc/\U0001f600"]
+        ids = {key: [self.put_version(key, b"1"),
+                     self.put_version(key, b"2")] for key in keys}
+        self.assertEqual(self.listed(), [
+            (key, version, version == ids[key][1], False)
+            for key in sorted(keys) for version in ids[key][::-1]])
+        for key in keys:
+            self.ok(self.s3.delete("/box/" + key), 204)
+            self.assertEqual(self.s3.get("/box/" + key, {
+                "versionId": ids[key][0]}).body, b"1")
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_listing_pages_join_to_the_whole(self):
+        self.switch("Enabled")
+        for key in ("a", "b/1", "b/2", "c"):
+            for number in range(3):
+                self.put_version(key, b"%d" % number)
+        self.s3.delete("/box/c")
+        whole = self.listed()
+        self.assertEqual(len(whole), 13)
+        for size in (1, 2, 5):
+            found, query = [], {"versions": "", "max-keys": str(size)}
+            while True:
+                answer = self.ok(self.s3.get("/box", query))
+                found += [e.findtext("VersionId") for e in answer.xml()
+                          if e.tag in ("Version", "DeleteMarker")]
+                if answer.one("IsTruncated") != "true":
+                    break
+                query["key-marker"] = answer.one("NextKeyMarker")
+                query["version-id-marker"] = answer.one(
+                    "NextVersionIdMarker")
+            self.assertEqual(found, [entry[1] for entry in whole])
+        answer = self.s3.get("/box", {"versions": "", "delimiter": "/"})
+        self.assertEqual(answer.all("CommonPrefixes/Prefix"), ["b/"])
+        self.assertEqual(len(answer.all("Version")), 6)
+
+    def test_copies_name_the_version_they_read(self):
+        self.switch("Enabled")
+        one = self.put_version("k", b"1")
+        self.put_version("k", b"2")
+        answer = self.ok(self.s3.put("/box/k", headers={
+            "x-amz-copy-source": "/box/k?versionId=" + one}))
+        self.assertEqual(answer.headers["x-amz-copy-source-version-id"],
+                         one)
+        self.assertEqual(self.s3.get("/box/k").body, b"1")
+        self.assertEqual(len(self.listed()), 3)
+
+    def test_many_deletes_tell_their_markers_and_versions(self):
+        self.switch("Enabled")
+        one = self.put_version("k", b"1")
+        body = ("<Delete><Object><Key>k</Key></Object><Object><Key>k</Key>"
+                "<VersionId>%s</VersionId></Object></Delete>" % one).encode()
+        answer = self.ok(self.s3.post("/box", {"delete": ""}, body, headers={
+            "content-md5": digest64("md5", body)}))
+        self.assertEqual(answer.all("Deleted/DeleteMarker"), ["true"])
+        marker = answer.one("Deleted/DeleteMarkerVersionId")
+        self.assertEqual(answer.all("Deleted/VersionId"), [one])
+        self.assertEqual(self.listed(), [("k", marker, True, True)])
+
+    def test_a_rename_is_refused(self):
+        self.switch("Enabled")
+        self.put_version("k", b"1")
+        self.error(self.s3.put("/box/l", query={"renameObject": ""},
+                               headers={"x-amz-rename-source": "k"}),
+                   "InvalidRequest")
+        self.assertEqual(self.s3.keys("box"), ["k"])
+
+    def test_sixteen_writers_lose_no_version(self):
+        self.switch("Enabled")
+        clients = [Client(self.server.url, self.server.key_id,
+                          self.server.key_val) for _ in range(16)]
+
+        def write(number):
+            return {clients[number].put("/box/k", b"%d.%d" % (
+                number, turn)).headers["x-amz-version-id"]:
+                b"%d.%d" % (number, turn) for turn in range(5)}
+        written = {}
+        for one in together(16, write):
+            written.update(one)
+        self.assertEqual(len(written), 80)
+        for version, body in written.items():
+            self.assertEqual(self.s3.get("/box/k", {
+                "versionId": version}).body, body)
+        listed = self.listed()
+        self.assertEqual({entry[1] for entry in listed}, set(written))
+        self.assertEqual([entry[2] for entry in listed],
+                         [True] + [False] * 79)
+        for client in clients:
+            client.close()
+
+
+class VersionRequestsWithSidecars(VersionRequests):
+    """The same where the file system has no extended attributes."""
+
+    @classmethod
+    def setUpClass(cls):
+        with mock.patch.object(gos3rve, "_HAVE_XATTR", False):
+            super().setUpClass()
 
 
 # --- regions, names and addresses ---
@@ -8849,18 +9093,6 @@ class ServerProcess:
     def __exit__(self, *_):
         self.kill()
         self.errors.close()
-
-
-def together(count, function):
-    """Call function(number) in `count` threads that start at once; the
-    results."""
-    barrier = threading.Barrier(count)
-
-    def one(number):
-        barrier.wait()
-        return function(number)
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        return list(pool.map(one, range(count)))
 
 
 class KilledServer(unittest.TestCase):
