@@ -3583,10 +3583,11 @@ class Store:
         allow(info) may raise before that version is removed for good.
         """
         def step():
+            if version_id is not None:
+                return self._delete_version(bucket, key, version_id, allow,
+                                            conditions)
             if conditions != ALWAYS:
                 conditions.check(bucket.find(key))
-            if version_id is not None:
-                return self._delete_version(bucket, key, version_id, allow)
             versioning = bucket.versioning
             if versioning is None:
                 current = bucket.find(key) if allow else None
@@ -3611,7 +3612,7 @@ class Store:
         return Removed(marker, True)
 
     @staticmethod
-    def _delete_version(bucket, key, version_id, allow):
+    def _delete_version(bucket, key, version_id, allow, conditions):
         try:
             info, fd = bucket.open_version(key, version_id)
         except S3Error as error:
@@ -3619,6 +3620,7 @@ class Store:
                 raise
             return Removed(version_id, False, False)
         os.close(fd)
+        conditions.check(info)
         if allow:
             allow(info)
         bucket.remove_version(key, info)
@@ -4332,8 +4334,11 @@ def checked_version(version_id):
 
 
 def version_header(request, info):
-    """The x-amz-version-id of an answer, in a bucket with versions."""
-    if request.bucket.versioning is None:
+    """The x-amz-version-id of an answer, in a bucket with versions; a
+    write while they are suspended makes none and names none."""
+    versioning = request.bucket.versioning
+    if versioning is None or (versioning == SUSPENDED and request.method
+                              not in ("GET", "HEAD")):
         return {}
     return {"x-amz-version-id": info.version_id}
 
