@@ -38,9 +38,11 @@ import hashlib
 import heapq
 import hmac
 import http.server
+import ipaddress
 import itertools
 import json
 import mimetypes
+import operator
 import os
 import random
 import re
@@ -124,6 +126,8 @@ EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 # docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html where AWS
 # has the code.
 ERRORS = {
+    "AccessControlListNotSupported": (
+        400, "The bucket does not allow ACLs"),
     "AccessDenied": (403, "Access Denied"),
     "AuthorizationHeaderMalformed": (
         400, "The authorization header you provided is invalid."),
@@ -163,6 +167,9 @@ ERRORS = {
         403, "The AWS Access Key Id you provided does not exist in our "
              "records."),
     "InvalidArgument": (400, "Invalid Argument"),
+    "InvalidBucketAclWithObjectOwnership": (
+        400, "Bucket cannot have ACLs set with ObjectOwnership's "
+             "BucketOwnerEnforced setting"),
     "InvalidBucketName": (400, "The specified bucket is not valid."),
     "InvalidDigest": (
         400, "The Content-MD5 or checksum value that you specified is not "
@@ -193,6 +200,12 @@ ERRORS = {
     "MetadataTooLarge": (
         400, "Your metadata headers exceed the maximum allowed metadata "
              "size."),
+    "MalformedACLError": (
+        400, "The XML you provided was not well-formed or did not validate "
+             "against our published schema"),
+    "MalformedPolicy": (400, "Policy has invalid resource"),
+    "MalformedPolicyDocument": (
+        400, "The policy document was malformed."),
     "MalformedTrailerError": (
         400, "The request contained trailing data that was not well-formed "
              "or did not conform to our published schema."),
@@ -200,6 +213,8 @@ ERRORS = {
         405, "The specified method is not allowed against this resource."),
     "MissingContentLength": (
         411, "You must provide the Content-Length HTTP header."),
+    "MissingSecurityHeader": (
+        400, "Your request was missing a required header"),
     "NoSuchBucket": (404, "The specified bucket does not exist."),
     "NoSuchBucketPolicy": (404, "The bucket policy does not exist"),
     "NoSuchCORSConfiguration": (
@@ -251,6 +266,10 @@ ERRORS = {
     "SlowDown": (503, "Please reduce your request rate."),
     "UnsupportedHTTPVersion": (
         505, "The HTTP version of the request is not supported."),
+    "UnexpectedContent": (400, "This request does not support content."),
+    "UnresolvableGrantByEmailAddress": (
+        400, "The email address you provided does not match any account on "
+             "record."),
     "XAmzContentSHA256Mismatch": (
         400, "The provided 'x-amz-content-sha256' header does not match "
              "what was computed."),
@@ -1979,6 +1998,7 @@ _CONTENT_FIELDS = ("etag", "checksums", "checksum_type", "parts",
 _RECORD_TYPES = {"size": int, "mtime_ns": int, "etag": str, "headers": dict,
                  "meta": dict, "class": str, "checksums": dict, "key": str,
                 "was": str, "version": str, "marker": bool, "tags": dict,
+                 "owner": str, "acl": list,
                  "checksum_type": str, "parts": list, "upload_id": str,
                  "part_checksums": list}
 
@@ -2284,6 +2304,7 @@ class Bucket:
         self._versions = os.path.join(self._state, "versions")
         self._threads = [threading.Lock() for _ in range(LOCK_STRIPES)]
         self._config = (None, {})
+        self.derived = (None, None)     # room 8's: (config, what follows)
 
     # what S3 knows of the bucket
 
@@ -3502,8 +3523,10 @@ class Store:
                 found.append(self.bucket(name))
         return found
 
-    def create_bucket(self, name, owner, region):
+    def create_bucket(self, name, owner, region, config=None):
         """Make a bucket with its record in it, by one rename.
+
+        config: further fields of bucket.json.
 
         BucketAlreadyExists when somebody made it first.
         """
@@ -3512,9 +3535,9 @@ class Store:
                             ".gos3rve-new-" + secrets.token_hex(8))
         os.makedirs(os.path.join(path, STATE))
         try:
-            write_json(os.path.join(path, STATE, "bucket.json"), {
-                "owner": owner, "region": region,
-                "created_ns": time.time_ns()}, self.sync)
+            write_json(os.path.join(path, STATE, "bucket.json"), dict(
+                config or {}, owner=owner, region=region,
+                created_ns=time.time_ns()), self.sync)
             os.rename(path, os.path.join(self.dir_buckets, name))
         except OSError as error:
             shutil.rmtree(path, ignore_errors=True)
@@ -3907,6 +3930,8 @@ class Store:
                     count += 1
             else:
                 count += _sweep_drafts(path, now - grace)
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)         # what a crash left of the last one
         return count
 
 def _drop_other_sidecars(sidecar):
@@ -3963,9 +3988,33 @@ def _sweep_drafts(directory, before):
 # 7. Access
 ###############################################################################
 #
-# Who may do what.  Knows accounts and owners; no sockets, no bodies.  For
-# now: an account does everything with its own buckets and nothing with
-# others', and the unsigned may do nothing.
+# Who may do what: accounts, access control lists, bucket policies, the
+# public access block, and authorize(), which weighs them.  Plain values and
+# the XML of grants in, plain values or S3Error out; no sockets, no bodies,
+# no files, no clock.  Everything here is immutable once made, but for a
+# Context, which belongs to one request: safe from any thread.
+#
+# userguide/how-s3-evaluates-access-control.html, acl-overview.html,
+# access-control-block-public-access.html, about-object-ownership.html and
+# IAM/latest/UserGuide/reference_policies_elements.html.
+
+# userguide/add-bucket-policy.html: "limited to 20 KB", white space aside
+MAX_POLICY_BYTES = 20 * KIB
+# Ours: what is read of a policy before its white space is taken out
+MAX_POLICY_TEXT_BYTES = 256 * KIB
+# userguide/acl-overview.html: "An ACL can have up to 100 grants"
+MAX_GRANTS = 100
+
+ENFORCED, PREFERRED, WRITER = OWNERSHIPS = (
+    "BucketOwnerEnforced", "BucketOwnerPreferred", "ObjectWriter")
+
+# userguide/acl-overview.html#specifying-grantee: who writes unsigned
+ANONYMOUS_ID = "65a011a29cdf8ec533ec3d1ccaae921c"
+# The grantee of aws-exec-read: Amazon EC2, as GetObjectAcl shows it
+EC2_ID = "6aa5a366c34c1cbe25dc49211496e913e0351eb0e8c37aa3477e40942ec6b97c"
+
+
+# --- accounts and callers ---
 
 class Accounts:
     """Every account, by key id.
@@ -3978,13 +4027,16 @@ class Accounts:
     def __init__(self, accounts, lasting=True):
         self.first, self._lasting = accounts[0], lasting
         self.by_key_id = {account.key_id: account for account in accounts}
-        self._by_user_id = {account.user_id: account
-                            for account in reversed(accounts)}
+        self.by_user_id = {account.user_id: account
+                           for account in reversed(accounts)}
+        self._by_email = {account.email.lower(): account
+                          for account in reversed(accounts)
+                          if account.email}
 
     def owner_id(self, bucket):
         """The user id of a bucket's owner."""
         owner = bucket.owner
-        return owner if owner in self._by_user_id else self.first.user_id
+        return owner if owner in self.by_user_id else self.first.user_id
 
     def lasting_id(self, account):
         """The user id to write down as an owner; None for the first."""
@@ -3994,17 +4046,1711 @@ class Accounts:
 
     def name(self, user_id):
         """The display name of a user id; "" for a stranger's."""
-        account = self._by_user_id.get(user_id)
+        account = self.by_user_id.get(user_id)
         return account.user_name if account else ""
 
+    def with_email(self, email):
+        """The Account with that e-mail address, or None."""
+        return self._by_email.get(email.lower())
 
-def authorize(identity, owner_id=None):
-    """Raise AccessDenied unless the identity may act on what `owner_id`
-    owns (None: on the service itself)."""
-    if identity.account is None:
+
+class Caller(NamedTuple):
+    """Who asks, as policies and ACLs see them.
+
+    user_id: the account's, None for the unsigned and for a service.
+    principals: every (kind, text) by which a Principal may name it.
+    arn and kind: aws:PrincipalArn and aws:PrincipalType.  session: the
+    Policy that a session must stay within, or None.
+    """
+    user_id: Optional[str] = None
+    principals: frozenset = frozenset()
+    arn: Optional[str] = None
+    kind: str = "Anonymous"
+    user_name: Optional[str] = None
+    unique_id: Optional[str] = None
+    service: Optional[str] = None
+    session: Any = None
+
+    @property
+    def is_root(self):
+        """True for an account itself, not for a session or a service."""
+        return self.kind == "Account"
+
+
+ANONYMOUS = Caller(unique_id="anonymous")
+
+
+@functools.lru_cache(maxsize=1024)
+def account_caller(account):
+    """The Caller of a request that `account` signed; None: unsigned.
+
+    An account is its own root user.  It is also known as a user of its
+    own name, and by the form arn:aws:iam:::user/<id> of Ceph's s3-tests.
+    aws:username is its name, which on AWS a root user does not have.
+    """
+    if account is None:
+        return ANONYMOUS
+    user_id, name = account.user_id, account.user_name
+    root = "arn:aws:iam::%s:root" % user_id
+    names = [user_id, root] + [
+        "arn:aws:iam::%s:user/%s" % pair for pair in (
+            (user_id, name), ("", name), ("", user_id))]
+    principals = [("AWS", text) for text in names]
+    principals.append(("CanonicalUser", user_id))
+    return Caller(user_id, frozenset(principals), root, "Account", name,
+                  user_id)
+
+
+def session_caller(account, role, session_name, policy=None):
+    """The Caller of temporary credentials that AssumeRole gave.
+
+    It acts for the account, within `policy`, and is not its root user.
+    IAM reference_policies_elements_principal.html#Principal-role-session
+    """
+    user_id = account.user_id
+    arn = "arn:aws:sts::%s:assumed-role/%s/%s" % (
+        user_id, role, session_name)
+    names = (user_id, arn, "arn:aws:iam::%s:root" % user_id,
+             "arn:aws:iam::%s:role/%s" % (user_id, role))
+    principals = [("AWS", text) for text in names]
+    principals.append(("CanonicalUser", user_id))
+    return Caller(user_id, frozenset(principals), arn, "AssumedRole",
+                  unique_id="%s:%s" % (user_id, session_name),
+                  session=policy)
+
+
+LOGGING_SERVICE = "logging.s3.amazonaws.com"
+
+
+def service_caller(service):
+    """The Caller of what the server itself does, such as log delivery."""
+    return Caller(principals=frozenset([("Service", service)]),
+                  kind="Service", service=service)
+
+
+# --- access control lists ---
+
+ALL_USERS = "http://acs.amazonaws.com/groups/global/AllUsers"
+AUTHENTICATED_USERS = \
+    "http://acs.amazonaws.com/groups/global/AuthenticatedUsers"
+LOG_DELIVERY = "http://acs.amazonaws.com/groups/s3/LogDelivery"
+# What records call the groups -> URI
+_GROUPS = {"@AllUsers": ALL_USERS,
+           "@AuthenticatedUsers": AUTHENTICATED_USERS,
+           "@LogDelivery": LOG_DELIVERY}
+_GROUP_NAMES = {uri: name for name, uri in _GROUPS.items()}
+_PUBLIC_GROUPS = frozenset((ALL_USERS, AUTHENTICATED_USERS))
+
+PERMISSIONS = ("READ", "WRITE", "READ_ACP", "WRITE_ACP", "FULL_CONTROL")
+
+
+class Grant(NamedTuple):
+    """One line of an ACL: a permission, and a user id or a group's URI."""
+    permission: str
+    grantee: str
+
+
+# userguide/acl-overview.html#canned-acl: what each gives besides
+# FULL_CONTROL to the owner.  "bucket" stands for the bucket's owner.
+_CANNED_ACLS = {
+    "private": (),
+    "public-read": (Grant("READ", ALL_USERS),),
+    "public-read-write": (Grant("READ", ALL_USERS),
+                          Grant("WRITE", ALL_USERS)),
+    "authenticated-read": (Grant("READ", AUTHENTICATED_USERS),),
+    "aws-exec-read": (Grant("READ", EC2_ID),),
+    "bucket-owner-read": (Grant("READ", "bucket"),),
+    "bucket-owner-full-control": (Grant("FULL_CONTROL", "bucket"),),
+    "log-delivery-write": (Grant("WRITE", LOG_DELIVERY),
+                           Grant("READ_ACP", LOG_DELIVERY)),
+}
+
+# Header -> permission, in the order in which grants are listed
+_GRANT_HEADERS = {"x-amz-grant-" + name.lower().replace("_", "-"): name
+                  for name in PERMISSIONS}
+
+
+def private_acl(owner_id):
+    """The grants of what nobody gave an ACL."""
+    return (Grant("FULL_CONTROL", owner_id),)
+
+
+def canned_acl(name, owner_id, bucket_owner_id=None):
+    """The grants that a canned ACL stands for, the owner's first.
+
+    bucket_owner_id: None for a bucket's own ACL, where the two
+    bucket-owner- ones are the same as private.
+    """
+    if name not in _CANNED_ACLS:
+        raise S3Error("InvalidArgument", ArgumentName="x-amz-acl",
+                      ArgumentValue=name)
+    grants = list(private_acl(owner_id))
+    for permission, grantee in _CANNED_ACLS[name]:
+        if grantee == "bucket":
+            grantee = bucket_owner_id
+        if grantee not in (None, owner_id):
+            grants.append(Grant(permission, grantee))
+    return tuple(grants)
+
+
+def headers_acl(headers, owner_id, accounts, bucket_owner_id=None):
+    """The grants that x-amz-acl or x-amz-grant-* ask for, None for none.
+
+    With x-amz-grant-* the owner gets nothing that is not written there
+    (userguide/acl-overview.html#setting-acls, "headers").
+    """
+    canned = headers.get("x-amz-acl")
+    named = [name for name in _GRANT_HEADERS if name in headers]
+    if not named:
+        return None if canned is None else canned_acl(
+            canned, owner_id, bucket_owner_id)
+    if canned is not None:
+        raise S3Error("InvalidRequest", "Specifying both Canned ACLs and "
+                      "Header Grants is not allowed")
+    grants = [Grant(_GRANT_HEADERS[name], grantee) for name in named
+              for grantee in _header_grantees(name, headers[name], accounts)]
+    return _bounded(grants)
+
+
+def _bounded(grants):
+    """`grants` as a tuple, or MalformedACLError when there are too many."""
+    if len(grants) > MAX_GRANTS:
+        raise S3Error("MalformedACLError", "An ACL can have up to %d grants"
+                      % MAX_GRANTS)
+    return tuple(grants)
+
+
+def _header_grantees(name, value, accounts):
+    """The grantees in `id="...", uri=..., emailAddress=...`.
+
+    The AWS CLI's documents write emailaddress: kinds have no case.
+    """
+    for item in value.split(","):
+        kind, equals, text = item.strip().partition("=")
+        find = _GRANTEE_KINDS.get(kind.strip().lower())
+        if find is None or not equals:
+            raise S3Error("InvalidArgument", "Argument format not "
+                          "recognized", ArgumentName=name,
+                          ArgumentValue=item.strip())
+        text = text.strip()
+        if text[:1] == '"' == text[-1:] and len(text) > 1:
+            text = text[1:-1]
+        yield find(text, accounts, kind.strip())
+
+
+def _user_grantee(user_id, accounts, argument):
+    """`user_id` itself, when it can be granted something."""
+    if user_id not in accounts.by_user_id \
+            and user_id not in (ANONYMOUS_ID, EC2_ID):
+        raise S3Error("InvalidArgument", "Invalid id",
+                      ArgumentName=argument, ArgumentValue=user_id)
+    return user_id
+
+
+def _email_grantee(email, accounts, argument):
+    """The user id of the account with that address."""
+    account = accounts.with_email(email)
+    if account is None:
+        raise S3Error("UnresolvableGrantByEmailAddress",
+                      ArgumentName=argument, ArgumentValue=email)
+    return account.user_id
+
+
+def _group_grantee(uri, _accounts, argument):
+    """`uri` itself, when it is one of the three groups."""
+    if uri not in _GROUP_NAMES:
+        raise S3Error("InvalidArgument", "Invalid group uri",
+                      ArgumentName=argument, ArgumentValue=uri)
+    return uri
+
+
+_GRANTEE_KINDS = {"id": _user_grantee, "emailaddress": _email_grantee,
+                  "uri": _group_grantee}
+# xsi:type -> (child element, its meaning)
+_GRANTEE_TYPES = {
+    "CanonicalUser": ("ID", _user_grantee),
+    "AmazonCustomerByEmail": ("EmailAddress", _email_grantee),
+    "Group": ("URI", _group_grantee)}
+
+
+def parse_acl(data, owner_id, accounts):
+    """The grants of an AccessControlPolicy document (bytes).
+
+    AccessDenied when it names another owner: an ACL gives no ownership.
+    API_PutBucketAcl.html; codes and ArgumentNames as recorded from AWS in
+    LocalStack's test_s3_bucket_acl_exceptions.
+    """
+    try:
+        document = parse_xml(data, "AccessControlPolicy")
+    except S3Error:
+        raise S3Error("MalformedACLError") from None
+    owner, listed = document.find("Owner"), document.find("AccessControlList")
+    if owner is None or listed is None:
+        raise S3Error("MalformedACLError")
+    named = xml_text(owner, "ID", "")
+    if named != owner_id:
+        _user_grantee(named, accounts, "CanonicalUser/ID")
+    grants = _bounded([_parse_grant(element, accounts)
+                       for element in listed])
+    if named != owner_id:
         raise S3Error("AccessDenied")
-    if owner_id is not None and identity.account.user_id != owner_id:
+    return grants
+
+
+def _parse_grant(element, accounts):
+    """The Grant that one element says."""
+    grantee = element.find("Grantee")
+    permission = xml_text(element, "Permission")
+    if element.tag != "Grant" or grantee is None \
+            or permission not in PERMISSIONS:
+        raise S3Error("MalformedACLError")
+    kind = grantee.get("type")
+    if kind not in _GRANTEE_TYPES:
+        raise S3Error("MalformedACLError")
+    tag, find = _GRANTEE_TYPES[kind]
+    text = xml_text(grantee, tag)
+    if text is None:
+        raise S3Error("MalformedACLError")
+    return Grant(permission, find(text, accounts, "%s/%s" % (kind, tag)))
+
+
+def acl_document(grants, owner_id, accounts):
+    """The AccessControlPolicy document of grants, as bytes.
+
+    Groups stand first: Ceph's s3-tests look for the owner's grant last,
+    and AWS promises no order.
+    """
+    def person(user_id):
+        return [("ID", user_id),
+                ("DisplayName", accounts.name(user_id) or None)]
+
+    children = []
+    for permission, grantee in sorted(
+            grants, key=lambda grant: grant.grantee not in _GROUP_NAMES):
+        group = grantee in _GROUP_NAMES
+        tag = 'Grantee xmlns:xsi="%s" xsi:type="%s"' % (
+            XSI, "Group" if group else "CanonicalUser")
+        children.append(("Grant", [
+            (tag, [("URI", grantee)] if group else person(grantee)),
+            ("Permission", permission)]))
+    return xml_document("AccessControlPolicy", [
+        ("Owner", person(owner_id)), ("AccessControlList", children)])
+
+
+def dump_acl(grants, owner_id):
+    """Grants as a record keeps them: ["READ @AllUsers", ...].
+
+    None for the private ACL.  The owner is written as nothing, so that
+    the record holds no id which was made up for this run.
+    """
+    if grants is None or tuple(grants) == private_acl(owner_id):
+        return None
+    return ["%s %s" % (permission, "" if grantee == owner_id else
+                       _GROUP_NAMES.get(grantee, grantee))
+            for permission, grantee in grants]
+
+
+def load_acl(lines, owner_id):
+    """The grants that dump_acl wrote.
+
+    A line that it cannot have written gives nobody anything.
+    """
+    if lines is None:
+        return private_acl(owner_id)
+    grants = []
+    for line in lines if isinstance(lines, list) else ():
+        permission, _, name = str(line).partition(" ")
+        if permission in PERMISSIONS:
+            grants.append(Grant(permission, _GROUPS.get(name, name)
+                                or owner_id))
+    return tuple(grants)
+
+
+def acl_is_public(grants):
+    """True when a group that anybody can be in is granted anything.
+
+    access-control-block-public-access.html#access-control-block-public-
+    access-policy-status, "ACLs"
+    """
+    return any(grant.grantee in _PUBLIC_GROUPS for grant in grants)
+
+
+def acl_allows(grants, permission, caller, ignore_public=False):
+    """True when an ACL gives a Caller a permission."""
+    groups = set()
+    if not ignore_public and caller.service is None:
+        groups.add(ALL_USERS)
+        if caller.user_id is not None:
+            groups.add(AUTHENTICATED_USERS)
+    if caller.service == LOGGING_SERVICE:
+        groups.add(LOG_DELIVERY)
+    return any(grant.permission in (permission, "FULL_CONTROL")
+               and (grant.grantee in groups
+                    or grant.grantee == caller.user_id)
+               for grant in grants or ())
+
+
+# --- resources and patterns ---
+
+def resource_arn(bucket, key=None):
+    """The ARN of a bucket, or of an object in it."""
+    return "arn:aws:s3:::" + (bucket if key is None
+                              else "%s/%s" % (bucket, key))
+
+
+_STAR, _ONE = "*", "?"
+
+
+class _Wild(NamedTuple):
+    """A wildcard in a pattern: _STAR or _ONE."""
+    sign: str
+
+
+class _Variable(NamedTuple):
+    """A policy variable: a condition key, and its default or None."""
+    key: str
+    default: Optional[str]
+
+
+_WILDCARD = re.compile(r"[*?]")
+_VARIABLE_OR_WILDCARD = re.compile(r"\$\{([^}]*)\}|[*?]")
+_VARIABLE = re.compile(r"([^,\s]+)\s*(?:,\s*'([^']*)'\s*)?\Z")
+
+
+class Pattern:
+    """A text of a policy with wildcards and policy variables.
+
+    What a variable stands for is compared literally, wildcards in it
+    included.  IAM reference_policies_variables.html
+    """
+
+    __slots__ = ("items", "_fold", "_program", "_literal", "_prefix")
+
+    def __init__(self, items, fold=False):
+        if fold:
+            items = [item.lower() if type(item) is str else item
+                     for item in items]
+        self.items, self._fold = items, fold
+        self._program = self._literal = self._prefix = None
+        kinds = [type(item) for item in items]
+        if kinds in ([], [str]):
+            self._literal = "".join(items)
+        elif kinds == [str, _Wild] and items[1].sign == _STAR:
+            self._prefix = items[0]
+        elif _Variable not in kinds:
+            self._program = _compile(items)
+
+    @property
+    def is_fixed(self):
+        """True when it has neither wildcard nor variable."""
+        return self._literal is not None
+
+    def matches(self, text, context=None):
+        """True when the whole of `text` fits.
+
+        A variable without a value in `context` fits nothing.  Takes time
+        in the product of both lengths over a machine word's, never more.
+        """
+        if self._fold:
+            text = text.lower()
+        if self._literal is not None:
+            return text == self._literal
+        if self._prefix is not None:
+            return text.startswith(self._prefix)
+        program = self._program
+        if program is None:
+            items = self._expanded(context, len(text))
+            if items is None:
+                return False
+            program = _compile(items)
+        return bool(_reach(program, text) & program.end)
+
+    def resolvable(self, context):
+        """True when every variable has one value in `context`."""
+        return all(_value(item, context) is not None for item in self.items
+                   if type(item) is _Variable)
+
+    def levels(self, name):
+        """Which resources of bucket `name` can fit: a set of "bucket" and
+        "object".  A variable may stand for anything."""
+        program = _compile([_Wild(_STAR) if type(item) is _Variable
+                            else item for item in self.items])
+        arn, found = resource_arn(name), set()
+        if _reach(program, arn) & program.end:
+            found.add("bucket")
+        # a key has at least one character more
+        more = program.end - 1 | program.stays
+        if _reach(program, arn + "/") & more:
+            found.add("object")
+        return found
+
+    def _expanded(self, context, most):
+        """The items with variables replaced; None when one has no value
+        or the whole is longer than `most` and so cannot fit."""
+        items, size = [], 0
+        for item in self.items:
+            if type(item) is _Variable:
+                item = _value(item, context)
+                if item is None:
+                    return None
+                item = item.lower() if self._fold else item
+            size += len(item) if type(item) is str else item.sign == _ONE
+            if size > most:
+                return None
+            items.append(item)
+        return items
+
+
+def _value(variable, context):
+    """The one text that a variable stands for, or None."""
+    values = context.get(variable.key) if context is not None else None
+    if not values:
+        return variable.default
+    return values[0] if len(values) == 1 else None
+
+
+class _Program(NamedTuple):
+    """A compiled pattern: for each character the set of positions that
+    take it, those that take any, those that stay, and the last one; sets
+    of positions are the bits of an integer."""
+    takes: Dict[str, int]
+    takes_any: int
+    stays: int
+    end: int
+
+
+def _compile(items):
+    """The _Program of a list of texts and wildcards."""
+    takes, takes_any, stays, bit = {}, 0, 0, 1
+    for item in items:
+        if type(item) is str:
+            for character in item:
+                takes[character] = takes.get(character, 0) | bit
+                bit <<= 1
+        elif item.sign == _ONE:
+            takes_any |= bit
+            bit <<= 1
+        else:
+            stays |= bit
+    return _Program(takes, takes_any, stays, bit)
+
+
+def _reach(program, text):
+    """The set of positions in the pattern that `text` can lead to.
+
+    All ways are followed at once (the Shift-And method): no backtracking,
+    so no pattern that explodes.
+    """
+    takes, takes_any, stays, _ = program
+    state = 1
+    for character in text:
+        state = ((state & (takes.get(character, 0) | takes_any)) << 1
+                 | state & stays)
+        if not state:
+            break
+    return state
+
+
+def _items(text, wild, variables):
+    """The items of a Pattern.  wild: `*` and `?` are wildcards.
+    variables: `${...}` counts, which it does from 2012-10-17 on."""
+    items, position = [], 0
+    splitter = _VARIABLE_OR_WILDCARD if variables else _WILDCARD
+    for match in splitter.finditer(text):
+        if match.start() > position:
+            items.append(text[position:match.start()])
+        position = match.end()
+        if match[0] in (_STAR, _ONE):
+            items.append(_Wild(match[0]) if wild else match[0])
+        elif match[1] in ("*", "?", "$"):
+            items.append(match[1])
+        else:
+            items.append(_parse_variable(match[1]))
+    if position < len(text):
+        items.append(text[position:])
+    return _joined(items)
+
+
+def _joined(items):
+    """Items with neighbouring texts made one."""
+    joined = []
+    for item in items:
+        if type(item) is str and joined and type(joined[-1]) is str:
+            joined[-1] += item
+        else:
+            joined.append(item)
+    return joined
+
+
+def _parse_variable(text):
+    """The _Variable that stands between `${` and `}`."""
+    match = _VARIABLE.match(text)
+    key = match and find_condition_key(match[1])
+    if not key:
+        raise _malformed("Invalid policy variable: ${%s}" % text)
+    return _Variable(key.name, match[2])
+
+
+# --- policies: condition keys ---
+
+HEADER, QUERY, FACT, NEVER = "header", "query", "fact", "never"
+
+
+class ConditionKey(NamedTuple):
+    """A key that a Condition or a variable may name.
+
+    name: in lower case, the part behind a `/` (a tag's key) as it is.
+    source: HEADER or QUERY of the request under the name `where`, FACT
+    that the operation tells, or NEVER: no request here has it, as on AWS
+    no request has it from outside a VPC or an organization.  actions:
+    those it goes with, None for all.
+    """
+    name: str
+    source: str
+    where: str
+    actions: Optional[frozenset]
+
+
+def _actions(text):
+    return frozenset("s3:" + name.lower() for name in text.split())
+
+
+# The service authorization reference for S3 (list_amazons3.html), actions
+# on buckets and on objects
+BUCKET_ACTIONS = _actions("""
+    CreateBucket CreateBucketMetadataTableConfiguration DeleteBucket
+    DeleteBucketMetadataTableConfiguration DeleteBucketPolicy
+    DeleteBucketWebsite GetAccelerateConfiguration
+    GetAnalyticsConfiguration GetBucketAbac GetBucketAcl GetBucketCORS
+    GetBucketLocation GetBucketLogging GetBucketMetadataTableConfiguration
+    GetBucketNotification GetBucketObjectLockConfiguration
+    GetBucketOwnershipControls GetBucketPolicy GetBucketPolicyStatus
+    GetBucketPublicAccessBlock GetBucketRequestPayment GetBucketTagging
+    GetBucketVersioning GetBucketWebsite GetEncryptionConfiguration
+    GetIntelligentTieringConfiguration GetInventoryConfiguration
+    GetLifecycleConfiguration GetMetricsConfiguration
+    GetReplicationConfiguration ListBucket ListBucketMultipartUploads
+    ListBucketVersions ListTagsForResource PauseReplication
+    PutAccelerateConfiguration PutAnalyticsConfiguration PutBucketAbac
+    PutBucketAcl PutBucketCORS PutBucketLogging PutBucketNotification
+    PutBucketObjectLockConfiguration PutBucketOwnershipControls
+    PutBucketPolicy PutBucketPublicAccessBlock PutBucketRequestPayment
+    PutBucketTagging PutBucketVersioning PutBucketWebsite
+    PutEncryptionConfiguration PutIntelligentTieringConfiguration
+    PutInventoryConfiguration PutLifecycleConfiguration
+    PutMetricsConfiguration PutReplicationConfiguration TagResource
+    UntagResource UpdateBucketMetadataInventoryTableConfiguration
+    UpdateBucketMetadataJournalTableConfiguration""")
+OBJECT_ACTIONS = _actions("""
+    AbortMultipartUpload BypassGovernanceRetention DeleteObject
+    DeleteObjectTagging DeleteObjectVersion DeleteObjectVersionTagging
+    GetObject GetObjectAcl GetObjectAttributes GetObjectLegalHold
+    GetObjectRetention GetObjectTagging GetObjectTorrent GetObjectVersion
+    GetObjectVersionAcl GetObjectVersionAttributes
+    GetObjectVersionForReplication GetObjectVersionTagging
+    GetObjectVersionTorrent InitiateReplication ListMultipartUploadParts
+    ObjectOwnerOverrideToBucketOwner PutObject PutObjectAcl
+    PutObjectLegalHold PutObjectRetention PutObjectTagging
+    PutObjectVersionAcl PutObjectVersionTagging ReplicateDelete
+    ReplicateObject ReplicateTags RestoreObject UpdateObjectEncryption""")
+
+_PUTS = _actions("PutObject BypassGovernanceRetention")
+_ENCRYPTS = _PUTS | _actions("ReplicateObject UpdateObjectEncryption")
+_ACL_PUTS = _PUTS | _actions("CreateBucket PutBucketAcl PutObjectAcl "
+                             "PutObjectVersionAcl")
+_LISTS = _actions("ListBucket ListBucketVersions")
+_VERSION_ACTIONS = _actions("""
+    DeleteObjectVersion DeleteObjectVersionTagging GetObjectVersion
+    GetObjectVersionAcl GetObjectVersionAttributes GetObjectVersionTagging
+    GetObjectVersionTorrent PutObjectVersionAcl PutObjectVersionTagging""")
+_TAG_PUTS = _PUTS | _actions("PutObjectTagging PutObjectVersionTagging")
+_TAGGED = _actions("""
+    DeleteObjectTagging DeleteObjectVersionTagging GetObject GetObjectAcl
+    GetObjectAttributes GetObjectTagging GetObjectVersion
+    GetObjectVersionAcl GetObjectVersionAttributes GetObjectVersionTagging
+    PutObjectAcl PutObjectTagging PutObjectVersionAcl
+    PutObjectVersionTagging""")
+_RETAINS = _actions("PutObject PutObjectRetention")
+_CREATES = _actions("CreateBucket")
+
+# (source, actions, keys); the same reference, and IAM
+# reference_policies_condition-keys.html.  A key that ends in `/` goes on
+# with a tag's key.
+_CONDITION_KEYS = (
+    (FACT, None, """
+        aws:CurrentTime aws:EpochTime aws:PrincipalAccount
+        aws:PrincipalArn aws:PrincipalIsAWSService aws:PrincipalServiceName
+        aws:PrincipalType aws:RequestedRegion aws:RequestTag/
+        aws:ResourceAccount aws:ResourceTag/ aws:SecureTransport
+        aws:SourceAccount aws:SourceArn aws:SourceIp aws:TagKeys
+        aws:TokenIssueTime aws:userid aws:username aws:ViaAWSService
+        s3:authType s3:BucketTag/ s3:ResourceAccount s3:signatureAge
+        s3:signatureversion s3:TlsVersion"""),
+    (NEVER, None, """
+        aws:CalledVia aws:CalledViaFirst aws:CalledViaLast
+        aws:FederatedProvider aws:MultiFactorAuthAge
+        aws:MultiFactorAuthPresent aws:PrincipalOrgID
+        aws:PrincipalOrgPaths aws:PrincipalServiceNamesList
+        aws:PrincipalTag/ aws:ResourceOrgID aws:ResourceOrgPaths
+        aws:SourceOrgID aws:SourceOrgPaths aws:SourceOwner aws:SourceVpc
+        aws:SourceVpcArn aws:SourceVpce aws:VpceAccount aws:VpceOrgID
+        aws:VpceOrgPaths aws:VpcSourceIp s3:AccessGrantsInstanceArn
+        s3:AccessPointNetworkOrigin s3:AccessPointTag/
+        s3:DataAccessPointAccount s3:DataAccessPointArn"""),
+    (HEADER, None, "aws:Referer aws:UserAgent s3:x-amz-content-sha256"),
+    (QUERY, _LISTS, "s3:delimiter s3:max-keys s3:prefix"),
+    (QUERY, _VERSION_ACTIONS, "s3:VersionId"),
+    (FACT, _TAGGED, "s3:ExistingObjectTag/"),
+    (FACT, _TAG_PUTS, "s3:RequestObjectTag/ s3:RequestObjectTagKeys"),
+    (FACT, _CREATES, "s3:LocationConstraint"),
+    (HEADER, _CREATES,
+     "s3:x-amz-bucket-namespace s3:x-amz-object-ownership"),
+    (HEADER, _actions("DeleteObject PutObject"), "s3:if-match"),
+    (HEADER, _actions("PutObject"), "s3:if-none-match"),
+    (FACT, _actions("PutObject"), "s3:ObjectCreationOperation"),
+    (FACT, _actions("PutInventoryConfiguration"),
+     "s3:InventoryAccessibleOptionalFields"),
+    (NEVER, _actions("PauseReplication"), "s3:destinationRegion"),
+    (NEVER, _actions("PutReplicationConfiguration"),
+     "s3:isReplicationPauseRequest"),
+    (HEADER, _actions("PutObject PutObjectLegalHold"),
+     "s3:object-lock-legal-hold"),
+    (HEADER, _RETAINS,
+     "s3:object-lock-mode s3:object-lock-retain-until-date"),
+    (FACT, _RETAINS, "s3:object-lock-remaining-retention-days"),
+    (HEADER, _ACL_PUTS, """
+        s3:x-amz-acl s3:x-amz-grant-full-control s3:x-amz-grant-read
+        s3:x-amz-grant-read-acp s3:x-amz-grant-write
+        s3:x-amz-grant-write-acp"""),
+    (HEADER, _PUTS | _actions("PutObjectAcl PutObjectVersionAcl"),
+     "s3:x-amz-storage-class"),
+    (FACT, _PUTS, "s3:x-amz-copy-source"),
+    (HEADER, _PUTS, """
+        s3:x-amz-metadata-directive s3:x-amz-website-redirect-location"""),
+    (HEADER, _ENCRYPTS, """
+        s3:x-amz-server-side-encryption
+        s3:x-amz-server-side-encryption-aws-kms-key-id
+        s3:x-amz-server-side-encryption-customer-algorithm"""),
+)
+# Where the header or query name is not what stands behind the `:`
+_PLACES = {"aws:useragent": "user-agent", "s3:versionid": "versionId"}
+
+
+def _make_condition_keys():
+    """Every ConditionKey by its name in lower case."""
+    keys = {}
+    for source, actions, names in _CONDITION_KEYS:
+        for name in names.lower().split():
+            place = name.partition(":")[2]
+            if place.startswith("object-lock-"):
+                place = "x-amz-" + place
+            keys[name] = ConditionKey(name, source,
+                                      _PLACES.get(name, place), actions)
+    return keys
+
+
+CONDITION_KEYS = _make_condition_keys()
+
+
+def find_condition_key(text):
+    """The ConditionKey that a policy names, or None: keys have no case,
+    but what follows a `/` is a tag's key and has."""
+    family, slash, tag = text.partition("/")
+    key = CONDITION_KEYS.get(family.lower() + slash)
+    if key is None or (slash and not tag):
+        return None
+    return key._replace(name=key.name + tag)
+
+
+class Context:
+    """What one request says of itself, by condition key.
+
+    headers: lower-case names.  query: a dict.  now: seconds since the
+    epoch.  facts: further keys, under any case and without the `/` and
+    what follows it; these come before what headers and query say.  A
+    fact is None, text, a number, a bool, a list of texts, for a family of
+    tags a dict, or a callable that gives one of these when a policy first
+    asks.
+    """
+
+    def __init__(self, caller=ANONYMOUS, headers=None, query=None, now=None,
+                 facts=None):
+        self._headers, self._query = headers or {}, query or {}
+        self._now, self._caller, self._cache = now, caller, {}
+        self._facts = {name.lower(): value
+                       for name, value in (facts or {}).items()}
+
+    def get(self, name):
+        """The texts under a ConditionKey's name; None for an absent key."""
+        if name not in self._cache:
+            self._cache[name] = self._texts(name)
+        return self._cache[name]
+
+    def _texts(self, name):
+        family, slash, tag = name.partition("/")
+        key = CONDITION_KEYS[family + slash]
+        if family in self._facts:
+            value = self._facts[family]
+            value = value() if callable(value) else value
+            if slash and value is not None:
+                value = value.get(tag)
+        elif key.source == HEADER:
+            value = self._headers.get(key.where)
+        elif key.source == QUERY:
+            value = self._query.get(key.where)
+        else:
+            value = self._derived(family)
+        if value is None:
+            return None
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [str(v).lower() if isinstance(v, bool) else str(v)
+                for v in values] or None
+
+    def _derived(self, name):
+        """What follows from the caller, the time and other headers."""
+        derive = _DERIVED.get(name)
+        return derive(self) if derive else None
+
+    def _time(self):
+        return None if self._now is None else time.strftime(
+            "%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._now))
+
+    def _remaining_days(self):
+        until = self.get("s3:object-lock-retain-until-date")
+        until = until and parse_policy_date(until[0])
+        if until is None or self._now is None:
+            return None
+        return int((until - self._now) // 86400)
+
+    def _copy_source(self):
+        source = self._headers.get("x-amz-copy-source")
+        if source is None:
+            return None
+        source = uri_decode(source.partition("?versionId=")[0])
+        return source[source.startswith("/"):]
+
+
+_DERIVED = {
+    "aws:currenttime": lambda c: c._time(),
+    "aws:epochtime": lambda c: None if c._now is None else int(c._now),
+    "aws:principalaccount": lambda c: c._caller.user_id,
+    "aws:principalarn": lambda c: c._caller.arn,
+    "aws:principalisawsservice": lambda c: c._caller.service is not None,
+    "aws:principalservicename": lambda c: c._caller.service,
+    "aws:principaltype": lambda c: c._caller.kind,
+    "aws:userid": lambda c: c._caller.unique_id,
+    "aws:username": lambda c: c._caller.user_name,
+    "aws:viaawsservice": lambda c: False,
+    "s3:object-lock-remaining-retention-days":
+        lambda c: c._remaining_days(),
+    "s3:x-amz-copy-source": lambda c: c._copy_source(),
+}
+
+
+# --- policies: condition operators ---
+
+_DATE = re.compile(
+    r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):([0-5]\d)"
+    r"(?::(\d\d)(?:\.\d{1,9})?)?(Z|[+-]\d\d:?\d\d)?)?)?)?\Z", re.ASCII)
+
+
+def parse_policy_date(text):
+    """Seconds since the epoch of a W3C date or of epoch seconds; None."""
+    if re.match(r"-?\d{5,15}\Z", text, re.ASCII):
+        return int(text)
+    match = _DATE.match(text)
+    if match is None:
+        return None
+    year, month, day, hour, minute, second, zone = match.groups()
+    seconds = parse_amz_date("%s%s%sT%s%s%sZ" % (
+        year, month or "01", day or "01", hour or "00", minute or "00",
+        second or "00"))
+    if seconds is None or zone in (None, "Z"):
+        return seconds
+    offset = int(zone[1:3]) * 3600 + int(zone[-2:]) * 60
+    return seconds - offset if zone[0] == "+" else seconds + offset
+
+
+def _parse_number(text):
+    """The number in a text, or None."""
+    if not re.match(r"[+-]?\d{1,30}(\.\d{1,30})?\Z", text, re.ASCII):
+        return None
+    return float(text) if "." in text else int(text)
+
+
+def _parse_bool(text):
+    return {"true": True, "false": False}.get(text.lower())
+
+
+def _parse_binary(text):
+    try:
+        return base64.b64decode(text.encode("ascii"), validate=True)
+    except ValueError:
+        return None
+
+
+def _parse_network(text):
+    """The network that an IpAddress condition names, or None."""
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
+def _in_network(text, network):
+    """True when a client's address is in a network; IPv4 inside IPv6
+    counts as IPv4."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address) in network
+
+
+def _arn_patterns(text, variables):
+    """The six Patterns of an ARN, which are compared one by one."""
+    parts = [[]]
+    for item in _items(text, True, variables):
+        if type(item) is not str:
+            parts[-1].append(item)
+            continue
+        first, *rest = item.split(":", 6 - len(parts))
+        parts[-1].append(first)
+        parts.extend([part] for part in rest)
+    if parts == [[_Wild(_STAR)]]:
+        parts = parts * 6
+    return [Pattern([item for item in part if item != ""])
+            for part in parts] if len(parts) == 6 else None
+
+
+def _arn_matches(wanted, value, context):
+    parts = value.split(":", 5)
+    return len(parts) == 6 and all(
+        pattern.matches(part, context)
+        for pattern, part in zip(wanted, parts))
+
+
+def _exact(text, variables):
+    return Pattern(_items(text, False, variables))
+
+
+def _exact_folded(text, variables):
+    return Pattern(_items(text, False, variables), fold=True)
+
+
+def _wild(text, variables):
+    return Pattern(_items(text, True, variables))
+
+
+class Operator(NamedTuple):
+    """A condition operator.
+
+    prepare(text, variables): a policy's value made ready, None when it
+    has no such form.  match(wanted, value, context): whether a request's
+    value fits it.  negated: true where nothing fits.
+    """
+    prepare: Callable
+    match: Callable
+    negated: bool = False
+
+
+def _comparing(parse, compare):
+    """The Operator that compares parsed values; no variables there."""
+    def match(wanted, value, _context):
+        value = parse(value)
+        return value is not None and compare(value, wanted)
+    return Operator(lambda text, variables: parse(text), match)
+
+
+def _pattern_operator(prepare):
+    return Operator(prepare, Pattern.matches)
+
+
+def _make_operators():
+    """Every operator by name.
+
+    IAM reference_policies_elements_condition_operators.html
+    """
+    table = {
+        "StringEquals": _pattern_operator(_exact),
+        "StringEqualsIgnoreCase": _pattern_operator(_exact_folded),
+        "StringLike": _pattern_operator(_wild),
+        "ArnEquals": Operator(_arn_patterns, _arn_matches),
+        "ArnLike": Operator(_arn_patterns, _arn_matches),
+        "Bool": _comparing(_parse_bool, operator.eq),
+        "BinaryEquals": _comparing(_parse_binary, operator.eq),
+        "IpAddress": Operator(
+            lambda text, variables: _parse_network(text),
+            lambda wanted, value, _: _in_network(value, wanted)),
+    }
+    for kind, parse in (("Numeric", _parse_number),
+                        ("Date", parse_policy_date)):
+        for name, compare in (
+                ("Equals", operator.eq), ("LessThan", operator.lt),
+                ("LessThanEquals", operator.le),
+                ("GreaterThan", operator.gt),
+                ("GreaterThanEquals", operator.ge)):
+            table[kind + name] = _comparing(parse, compare)
+    for name, other in (
+            ("StringNotEquals", "StringEquals"),
+            ("StringNotEqualsIgnoreCase", "StringEqualsIgnoreCase"),
+            ("StringNotLike", "StringLike"), ("ArnNotLike", "ArnLike"),
+            ("ArnNotEquals", "ArnEquals"), ("NotIpAddress", "IpAddress"),
+            ("NumericNotEquals", "NumericEquals"),
+            ("DateNotEquals", "DateEquals")):
+        table[name] = table[other]._replace(negated=True)
+    return table
+
+
+_OPERATORS = _make_operators()
+_OPERATOR_NAME = re.compile(r"(?:(ForAllValues|ForAnyValue):)?"
+                            r"([A-Za-z]+?)(IfExists)?\Z")
+
+
+class Condition(NamedTuple):
+    """One operator on one key.
+
+    operator: its name without additions.  each: "ForAllValues",
+    "ForAnyValue" or None.  wanted: prepared values, for Null one bool.
+    """
+    operator: str
+    each: Optional[str]
+    if_exists: bool
+    key: ConditionKey
+    wanted: Tuple
+
+    def holds(self, context):
+        """True when a request meets it.
+
+        Of an absent key: IfExists and ForAllValues hold, ForAnyValue does
+        not, a negated operator holds, any other does not.
+        IAM reference_policies_condition-single-vs-multi-valued-context-
+        keys.html
+        """
+        values = context.get(self.key.name)
+        if self.operator == "Null":
+            return any((values is None) == null for null in self.wanted)
+        negated = _OPERATORS[self.operator].negated
+        if values is None:
+            if self.if_exists or self.each:
+                return self.if_exists or self.each == "ForAllValues"
+            return negated
+        fits = (self._fits(value, context) != negated for value in values)
+        if self.each is None:
+            return all(fits) if negated else any(fits)
+        return all(fits) if self.each == "ForAllValues" else any(fits)
+
+    def _fits(self, value, context):
+        match = _OPERATORS[self.operator].match
+        return any(match(wanted, value, context) for wanted in self.wanted)
+
+
+# --- policies: documents ---
+
+class Principals(NamedTuple):
+    """Whom a statement names: everyone, or (kind, text) pairs."""
+    everyone: bool
+    names: frozenset
+
+    def include(self, caller):
+        """True when a Caller is one of them."""
+        return self.everyone or not self.names.isdisjoint(caller.principals)
+
+
+class Statement(NamedTuple):
+    """One statement of a policy; the not_ flags turn a list round.
+
+    principals: None in a session's policy, which has none.
+    """
+    sid: Optional[str]
+    effect: str
+    principals: Optional[Principals]
+    not_principal: bool
+    actions: Tuple[Pattern, ...]
+    not_action: bool
+    resources: Tuple[Pattern, ...]
+    not_resource: bool
+    conditions: Tuple[Condition, ...]
+
+    def applies(self, caller, action, resource, context):
+        """True when it speaks of this request.
+
+        A resource with a variable that has no value makes it speak of
+        nothing (IAM reference_policies_variables.html).
+        """
+        if self.principals is not None and self.not_principal == \
+                self.principals.include(caller):
+            return False
+        if self.not_action == any(pattern.matches(action)
+                                  for pattern in self.actions):
+            return False
+        if self.not_resource and not all(pattern.resolvable(context)
+                                         for pattern in self.resources):
+            return False
+        if self.not_resource == any(pattern.matches(resource, context)
+                                    for pattern in self.resources):
+            return False
+        return all(condition.holds(context)
+                   for condition in self.conditions)
+
+
+class Policy(NamedTuple):
+    """A policy that has been read and found right."""
+    version: str
+    statements: Tuple[Statement, ...]
+
+
+def evaluate(policy, caller, action, resource, context):
+    """What a policy says of a request: "deny", "allow" or None.
+
+    action: as `s3:GetObject`.  resource: an ARN.  An explicit deny wins.
+    IAM reference_policies_evaluation-logic.html
+    """
+    verdict = None
+    for statement in policy.statements if policy is not None else ():
+        if (verdict == "allow" and statement.effect == "Allow"
+                or not statement.applies(caller, action, resource,
+                                         context)):
+            continue
+        if statement.effect == "Deny":
+            return "deny"
+        verdict = "allow"
+    return verdict
+
+
+def _malformed(message):
+    return S3Error("MalformedPolicy", message)
+
+
+def parse_policy(data, bucket, known_ids=()):
+    """The Policy in a document put on `bucket`, or MalformedPolicy.
+
+    data: bytes or text.  bucket: None for any.  known_ids: user ids that
+    a Principal may name as they are.  Refuses every field, operator, key
+    and action it does not know, a resource outside the bucket, an action
+    without a resource of its kind, and a condition that goes with none of
+    the actions.  Messages are those of AWS where it has one.
+    """
+    return _policy(_policy_json(data), functools.partial(
+        _parse_bucket_statement, bucket=bucket, known_ids=known_ids))
+
+
+def parse_session_policy(data):
+    """The Policy that limits a session, or MalformedPolicyDocument.
+
+    It names no principals, and may speak of other services.
+    STS/latest/APIReference/API_AssumeRole.html, "Policy"
+    """
+    try:
+        return _policy(_policy_json(data), _parse_session_statement)
+    except S3Error as error:
+        raise S3Error("MalformedPolicyDocument", error.message) from None
+
+
+@functools.lru_cache(maxsize=256)
+def stored_policy(text):
+    """The Policy of a text that was checked when it was put.
+
+    It may name accounts and, after its directory was renamed, a bucket
+    that are no more.  One that has been spoilt on disk denies everything,
+    as a policy that is not understood must; its owner can replace it.
+    """
+    try:
+        return parse_policy(text, None, _AnyId())
+    except S3Error:
+        return Policy("2012-10-17", (Statement(
+            None, "Deny", Principals(True, frozenset()), False,
+            (_wild("*", False),), False, (_wild("*", False),), False, ()),))
+
+
+class _AnyId:
+    """Contains every id: accounts may have gone since a policy was put."""
+
+    def __contains__(self, _):
+        return True
+
+
+def _policy_json(data):
+    """The JSON object in a policy's bytes or text."""
+    if isinstance(data, str):
+        data = data.encode("utf-8", "surrogatepass")
+    if data[:1] != b"{":
+        raise _malformed("Policies must be valid JSON and the first byte "
+                         "must be '{'")
+    if len(data) <= MAX_POLICY_TEXT_BYTES:
+        try:
+            document = json.loads(data.decode("utf-8"),
+                                  object_pairs_hook=_unique,
+                                  parse_constant=_no_constant)
+        except (ValueError, TypeError, RecursionError):
+            raise _malformed("This policy contains invalid Json") from None
+        normal = json.dumps(document, separators=(",", ":"),
+                            ensure_ascii=False)
+        if len(normal.encode("utf-8", "replace")) <= MAX_POLICY_BYTES:
+            return document
+    raise _malformed("Normalized policy document exceeds the maximum "
+                     "allowed size of %d bytes." % MAX_POLICY_BYTES)
+
+
+def _unique(pairs):
+    """A dict of pairs; ValueError when a name stands twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _no_constant(name):
+    raise ValueError("%s is no JSON" % name)
+
+
+def _check_fields(document, known):
+    for name in document:
+        if name not in known:
+            raise _malformed("Unknown field %s" % name)
+
+
+def _policy(document, parse_statement):
+    """The Policy of a JSON object."""
+    _check_fields(document, ("Version", "Id", "Statement"))
+    version = document.get("Version", "2008-10-17")
+    if version not in ("2008-10-17", "2012-10-17"):
+        raise _malformed("The policy must contain a valid version string")
+    if not isinstance(document.get("Id", ""), str):
+        raise _malformed("Invalid policy syntax.")
+    if "Statement" not in document:
+        raise _malformed("Missing required field Statement")
+    items = document["Statement"]
+    items = [items] if isinstance(items, dict) else items
+    if not isinstance(items, list) \
+            or not all(isinstance(item, dict) for item in items):
+        raise _malformed("Invalid policy syntax.")
+    if not items:
+        raise _malformed("Could not parse the policy: Statement is empty!")
+    statements = tuple(parse_statement(item, version == "2012-10-17")
+                       for item in items)
+    sids = [statement.sid for statement in statements if statement.sid]
+    if len(set(sids)) != len(sids):
+        raise _malformed("Statement IDs (SID) in a single policy must be "
+                         "unique.")
+    return Policy(version, statements)
+
+
+_STATEMENT_FIELDS = ("Sid", "Effect", "Principal", "NotPrincipal", "Action",
+                     "NotAction", "Resource", "NotResource", "Condition")
+
+
+def _either(item, name):
+    """What `name` or Not`name` says, and whether it was the latter."""
+    other = "Not" + name
+    if name in item and other in item:
+        raise _malformed("Invalid policy syntax.")
+    if name not in item and other not in item:
+        raise _malformed("Missing required field %s" % name)
+    return item.get(name, item.get(other)), other in item
+
+
+def _texts(value, message):
+    """A text or a list of texts, as a non-empty list."""
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(v, str) for v in values):
+        raise _malformed(message)
+    return values
+
+
+def _parse_bucket_statement(item, variables, bucket, known_ids):
+    """The Statement of one JSON object in a bucket's policy."""
+    sid, effect = _parse_head(item)
+    value, not_principal = _either(item, "Principal")
+    if not_principal and effect == "Allow":
+        raise _malformed("Allow with NotPrincipal is not allowed.")
+    principals = _parse_principals(value, known_ids)
+    actions, not_action = _parse_actions(item)
+    resources, not_resource = _parse_resources(item, variables)
+    conditions = _parse_conditions(item.get("Condition"), variables)
+    if bucket is not None:
+        levels = [pattern.levels(bucket) for pattern in resources]
+        if not all(levels):
+            raise _malformed("Policy has invalid resource")
+        if not (not_action or not_resource):
+            _check_actions(actions, set().union(*levels))
+    if not not_action:
+        _check_combination(actions, conditions)
+    return Statement(sid, effect, principals, not_principal, actions,
+                     not_action, resources, not_resource, conditions)
+
+
+def _parse_session_statement(item, variables):
+    """The Statement of one JSON object in a session's policy."""
+    sid, effect = _parse_head(item)
+    if "Principal" in item or "NotPrincipal" in item:
+        raise _malformed("Policy document should not specify a principal.")
+    actions, not_action = _parse_actions(item, others=True)
+    resources, not_resource = _parse_resources(item, variables)
+    return Statement(sid, effect, None, False, actions, not_action,
+                     resources, not_resource,
+                     _parse_conditions(item.get("Condition"), variables))
+
+
+def _parse_head(item):
+    """The (sid, effect) of a statement whose fields are all known."""
+    _check_fields(item, _STATEMENT_FIELDS)
+    sid = item.get("Sid")
+    if sid is not None and not isinstance(sid, str):
+        raise _malformed("Invalid policy syntax.")
+    if "Effect" not in item:
+        raise _malformed("Missing required field Effect")
+    if item["Effect"] not in ("Allow", "Deny"):
+        raise _malformed("Invalid effect: %s" % (item["Effect"],))
+    return sid, item["Effect"]
+
+
+# IAM reference_policies_elements_principal.html and, for ids of other
+# shapes than AWS's twelve digits, the accounts of this server
+_PRINCIPAL_ARN = re.compile(
+    r"arn:aws[a-z-]*:(?:"
+    r"iam::[\w.@$+-]*:(?:root|(?:user|role)/[\w+=,.@$/ :-]+)"
+    r"|sts::[\w.@$+-]*:(?:assumed-role|federated-user)/[\w+=,.@$/ :-]+"
+    r"|iam::cloudfront:user/CloudFront Origin Access Identity \w+)\Z")
+_PRINCIPAL_ID = re.compile(r"(?:\d{12}|A(?:IDA|ROA|NPA)[A-Z0-9]{12,})\Z",
+                           re.ASCII)
+_CANONICAL_ID = re.compile(r"[0-9a-f]{32}(?:[0-9a-f]{32})?\Z")
+_SERVICE_NAME = re.compile(r"[a-z0-9-]+(?:\.[a-z0-9-]+)+\Z")
+_PROVIDER = re.compile(r"arn:aws[a-z-]*:iam::[\w.@$+-]*:"
+                       r"(?:saml|oidc)-provider/\S+\Z"
+                       r"|[a-z0-9.-]+\.[a-z]+\Z")
+
+
+def _is_aws_name(text, known_ids):
+    return bool(_PRINCIPAL_ARN.match(text) or _PRINCIPAL_ID.match(text)
+                or _is_user_id(text, known_ids))
+
+
+def _is_user_id(text, known_ids):
+    return bool(text and (_CANONICAL_ID.match(text) or text in known_ids))
+
+
+# Kind -> whether a text can be such a principal
+_PRINCIPAL_KINDS = {
+    "AWS": _is_aws_name,
+    "CanonicalUser": _is_user_id,
+    "Service": lambda text, _: bool(_SERVICE_NAME.match(text)),
+    "Federated": lambda text, _: bool(_PROVIDER.match(text)),
+}
+
+
+def _parse_principals(value, known_ids):
+    """The Principals of `"*"` or {"AWS": ...}."""
+    message = "Invalid principal in policy"
+    if value == "*":
+        value = {"AWS": "*"}
+    if not isinstance(value, dict) or not value:
+        raise _malformed(message)
+    everyone, names = False, []
+    for kind, listed in value.items():
+        for text in _texts(listed, message):
+            if kind == "AWS" and text == "*":
+                everyone = True
+            elif kind in _PRINCIPAL_KINDS \
+                    and _PRINCIPAL_KINDS[kind](text, known_ids):
+                names.append((kind, text))
+            else:
+                raise _malformed(message)
+    return Principals(everyone, frozenset(names))
+
+
+def _parse_actions(item, others=False):
+    """The action Patterns, and whether they are excepted.
+
+    others: actions of other services are let through."""
+    value, inverted = _either(item, "Action")
+    patterns = []
+    for text in _texts(value, "Policy has invalid action"):
+        pattern = Pattern(_items(text, True, False), fold=True)
+        if not (_known_actions(pattern) or others and re.match(
+                r"(?!s3:)[a-z0-9-]+:[A-Za-z0-9*?]+\Z|s3:\w+\Z", text)):
+            raise _malformed("Policy has invalid action")
+        patterns.append(pattern)
+    return tuple(patterns), inverted
+
+
+def _known_actions(pattern):
+    return [name for name in BUCKET_ACTIONS | OBJECT_ACTIONS
+            if pattern.matches(name)]
+
+
+def _parse_resources(item, variables):
+    """The resource Patterns, and whether they are excepted."""
+    value, inverted = _either(item, "Resource")
+    patterns = []
+    for text in _texts(value, "Policy has invalid resource"):
+        if text != "*" and not text.startswith("arn:"):
+            raise _malformed("Policy has invalid resource")
+        patterns.append(_wild(text, variables))
+    return tuple(patterns), inverted
+
+
+def _check_actions(actions, levels):
+    """Every action needs a resource of its kind in the statement."""
+    for pattern in actions:
+        names = _known_actions(pattern)
+        if not ("bucket" in levels and BUCKET_ACTIONS.intersection(names)
+                or "object" in levels
+                and OBJECT_ACTIONS.intersection(names)):
+            raise _malformed("Action does not apply to any resource(s) in "
+                             "statement")
+
+
+def _check_combination(actions, conditions):
+    """Every condition must go with one of the actions."""
+    for condition in conditions:
+        allowed = condition.key.actions
+        if allowed is not None and not any(
+                pattern.matches(name) for pattern in actions
+                for name in allowed):
+            raise _malformed("Conditions do not apply to combination of "
+                             "actions and resources in statement")
+
+
+def _parse_conditions(block, variables):
+    """The Conditions of a Condition element, or of none."""
+    if block is None:
+        return ()
+    if not isinstance(block, dict):
+        raise _malformed("Invalid policy syntax.")
+    conditions = []
+    for text, keys in block.items():
+        match = _OPERATOR_NAME.match(text)
+        if match is None or not (match[2] in _OPERATORS
+                                 or text == "Null"):
+            raise _malformed("Invalid Condition type : %s" % text)
+        if not isinstance(keys, dict):
+            raise _malformed("Invalid policy syntax.")
+        for name, value in keys.items():
+            conditions.append(_parse_condition(match, name, value,
+                                               variables))
+    return tuple(conditions)
+
+
+def _parse_condition(match, name, value, variables):
+    """The Condition of one key under one operator."""
+    each, operator_name, if_exists = match.groups()
+    key = find_condition_key(name)
+    if key is None:
+        raise _malformed("Policy has an invalid condition key - %s" % name)
+    prepare = _OPERATORS[operator_name].prepare \
+        if operator_name != "Null" else lambda text, _: _parse_bool(text)
+    wanted = []
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, bool):
+            item = "true" if item else "false"
+        elif isinstance(item, (int, float)):
+            item = repr(item)
+        prepared = prepare(item, variables) if isinstance(item, str) \
+            else None
+        if prepared is None:
+            raise _malformed("Invalid value for condition %s on %s"
+                             % (match[0], name))
+        wanted.append(prepared)
+    return Condition(operator_name, each, bool(if_exists), key,
+                     tuple(wanted))
+
+
+# --- what is public ---
+
+# access-control-block-public-access.html, "The meaning of public": a
+# fixed value of one of these limits a grant to somebody in particular
+_FIXING_KEYS = frozenset(name.lower() for name in (
+    "aws:PrincipalOrgID", "aws:PrincipalOrgPaths", "aws:PrincipalArn",
+    "aws:PrincipalAccount", "aws:SourceArn", "aws:SourceVpc",
+    "aws:SourceVpce", "aws:SourceOwner", "aws:SourceAccount", "aws:userid",
+    "aws:SourceIp", "s3:x-amz-server-side-encryption-aws-kms-key-id",
+    "s3:DataAccessPointArn", "s3:DataAccessPointAccount"))
+_FIXING_OPERATORS = frozenset((
+    "StringEquals", "StringEqualsIgnoreCase", "StringLike", "ArnEquals",
+    "ArnLike", "IpAddress"))
+# The same page: networks broader than these are as good as everyone
+_BROADEST = {4: 8, 6: 32}
+
+
+def policy_is_public(policy):
+    """True when a bucket policy gives the world something.
+
+    It does unless every Allow is for fixed principals, or under a
+    condition that only fixed values of certain keys meet.
+    """
+    return policy is not None and any(
+        statement.effect == "Allow" and statement.principals.everyone
+        and not any(_fixes(condition) for condition in statement.conditions)
+        for statement in policy.statements)
+
+
+def _fixes(condition):
+    """True when a Condition lets only particular requests through."""
+    if (condition.key.name not in _FIXING_KEYS or condition.if_exists
+            or condition.operator not in _FIXING_OPERATORS
+            or condition.each == "ForAllValues"):
+        return False
+    if condition.operator == "IpAddress":
+        return condition.key.name == "aws:sourceip" and all(
+            network.prefixlen >= _BROADEST[network.version]
+            for network in condition.wanted)
+    if condition.key.name == "aws:sourceip":
+        return False
+    return all(pattern.is_fixed for wanted in condition.wanted
+               for pattern in (wanted if isinstance(wanted, list)
+                               else [wanted]))
+
+
+class PublicAccessBlock(NamedTuple):
+    """The four switches of API_PublicAccessBlockConfiguration.html."""
+    block_public_acls: bool = False
+    ignore_public_acls: bool = False
+    block_public_policy: bool = False
+    restrict_public_buckets: bool = False
+
+    def check_acl(self, grants):
+        """AccessDenied for a new ACL that is public, where blocked."""
+        if self.block_public_acls and acl_is_public(grants):
+            raise S3Error("AccessDenied")
+
+    def check_policy(self, policy):
+        """AccessDenied for a new policy that is public, where blocked."""
+        if self.block_public_policy and policy_is_public(policy):
+            raise S3Error("AccessDenied")
+
+
+# Field -> element, in the document's order
+_BLOCK_ELEMENTS = {
+    "block_public_acls": "BlockPublicAcls",
+    "ignore_public_acls": "IgnorePublicAcls",
+    "block_public_policy": "BlockPublicPolicy",
+    "restrict_public_buckets": "RestrictPublicBuckets"}
+
+
+def parse_public_access_block(root):
+    """The PublicAccessBlock of a PublicAccessBlockConfiguration Element;
+    what it leaves out is off."""
+    values = {}
+    for field, tag in _BLOCK_ELEMENTS.items():
+        value = _parse_bool(xml_text(root, tag, "false"))
+        if value is None:
+            raise S3Error("MalformedXML")
+        values[field] = value
+    if any(child.tag not in _BLOCK_ELEMENTS.values() for child in root):
+        raise S3Error("MalformedXML")
+    return PublicAccessBlock(**values)
+
+
+def public_access_block_document(block):
+    """The PublicAccessBlockConfiguration of a block, as bytes."""
+    return xml_document("PublicAccessBlockConfiguration", [
+        (tag, getattr(block, field))
+        for field, tag in _BLOCK_ELEMENTS.items()])
+
+
+# --- the decision ---
+
+class BucketAccess(NamedTuple):
+    """What guards a bucket and its objects.
+
+    acl: grants.  policy: a Policy or None.  locked_out: the policy was
+    put with x-amz-confirm-remove-self-bucket-access, so that its denials
+    bind the owner's root user too (API_PutBucketPolicy.html).
+    """
+    owner_id: str
+    acl: Tuple[Grant, ...] = ()
+    policy: Optional[Policy] = None
+    ownership: str = ENFORCED
+    block: PublicAccessBlock = PublicAccessBlock()
+    locked_out: bool = False
+
+
+# userguide/acl-overview.html#acl-access-policy-permission-mapping: which
+# permission in an ACL stands for which action
+_BUCKET_ACL_NEEDS = {
+    "s3:ListBucket": "READ", "s3:ListBucketVersions": "READ",
+    "s3:ListBucketMultipartUploads": "READ", "s3:PutObject": "WRITE",
+    "s3:GetBucketAcl": "READ_ACP", "s3:PutBucketAcl": "WRITE_ACP"}
+_OBJECT_ACL_NEEDS = {
+    "s3:GetObject": "READ", "s3:GetObjectVersion": "READ",
+    "s3:GetObjectAcl": "READ_ACP", "s3:GetObjectVersionAcl": "READ_ACP",
+    "s3:PutObjectAcl": "WRITE_ACP", "s3:PutObjectVersionAcl": "WRITE_ACP"}
+
+# Where another account owns the object, it decides on these, and the
+# bucket's owner can only deny them; on everything else the bucket's owner
+# decides (access-control-auth-workflow-object-operation.html, "Object
+# context"; about-object-ownership.html).
+_OBJECT_OWNERS_ACTIONS = frozenset(_OBJECT_ACL_NEEDS) | frozenset((
+    "s3:GetObjectAttributes", "s3:GetObjectVersionAttributes",
+    "s3:GetObjectTagging", "s3:GetObjectVersionTagging",
+    "s3:PutObjectTagging", "s3:PutObjectVersionTagging",
+    "s3:DeleteObjectTagging", "s3:DeleteObjectVersionTagging",
+    "s3:GetObjectTorrent", "s3:GetObjectVersionTorrent"))
+
+# userguide/mpuoverview.html#mpuAndPermissions: the initiator of an upload
+# may do these by default
+_INITIATORS_ACTIONS = frozenset((
+    "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"))
+
+# API_PutBucketPolicy.html: "the root principal in a bucket owner's
+# account can perform [these] even if their bucket policy explicitly
+# denies the root principal's access"
+_ROOTS_ACTIONS = frozenset((
+    "s3:GetBucketPolicy", "s3:PutBucketPolicy", "s3:DeleteBucketPolicy"))
+
+# The same action on one version (API_GetObject.html and its sisters)
+_VERSIONED = {
+    "s3:" + name: "s3:" + name.replace("Object", "ObjectVersion", 1)
+    for name in ("GetObject", "GetObjectAcl", "GetObjectAttributes",
+                 "GetObjectTagging", "GetObjectTorrent", "DeleteObject",
+                 "DeleteObjectTagging", "PutObjectAcl",
+                 "PutObjectTagging")}
+
+# Header of a write -> what it needs besides (API_PutObject.html,
+# "Permissions"; object-lock-managing.html)
+_HEADER_ACTIONS = {
+    "x-amz-tagging": "s3:PutObjectTagging",
+    "x-amz-object-lock-mode": "s3:PutObjectRetention",
+    "x-amz-object-lock-legal-hold": "s3:PutObjectLegalHold"}
+
+
+def versioned_action(action, version_id):
+    """The action that a request with `version_id` (or None) needs."""
+    return action if version_id is None else _VERSIONED.get(action, action)
+
+
+def is_allowed(caller, action, resource, access, context, object_owner=None,
+               object_acl=None):
+    """True when a Caller may do `action` on `resource`, an ARN.
+
+    In AWS's order: the session's own limits, an explicit deny, the public
+    access block, the bucket's owner and policy, the object's owner, ACLs.
+    access: the BucketAccess, None where no bucket is concerned.
+    object_owner: the user id of the object's owner or, of an upload, its
+    initiator; None where there is none yet.  object_acl: its grants.
+    """
+    if caller.session is not None and evaluate(
+            caller.session, caller, action, resource, context) != "allow":
+        return False
+    if access is None:
+        return caller.user_id is not None
+    verdict = evaluate(access.policy, caller, action, resource, context)
+    owns = caller.user_id is not None and caller.user_id == access.owner_id
+    if verdict == "deny":
+        return (owns and caller.is_root and not access.locked_out
+                and action in _ROOTS_ACTIONS)
+    if (access.block.restrict_public_buckets and not owns
+            and caller.service is None and policy_is_public(access.policy)):
+        return False
+    acls = access.ownership != ENFORCED
+    foreign = acls and object_owner not in (None, access.owner_id)
+    if not (foreign and action in _OBJECT_OWNERS_ACTIONS):
+        if owns or verdict == "allow":
+            return True
+    if caller.user_id is not None and caller.user_id == object_owner and (
+            action in _INITIATORS_ACTIONS
+            or foreign and action in _OBJECT_OWNERS_ACTIONS):
+        return True
+    return acls and _acls_allow(caller, action, access, object_owner,
+                                object_acl)
+
+
+def _acls_allow(caller, action, access, object_owner, object_acl):
+    """True when the ACL that speaks of `action` gives it.
+
+    WRITE on a bucket lets everybody put, but delete only what is one's
+    own: "for the bucket and object owners of existing objects" (acl-
+    overview.html#permissions).
+    """
+    ignore = access.block.ignore_public_acls
+    if action in _BUCKET_ACL_NEEDS:
+        return acl_allows(access.acl, _BUCKET_ACL_NEEDS[action], caller,
+                          ignore)
+    if action in _OBJECT_ACL_NEEDS:
+        return acl_allows(object_acl, _OBJECT_ACL_NEEDS[action], caller,
+                          ignore)
+    return (action == "s3:DeleteObject" and caller.user_id is not None
+            and caller.user_id == object_owner
+            and acl_allows(access.acl, "WRITE", caller, ignore))
+
+
+def authorize(caller, action, resource, access, context, object_owner=None,
+              object_acl=None):
+    """Raise AccessDenied unless is_allowed(), with the same arguments."""
+    if not is_allowed(caller, action, resource, access, context,
+                      object_owner, object_acl):
         raise S3Error("AccessDenied")
+
+
+def authorize_write(headers, caller, resource, access, context):
+    """Raise AccessDenied unless a Caller may write a new object with
+    these headers.
+
+    Who writes an object and gives it an ACL does so as its owner: for
+    that, s3:PutObjectAcl must not be denied, but need not be allowed by
+    the bucket's owner (userguide/example-bucket-policies.html, "Require
+    the bucket-owner-full-control canned ACL", allows s3:PutObject alone).
+    """
+    for action in ["s3:PutObject"] + [
+            needed for name, needed in _HEADER_ACTIONS.items()
+            if name in headers]:
+        authorize(caller, action, resource, access, context)
+    if "x-amz-acl" in headers or not _GRANT_HEADERS.keys().isdisjoint(
+            headers):
+        for policy, refusals in ((access.policy, ("deny",)),
+                                 (caller.session, ("deny", None))):
+            if policy is not None and evaluate(
+                    policy, caller, "s3:PutObjectAcl", resource,
+                    context) in refusals:
+                raise S3Error("AccessDenied")
+
+
+# --- ownership of what is written ---
+
+def new_object_acl(headers, caller, access, accounts):
+    """The (owner's user id, grants) of an object that a Caller writes.
+
+    AccessControlListNotSupported where ACLs are off and one is asked for
+    that gives others anything; AccessDenied for a public one, where
+    blocked.  about-object-ownership.html
+    """
+    bucket_owner = access.owner_id
+    writer = caller.user_id or (bucket_owner if caller.service
+                                else ANONYMOUS_ID)
+    if access.ownership == ENFORCED or (
+            access.ownership == PREFERRED
+            and headers.get("x-amz-acl") == "bucket-owner-full-control"):
+        writer = bucket_owner
+    grants = headers_acl(headers, writer, accounts, bucket_owner)
+    if grants is None:
+        return writer, private_acl(writer)
+    if access.ownership == ENFORCED and any(
+            grant != Grant("FULL_CONTROL", bucket_owner)
+            for grant in grants):
+        raise S3Error("AccessControlListNotSupported")
+    access.block.check_acl(grants)
+    return writer, grants
+
+
+def check_acl_change(grants, access):
+    """Raise unless the ACL of a bucket or an object may be set so.
+
+    Where ACLs are off none may be, not even the one that is in force.
+    """
+    if access.ownership == ENFORCED:
+        raise S3Error("AccessControlListNotSupported")
+    access.block.check_acl(grants)
+
+
+def check_ownership(ownership, acl, owner_id):
+    """InvalidBucketAclWithObjectOwnership when ACLs shall be off for a
+    bucket whose own ACL gives others something."""
+    if ownership not in OWNERSHIPS:
+        raise S3Error("MalformedXML")
+    if ownership == ENFORCED and any(grant.grantee != owner_id
+                                     for grant in acl):
+        raise S3Error("InvalidBucketAclWithObjectOwnership")
 
 
 ###############################################################################
@@ -4034,6 +5780,7 @@ class Service(NamedTuple):
     public_host: Optional[str] = None
     public_url: Optional[str] = None
     readonly: bool = False
+    object_ownership: str = ENFORCED
 
 
 class Request:
@@ -4043,13 +5790,13 @@ class Request:
     __slots__ = ("service", "method", "raw_path", "pairs", "query",
                  "headers", "host", "host_bucket", "bucket_name", "key",
                  "frame", "now", "request_id", "operation", "identity",
-                 "bucket", "body", "scheme")
+                 "bucket", "body", "scheme", "client", "caller")
 
     def __init__(self, service, method, target, headers, frame, now,
-                 request_id, scheme="http"):
+                 request_id, scheme="http", client=None):
         self.service, self.method, self.headers = service, method, headers
         self.frame, self.now, self.request_id = frame, now, request_id
-        self.scheme = scheme
+        self.scheme, self.client, self.caller = scheme, client, ANONYMOUS
         self.operation = self.identity = self.bucket = self.body = None
         self.raw_path, raw_query = split_target(target)
         self.pairs = parse_query(raw_query) if raw_query else []
@@ -4080,18 +5827,69 @@ class Request:
         """The Account that signed."""
         return self.identity.account
 
-    def own_bucket(self, name, expected="x-amz-expected-bucket-owner"):
-        """The Bucket of that name, if this request may act on it."""
+    def find_bucket(self, name, expected="x-amz-expected-bucket-owner"):
+        """The Bucket of that name, its owner the one the client expects."""
         bucket = self.store.bucket(name)
         owner = self.service.accounts.owner_id(bucket)
-        try:
-            authorize(self.identity, owner)
-            if self.headers.get(expected, owner) != owner:
-                raise S3Error("AccessDenied")
-        except S3Error as error:
-            error.headers["x-amz-bucket-region"] = bucket.region
-            raise
+        if self.headers.get(expected, owner) != owner:
+            raise S3Error("AccessDenied", headers={
+                "x-amz-bucket-region": bucket.region})
         return bucket
+
+    def access(self, bucket):
+        """The BucketAccess of a bucket, made anew when its record is."""
+        config = bucket.config
+        known, access = bucket.derived
+        if known is not config or access is None:
+            access = bucket_access(self.service, bucket, config)
+            bucket.derived = config, access
+        return access
+
+    def allow(self, action, key=None, bucket=None, owner=None, acl=None):
+        """Raise AccessDenied unless the caller may do this to a key (None:
+        to the bucket itself).  owner, acl: the object's, where it has its
+        own."""
+        bucket = bucket or self.bucket
+        if not self.allowed(action, key, bucket, owner, acl):
+            raise S3Error("AccessDenied", headers={
+                "x-amz-bucket-region": bucket.region})
+
+    def allowed(self, action, key=None, bucket=None, owner=None, acl=None,
+                facts=None):
+        """As allow(), but True or False."""
+        bucket = bucket or self.bucket
+        access, caller = self.access(bucket), self.caller
+        context = None
+        if access.policy is not None or caller.session is not None:
+            context = policy_context(self, bucket, key, facts)
+        return is_allowed(caller, action, resource_arn(bucket.name, key),
+                          access, context, owner, acl)
+
+    def allow_write(self, key):
+        """Raise AccessDenied unless the caller may write an object."""
+        access = self.access(self.bucket)
+        authorize_write(self.headers, self.caller, resource_arn(
+            self.bucket.name, key), access, policy_context(
+                self, self.bucket, key))
+
+    def allow_object(self, action, key, version_id=None, bucket=None):
+        """Raise AccessDenied unless the caller may do this to an object
+        that may have an owner and an ACL of its own.
+
+        Who may list is let through to where a missing key is found out:
+        a 404 tells no more than the listing (API_GetObject.html).
+        """
+        bucket = bucket or self.bucket
+        owner = acl = None
+        if self.access(bucket).ownership != ENFORCED:
+            owner, acl = object_guard(self, bucket, key, version_id)
+        if self.allowed(versioned_action(action, version_id), key, bucket,
+                        owner, acl):
+            return
+        if action != "s3:GetObject" or bucket.find(key) or not self.allowed(
+                "s3:ListBucket", None, bucket, facts={"s3:prefix": key}):
+            raise S3Error("AccessDenied", headers={
+                "x-amz-bucket-region": bucket.region})
 
     def xml(self, root, required=True):
         """The root Element of the body; None when empty and allowed."""
@@ -4103,6 +5901,69 @@ class Request:
     def flag(self, name):
         """True when a boolean header says so."""
         return self.headers.get(name, "").lower() == "true"
+
+
+def bucket_access(service, bucket, config):
+    """The BucketAccess that bucket.json and the server's defaults say."""
+    owner = service.accounts.owner_id(bucket)
+    policy = config.get("policy")
+    ownership = config.get("ownership", service.object_ownership)
+    block = config.get("public_access_block") or {}
+    return BucketAccess(
+        owner, load_acl(config.get("acl"), owner),
+        None if policy is None else stored_policy(str(policy)),
+        ownership or WRITER, PublicAccessBlock(*(
+            block.get(name) is True for name in PublicAccessBlock._fields)),
+        config.get("locked_out") is True)
+
+
+def object_guard(request, bucket, key, version_id=None):
+    """The (owner's user id, grants) of an object; (None, None) for none.
+    """
+    try:
+        info, fd = bucket.open_version(key, version_id)
+    except S3Error:
+        return None, None
+    os.close(fd)
+    owner = object_owner(request, info, bucket)
+    return owner, load_acl(info.record.get("acl"), owner)
+
+
+def object_owner(request, info, bucket=None):
+    """The user id of an object's owner."""
+    access = request.access(bucket or request.bucket)
+    if access.ownership == ENFORCED:
+        return access.owner_id
+    return info.record.get("owner") or access.owner_id
+
+
+def policy_context(request, bucket, key=None, facts=None):
+    """The Context that a policy's conditions see."""
+    def tags():
+        try:
+            info, fd = bucket.open_version(
+                key, request.query.get("versionId"))
+        except S3Error:
+            return None
+        os.close(fd)
+        return info.record.get("tags", {})
+    identity, query = request.identity, request.query
+    signed = identity is not None and identity.account is not None
+    presigned = "X-Amz-Signature" in query or "Signature" in query
+    v4 = "X-Amz-Signature" in query or request.headers.get(
+        "authorization", "").startswith(V4)
+    known = {
+        "aws:SourceIp": request.client,
+        "aws:SecureTransport": request.scheme == "https",
+        "s3:authType": None if not signed else (
+            "REST-QUERY-STRING" if presigned else "REST-HEADER"),
+        "s3:signatureversion": None if not signed else (
+            V4 if v4 else "AWS"),
+        "s3:ResourceAccount": request.access(bucket).owner_id,
+        "s3:ExistingObjectTag": tags if key else None}
+    known.update(facts or {})
+    return Context(request.caller, request.headers, query, request.now,
+                   known)
 
 
 class Response:
@@ -4139,6 +6000,71 @@ SUBRESOURCES = set()                # every query name that selects a row
 _ROUTES = {}                        # (method, level, subresource) -> rows
 
 
+# IAM's name for what an operation needs, where that is not `s3:` and the
+# operation's own and its row does not say: service-authorization/latest/
+# reference/list_amazons3.html
+_ACTIONS = {
+    "PostObject": "s3:PutObject",
+    "SelectObjectContent": "s3:GetObject",
+    "GetBucketCors": "s3:GetBucketCORS",
+    "PutBucketCors": "s3:PutBucketCORS",
+    "DeleteBucketCors": "s3:PutBucketCORS",
+    "DeleteBucketTagging": "s3:PutBucketTagging",
+    "GetBucketLifecycle": "s3:GetLifecycleConfiguration",
+    "GetBucketLifecycleConfiguration": "s3:GetLifecycleConfiguration",
+    "PutBucketLifecycle": "s3:PutLifecycleConfiguration",
+    "PutBucketLifecycleConfiguration": "s3:PutLifecycleConfiguration",
+    "DeleteBucketLifecycle": "s3:PutLifecycleConfiguration",
+    "GetBucketEncryption": "s3:GetEncryptionConfiguration",
+    "PutBucketEncryption": "s3:PutEncryptionConfiguration",
+    "DeleteBucketEncryption": "s3:PutEncryptionConfiguration",
+    "GetBucketReplication": "s3:GetReplicationConfiguration",
+    "PutBucketReplication": "s3:PutReplicationConfiguration",
+    "DeleteBucketReplication": "s3:PutReplicationConfiguration",
+    "GetPublicAccessBlock": "s3:GetBucketPublicAccessBlock",
+    "PutPublicAccessBlock": "s3:PutBucketPublicAccessBlock",
+    "DeletePublicAccessBlock": "s3:PutBucketPublicAccessBlock",
+    "DeleteBucketOwnershipControls": "s3:PutBucketOwnershipControls",
+    "GetObjectLockConfiguration": "s3:GetBucketObjectLockConfiguration",
+    "PutObjectLockConfiguration": "s3:PutBucketObjectLockConfiguration",
+    "GetBucketNotificationConfiguration": "s3:GetBucketNotification",
+    "PutBucketNotificationConfiguration": "s3:PutBucketNotification",
+    "GetBucketAccelerateConfiguration": "s3:GetAccelerateConfiguration",
+    "PutBucketAccelerateConfiguration": "s3:PutAccelerateConfiguration",
+    "GetBucketAnalyticsConfiguration": "s3:GetAnalyticsConfiguration",
+    "ListBucketAnalyticsConfigurations": "s3:GetAnalyticsConfiguration",
+    "PutBucketAnalyticsConfiguration": "s3:PutAnalyticsConfiguration",
+    "DeleteBucketAnalyticsConfiguration": "s3:PutAnalyticsConfiguration",
+    "GetBucketInventoryConfiguration": "s3:GetInventoryConfiguration",
+    "ListBucketInventoryConfigurations": "s3:GetInventoryConfiguration",
+    "PutBucketInventoryConfiguration": "s3:PutInventoryConfiguration",
+    "DeleteBucketInventoryConfiguration": "s3:PutInventoryConfiguration",
+    "GetBucketMetricsConfiguration": "s3:GetMetricsConfiguration",
+    "ListBucketMetricsConfigurations": "s3:GetMetricsConfiguration",
+    "PutBucketMetricsConfiguration": "s3:PutMetricsConfiguration",
+    "DeleteBucketMetricsConfiguration": "s3:PutMetricsConfiguration",
+    "GetBucketIntelligentTieringConfiguration":
+        "s3:GetIntelligentTieringConfiguration",
+    "ListBucketIntelligentTieringConfigurations":
+        "s3:GetIntelligentTieringConfiguration",
+    "PutBucketIntelligentTieringConfiguration":
+        "s3:PutIntelligentTieringConfiguration",
+    "DeleteBucketIntelligentTieringConfiguration":
+        "s3:PutIntelligentTieringConfiguration",
+    "CreateBucketMetadataConfiguration":
+        "s3:CreateBucketMetadataTableConfiguration",
+    "GetBucketMetadataConfiguration":
+        "s3:GetBucketMetadataTableConfiguration",
+    "DeleteBucketMetadataConfiguration":
+        "s3:DeleteBucketMetadataTableConfiguration",
+}
+
+
+def iam_action(name):
+    """The IAM action that an operation needs."""
+    return _ACTIONS.get(name, "s3:" + name)
+
+
 def add_operation(row):
     """Put a row into the tables, those with a condition first."""
     OPERATIONS[row.name] = row
@@ -4159,7 +6085,7 @@ def operation(method, level, subresource=None, when=None, action=None,
         name = "".join(word.capitalize()
                        for word in function.__name__.split("_"))
         add_operation(Operation(name, method, level, subresource, when,
-                                action or "s3:" + name, status, DONE,
+                                action or iam_action(name), status, DONE,
                                 function))
         return function
     return declare
@@ -4205,14 +6131,11 @@ def find_operation(request):
 
 # Headers that ask for what is not done: (name or prefix, harmless values)
 _UNDONE_HEADERS = (
-    ("x-amz-acl", ("private", "bucket-owner-full-control")),
-    ("x-amz-grant-", ()),
     ("x-amz-server-side-encryption", ()),
     ("x-amz-copy-source-server-side-encryption", ()),
     ("x-amz-tagging", ("", "COPY", "REPLACE")),
     ("x-amz-object-lock-", ()),
     ("x-amz-bucket-object-lock-enabled", ("false",)),
-    ("x-amz-object-ownership", ("BucketOwnerEnforced",)),
     ("x-amz-write-offset-bytes", ()),
     ("x-amz-mfa", ()),
 )
@@ -4248,10 +6171,8 @@ def respond(request):
     request.identity = identity = authenticate(
         request, service.accounts.by_key_id, request.now, service.region,
         hosts)
-    if row.level == SERVICE or row.name == "CreateBucket":
-        authorize(identity)
-    else:
-        request.bucket = request.own_bucket(request.bucket_name)
+    request.caller = account_caller(identity.account)
+    _authorize_row(request, row)
     if row.function is None:
         raise S3Error("NotImplemented", "%s is not implemented" % row.name)
     if service.readonly and row.method not in ("GET", "HEAD"):
@@ -4261,7 +6182,43 @@ def respond(request):
                              row.name not in _OBJECT_CHECKSUMS)
     if request.body.length == 0 and len(identity.payload) == 64:
         request.body.read_all()         # an empty body is not free to lie
-    return as_response(row.function(request), row.status)
+    try:
+        return as_response(row.function(request), row.status)
+    except S3Error as error:
+        if error.code == "NoSuchKey" and row.method in ("GET", "HEAD"):
+            _hide_missing(request)
+        raise
+
+
+# What asks for its permissions itself: for each key, or for more than one
+_OWN_CHECKS = frozenset((
+    "DeleteObjects", "PutObject", "CopyObject", "CreateMultipartUpload",
+    "AbortMultipartUpload", "ListParts"))
+
+
+def _authorize_row(request, row):
+    """Find the bucket and check the permission that the row names."""
+    if row.level == SERVICE or row.name == "CreateBucket":
+        authorize(request.caller, row.action, "*", None, None)
+        return
+    request.bucket = request.find_bucket(request.bucket_name)
+    if row.function is None:            # refused: the owner is told so
+        request.allow("s3:ListBucket")
+    elif row.name in _OWN_CHECKS:
+        pass
+    elif row.level == BUCKET:
+        request.allow(row.action)
+    else:
+        request.allow_object(row.action, request.key,
+                             request.query.get("versionId"))
+
+
+def _hide_missing(request):
+    """AccessDenied instead of NoSuchKey for who may not list: API_
+    GetObject.html, "Permissions"."""
+    if request.level == OBJECT and not request.allowed(
+            "s3:ListBucket", facts={"s3:prefix": request.key}):
+        raise S3Error("AccessDenied") from None
 
 
 def as_response(result, status):
@@ -4438,10 +6395,11 @@ def create_bucket(request):
     if not valid_bucket_name(name):
         raise S3Error("InvalidBucketName", BucketName=name)
     region = _location_constraint(request)
+    config = _new_bucket_access(request)
     try:
         bucket = request.store.create_bucket(
             name, request.service.accounts.lasting_id(request.account),
-            region)
+            region, config)
     except S3Error as error:
         if error.code != "BucketAlreadyExists":
             raise
@@ -4453,6 +6411,24 @@ def create_bucket(request):
             raise S3Error("BucketAlreadyOwnedByYou",
                           BucketName=name) from None
     return {"Location": "/" + name}
+
+
+def _new_bucket_access(request):
+    """What CreateBucket's headers say of ownership and ACL, for
+    bucket.json."""
+    owner, config = request.account.user_id, {}
+    ownership = request.headers.get("x-amz-object-ownership")
+    if ownership is not None:
+        if ownership not in OWNERSHIPS:
+            raise S3Error("InvalidArgument",
+                          ArgumentName="x-amz-object-ownership")
+        config["ownership"] = ownership
+    acl = headers_acl(request.headers, owner, request.service.accounts)
+    if acl is not None:
+        check_ownership(ownership or request.service.object_ownership, acl,
+                        owner)
+        config["acl"] = dump_acl(acl, owner)
+    return config
 
 
 def _location_constraint(request):
@@ -4560,16 +6536,15 @@ def list_objects_v2(request):
 
 def _list_entries(request, page, encode, with_owner):
     """The Contents and CommonPrefixes children of a listing."""
-    owner = owner_element(request, bucket_owner(request)) \
-        if with_owner else ("Owner", None)
     children = []
     for entry in page.entries:
         if isinstance(entry, CommonPrefix):
             children.append(("CommonPrefixes",
                              [("Prefix", encode(entry.key))]))
         else:
-            children.append(("Contents", _entry(entry, encode)
-                             + [owner]))
+            children.append(("Contents", _entry(entry, encode) + [
+                owner_element(request, object_owner(request, entry))
+                if with_owner else ("Owner", None)]))
     return children
 
 
@@ -4611,14 +6586,14 @@ def list_object_versions(request):
          if isinstance(last, Info) else None),
         ("MaxKeys", limit), ("Delimiter", encode(delimiter) or None),
         ("EncodingType", encoding), ("IsTruncated", page.truncated)]
-    owner = owner_element(request, bucket_owner(request))
     for entry in page.entries:
         if isinstance(entry, CommonPrefix):
             children.append(("CommonPrefixes",
                              [("Prefix", encode(entry.key))]))
             continue
         which = [("VersionId", entry.version_id),
-                 ("IsLatest", entry.latest), owner]
+                 ("IsLatest", entry.latest), owner_element(
+                     request, object_owner(request, entry))]
         if entry.marker:
             children.append(("DeleteMarker", _entry(entry, encode)[:2]
                              + which))
@@ -4648,6 +6623,20 @@ def need_length(request):
     if "content-length" not in headers and not headers.get(
             "transfer-encoding"):
         raise S3Error("MissingContentLength")
+
+
+def own_record(request, record):
+    """Put the owner and the ACL of a new object into its record, as far as
+    they are not those of its bucket."""
+    access, accounts = request.access(request.bucket), \
+        request.service.accounts
+    owner, grants = new_object_acl(request.headers, request.caller, access,
+                                   accounts)
+    if owner != access.owner_id:
+        record["owner"] = owner
+    lines = dump_acl(grants, owner)
+    if lines is not None:
+        record["acl"] = lines
 
 
 def body_checksums(body, record):
@@ -4684,8 +6673,10 @@ def put_object(request):
         raise S3Error("InvalidArgument", "This operation does not accept "
                       "partNumber without uploadId",
                       ArgumentName="partNumber")
+    request.allow_write(request.key)
     need_length(request)
     record = object_record(request.headers)
+    own_record(request, record)
     conditions = write_conditions(request.headers)
     bucket, key = request.bucket, request.key
     if conditions != ALWAYS:
@@ -4704,10 +6695,12 @@ def put_object(request):
 @operation("PUT", OBJECT, when="x-amz-copy-source", action="s3:PutObject")
 def copy_object(request):
     """API_CopyObject: in the kernel when the ETag is known already."""
+    request.allow_write(request.key)
     source, key = open_copy_source(request), request.key
     conditions = write_conditions(request.headers)
     with source, request.bucket.draft() as draft:
         record = _copied_record(request, source)
+        own_record(request, record)
         _copy_content(request, source, draft, record)
         info = request.store.put_object(request.bucket, key, draft, record,
                                         conditions)
@@ -4737,7 +6730,9 @@ def open_copy_source(request):
     """The CopySource of x-amz-copy-source, its conditions checked."""
     name, key, version = parse_copy_source(
         request.headers["x-amz-copy-source"])
-    bucket = request.own_bucket(name, "x-amz-source-expected-bucket-owner")
+    bucket = request.find_bucket(name,
+                                 "x-amz-source-expected-bucket-owner")
+    request.allow_object("s3:GetObject", key, version, bucket)
     info, fd = bucket.open_version(key, checked_version(version))
     try:
         if info.marker:
@@ -4851,6 +6846,10 @@ def rename_object(request):
         raise S3Error("InvalidRequest", "The source and the destination of "
                       "a rename must be two keys")
 
+    request.allow_write(request.key)
+    for action in ("s3:GetObject", "s3:DeleteObject"):
+        request.allow_object(action, source)
+
     def check(info):
         check_read_conditions(headers, info.etag, info.mtime,
                               "x-amz-rename-source-")
@@ -4910,12 +6909,13 @@ def _delete_one(request, element, key, version):
         raise S3Error("MalformedXML")
     if version is not None and not valid_version_id(version):
         raise S3Error("NoSuchVersion")
+    request.allow_object("s3:DeleteObject", checked_key(key), version)
     conditions = delete_conditions(
         xml_text(element, "ETag"), xml_text(element, "Size"),
         xml_text(element, "LastModifiedTime"))
     try:
         return request.store.delete_object(
-            request.bucket, checked_key(key), conditions, version)
+            request.bucket, key, conditions, version)
     except OSError as error:
         raise storage_error(error) from error
 
@@ -5136,9 +7136,11 @@ def checksum_types(name):
 @operation("POST", OBJECT, "uploads", action="s3:PutObject")
 def create_multipart_upload(request):
     """API_CreateMultipartUpload."""
+    request.allow_write(request.key)
     record = object_record(request.headers)
-    record["initiator"] = request.service.accounts.lasting_id(
-        request.account)
+    own_record(request, record)
+    record["initiator"] = request.account and \
+        request.service.accounts.lasting_id(request.account)
     name = request.headers.get("x-amz-checksum-algorithm")
     kind = request.headers.get("x-amz-checksum-type")
     headers = {"Content-Type": "application/xml"}
@@ -5164,10 +7166,20 @@ def create_multipart_upload(request):
             ("UploadId", upload_id)]))
 
 
-def requested_upload(request):
-    """The Upload that uploadId names."""
-    return request.store.upload(request.bucket, request.key,
-                                request.query["uploadId"])
+def requested_upload(request, action=None):
+    """The Upload that uploadId names; action: what is to be allowed to
+    its initiator, too."""
+    try:
+        upload = request.store.upload(request.bucket, request.key,
+                                      request.query["uploadId"])
+    except S3Error:
+        if action:
+            request.allow(action, request.key)
+        raise
+    if action:
+        request.allow(action, request.key,
+                      owner=upload.record.get("initiator"))
+    return upload
 
 
 def requested_part(request):
@@ -5358,8 +7370,8 @@ def _assembled_record(request, upload, parts):
         raise S3Error("InvalidRequest", "The provided "
                       "'x-amz-mp-object-size' header does not match what "
                       "was computed.")
-    record = {name: known[name] for name in ("headers", "meta", "class")
-              if name in known}
+    record = {name: known[name] for name in (
+        "headers", "meta", "class", "owner", "acl") if name in known}
     digest = new_md5(b"".join(bytes.fromhex(p.etag) for p in parts))
     record["etag"] = "%s-%d" % (digest.hexdigest(), len(parts))
     record["parts"] = _size_runs(parts)
@@ -5416,7 +7428,7 @@ def _check_assembled(headers, algorithm, record):
 @operation("DELETE", OBJECT, "uploadId", status=204)
 def abort_multipart_upload(request):
     """API_AbortMultipartUpload."""
-    upload = requested_upload(request)
+    upload = requested_upload(request, "s3:AbortMultipartUpload")
     with request.store.locked_upload(upload):
         request.store.remove_upload(upload)
 
@@ -5424,7 +7436,7 @@ def abort_multipart_upload(request):
 @operation("GET", OBJECT, "uploadId", action="s3:ListMultipartUploadParts")
 def list_parts(request):
     """API_ListParts."""
-    upload = requested_upload(request)
+    upload = requested_upload(request, "s3:ListMultipartUploadParts")
     limit = page_size(request, "max-parts", 1000)
     marker = parse_int("part-number-marker", request.query.get(
         "part-number-marker") or "0", 0)
@@ -5433,7 +7445,8 @@ def list_parts(request):
              if part.number > marker]
     shown = parts[:limit]
     record = upload.record
-    initiator = record.get("initiator") or bucket_owner(request)
+    owner = record.get("owner") or bucket_owner(request)
+    initiator = record.get("initiator") or owner
     return xml_document("ListPartsResult", [
         ("Bucket", request.bucket_name), ("Key", encode(upload.key)),
         ("UploadId", upload.upload_id), ("PartNumberMarker", marker),
@@ -5446,7 +7459,7 @@ def list_parts(request):
             + checksum_children({"checksums": part.checksums}))
             for part in shown] + [
         owner_element(request, initiator, "Initiator"),
-        owner_element(request, bucket_owner(request)),
+        owner_element(request, owner),
         ("StorageClass", record.get("class", "STANDARD")),
         ("ChecksumAlgorithm", record.get("algorithm")),
         ("ChecksumType", record.get("checksum_type"))])
@@ -5514,14 +7527,188 @@ def _roll_uploads(uploads, prefix, delimiter, limit, skip):
 def _upload_entry(request, upload, encode):
     """The children of one Upload."""
     record = upload.record
-    initiator = record.get("initiator") or bucket_owner(request)
+    owner = record.get("owner") or bucket_owner(request)
+    initiator = record.get("initiator") or owner
     return [("Key", encode(upload.key)), ("UploadId", upload.upload_id),
             owner_element(request, initiator, "Initiator"),
-            owner_element(request, bucket_owner(request)),
+            owner_element(request, owner),
             ("StorageClass", record.get("class", "STANDARD")),
             ("Initiated", iso_date(upload.initiated_ns)),
             ("ChecksumAlgorithm", record.get("algorithm")),
             ("ChecksumType", record.get("checksum_type"))]
+
+
+# --- access control ---
+
+def _asked_acl(request, owner_id):
+    """The grants that a PutBucketAcl or PutObjectAcl asks for, in headers
+    or in its document; MissingSecurityHeader when in neither."""
+    accounts, access = request.service.accounts, request.access(
+        request.bucket)
+    check_acl_change((), access)
+    grants = headers_acl(request.headers, owner_id, accounts,
+                         access.owner_id)
+    data = request.body.read_all()
+    if grants is not None and data:
+        raise S3Error("UnexpectedContent")
+    if grants is None:
+        if not data:
+            raise S3Error("MissingSecurityHeader",
+                          MissingHeaderName="x-amz-acl")
+        grants = parse_acl(data, owner_id, accounts)
+    check_acl_change(grants, access)
+    return grants
+
+
+@operation("GET", BUCKET, "acl")
+def get_bucket_acl(request):
+    """API_GetBucketAcl."""
+    access = request.access(request.bucket)
+    return acl_document(access.acl, access.owner_id,
+                        request.service.accounts)
+
+
+@operation("PUT", BUCKET, "acl")
+def put_bucket_acl(request):
+    """API_PutBucketAcl."""
+    owner = bucket_owner(request)
+    lines = dump_acl(_asked_acl(request, owner), owner)
+    request.store.update_bucket(request.bucket, lambda config:
+                                config.update(acl=lines))
+
+
+@operation("GET", OBJECT, "acl")
+def get_object_acl(request):
+    """API_GetObjectAcl."""
+    info = find_asked(request)
+    owner = object_owner(request, info)
+    acl = info.record.get("acl")
+    if request.access(request.bucket).ownership == ENFORCED:
+        acl = None
+    headers = {"Content-Type": "application/xml"}
+    headers.update(version_header(request, info))
+    return Response(200, headers, acl_document(
+        load_acl(acl, owner), owner, request.service.accounts))
+
+
+@operation("PUT", OBJECT, "acl")
+def put_object_acl(request):
+    """API_PutObjectAcl."""
+    owner = object_owner(request, find_asked(request))
+    lines = dump_acl(_asked_acl(request, owner), owner)
+
+    def change(record):
+        record.pop("acl", None)
+        if lines is not None:
+            record["acl"] = lines
+    info = request.bucket.update_record(request.key, asked_version(request),
+                                        change)
+    return version_header(request, info)
+
+
+@operation("GET", BUCKET, "policy")
+def get_bucket_policy(request):
+    """API_GetBucketPolicy: the text as it was put."""
+    return Response(200, {"Content-Type": "application/json"},
+                    _policy_text(request).encode())
+
+
+def _policy_text(request):
+    text = request.bucket.config.get("policy")
+    if not isinstance(text, str):
+        raise S3Error("NoSuchBucketPolicy", BucketName=request.bucket_name)
+    return text
+
+
+@operation("PUT", BUCKET, "policy", status=204)
+def put_bucket_policy(request):
+    """API_PutBucketPolicy: refused unless all of it is understood."""
+    data = request.body.read_all(MAX_POLICY_TEXT_BYTES)
+    policy = parse_policy(data, request.bucket_name,
+                          request.service.accounts.by_user_id)
+    request.access(request.bucket).block.check_policy(policy)
+    locked = request.flag("x-amz-confirm-remove-self-bucket-access")
+    request.store.update_bucket(request.bucket, lambda config: config.update(
+        policy=data.decode("utf-8"), locked_out=locked))
+
+
+@operation("DELETE", BUCKET, "policy", status=204)
+def delete_bucket_policy(request):
+    """API_DeleteBucketPolicy."""
+    _forget(request, "policy", "locked_out")
+
+
+def _forget(request, *names):
+    """Take fields out of bucket.json, where they are in it."""
+    if any(name in request.bucket.config for name in names):
+        request.store.update_bucket(request.bucket, lambda config: [
+            config.pop(name, None) for name in names])
+
+
+@operation("GET", BUCKET, "policyStatus")
+def get_bucket_policy_status(request):
+    """API_GetBucketPolicyStatus."""
+    _policy_text(request)
+    public = policy_is_public(request.access(request.bucket).policy)
+    return xml_document("PolicyStatus", [("IsPublic", public)])
+
+
+@operation("GET", BUCKET, "publicAccessBlock")
+def get_public_access_block(request):
+    """API_GetPublicAccessBlock."""
+    if "public_access_block" not in request.bucket.config:
+        raise S3Error("NoSuchPublicAccessBlockConfiguration",
+                      BucketName=request.bucket_name)
+    return public_access_block_document(
+        request.access(request.bucket).block)
+
+
+@operation("PUT", BUCKET, "publicAccessBlock")
+def put_public_access_block(request):
+    """API_PutPublicAccessBlock."""
+    block = parse_public_access_block(
+        request.xml("PublicAccessBlockConfiguration"))
+    request.store.update_bucket(request.bucket, lambda config: config.update(
+        public_access_block=dict(block._asdict())))
+
+
+@operation("DELETE", BUCKET, "publicAccessBlock", status=204)
+def delete_public_access_block(request):
+    """API_DeletePublicAccessBlock."""
+    _forget(request, "public_access_block")
+
+
+@operation("GET", BUCKET, "ownershipControls")
+def get_bucket_ownership_controls(request):
+    """API_GetBucketOwnershipControls; the default is the server's."""
+    ownership = request.bucket.config.get(
+        "ownership", request.service.object_ownership)
+    if ownership is None:
+        raise S3Error("OwnershipControlsNotFoundError",
+                      BucketName=request.bucket_name)
+    return xml_document("OwnershipControls", [
+        ("Rule", [("ObjectOwnership", ownership)])])
+
+
+@operation("PUT", BUCKET, "ownershipControls")
+def put_bucket_ownership_controls(request):
+    """API_PutBucketOwnershipControls."""
+    document = request.xml("OwnershipControls")
+    rules = document.findall("Rule")
+    if len(rules) != 1 or len(document) != 1:
+        raise S3Error("MalformedXML")
+    ownership = xml_text(rules[0], "ObjectOwnership")
+    access = request.access(request.bucket)
+    check_ownership(ownership, access.acl, access.owner_id)
+    request.store.update_bucket(request.bucket, lambda config:
+                                config.update(ownership=ownership))
+
+
+@operation("DELETE", BUCKET, "ownershipControls", status=204)
+def delete_bucket_ownership_controls(request):
+    """API_DeleteBucketOwnershipControls: ACLs count from then on."""
+    request.store.update_bucket(request.bucket, lambda config:
+                                config.update(ownership=None))
 
 
 # --- what a bucket without configuration answers ---
@@ -5546,29 +7733,6 @@ def put_bucket_versioning(request):
         raise S3Error("MalformedXML")
     request.store.update_bucket(
         request.bucket, lambda config: config.update(versioning=status))
-
-
-def _full_control(request):
-    """The ACL of everything: its owner, FULL_CONTROL."""
-    owner = bucket_owner(request)
-    grantee = 'Grantee xmlns:xsi="%s" xsi:type="CanonicalUser"' % XSI
-    _, children = owner_element(request, owner)
-    return xml_document("AccessControlPolicy", [
-        ("Owner", children), ("AccessControlList", [("Grant", [
-            (grantee, children), ("Permission", "FULL_CONTROL")])])])
-
-
-@operation("GET", BUCKET, "acl")
-def get_bucket_acl(request):
-    """API_GetBucketAcl."""
-    return _full_control(request)
-
-
-@operation("GET", OBJECT, "acl")
-def get_object_acl(request):
-    """API_GetObjectAcl."""
-    find_asked(request)
-    return _full_control(request)
 
 
 @operation("GET", OBJECT, "tagging")
@@ -5596,12 +7760,10 @@ def _probe(name, subresource, answer, when=None):
         return xml_document(answer, [("IsTruncated", False)]
                             if answer.startswith("List") else [])
     add_operation(Operation(name, "GET", BUCKET, subresource, when,
-                            "s3:" + name, 200, DONE, function))
+                            iam_action(name), 200, DONE, function))
 
 
 for _row in (
-        ("GetBucketPolicy", "policy", "NoSuchBucketPolicy"),
-        ("GetBucketPolicyStatus", "policyStatus", "NoSuchBucketPolicy"),
         ("GetBucketCors", "cors", "NoSuchCORSConfiguration"),
         ("GetBucketLifecycleConfiguration", "lifecycle",
          "NoSuchLifecycleConfiguration"),
@@ -5611,10 +7773,6 @@ for _row in (
         ("GetBucketWebsite", "website", "NoSuchWebsiteConfiguration"),
         ("GetBucketReplication", "replication",
          "ReplicationConfigurationNotFoundError"),
-        ("GetPublicAccessBlock", "publicAccessBlock",
-         "NoSuchPublicAccessBlockConfiguration"),
-        ("GetBucketOwnershipControls", "ownershipControls",
-         "OwnershipControlsNotFoundError"),
         ("GetBucketEncryption", "encryption",
          "ServerSideEncryptionConfigurationNotFoundError"),
         ("GetBucketNotificationConfiguration", "notification",
@@ -5650,8 +7808,6 @@ for _method, _level, _subresource, _name in (
         ("GET", BUCKET, "abac", "GetBucketAbac"),
         ("PUT", BUCKET, "abac", "PutBucketAbac"),
         ("PUT", BUCKET, "accelerate", "PutBucketAccelerateConfiguration"),
-        ("PUT", BUCKET, "acl", "PutBucketAcl"),
-        ("PUT", OBJECT, "acl", "PutObjectAcl"),
         ("DELETE", BUCKET, "analytics",
          "DeleteBucketAnalyticsConfiguration"),
         ("PUT", BUCKET, "analytics", "PutBucketAnalyticsConfiguration"),
@@ -5703,13 +7859,6 @@ for _method, _level, _subresource, _name in (
         ("PUT", BUCKET, "notification",
          "PutBucketNotificationConfiguration"),
         ("PUT", BUCKET, "object-lock", "PutObjectLockConfiguration"),
-        ("DELETE", BUCKET, "ownershipControls",
-         "DeleteBucketOwnershipControls"),
-        ("PUT", BUCKET, "ownershipControls", "PutBucketOwnershipControls"),
-        ("DELETE", BUCKET, "policy", "DeleteBucketPolicy"),
-        ("PUT", BUCKET, "policy", "PutBucketPolicy"),
-        ("DELETE", BUCKET, "publicAccessBlock", "DeletePublicAccessBlock"),
-        ("PUT", BUCKET, "publicAccessBlock", "PutPublicAccessBlock"),
         ("DELETE", BUCKET, "replication", "DeleteBucketReplication"),
         ("PUT", BUCKET, "replication", "PutBucketReplication"),
         ("PUT", BUCKET, "requestPayment", "PutBucketRequestPayment"),
@@ -5730,7 +7879,7 @@ for _method, _level, _subresource, _name in (
          "WriteGetObjectResponse"),
         ("GET", SERVICE, "directory-buckets", "ListDirectoryBuckets")):
     add_operation(Operation(_name, _method, _level, _subresource, None,
-                            "s3:" + _name, 501, REFUSED, None))
+                            iam_action(_name), 501, REFUSED, None))
 
 
 ###############################################################################
@@ -6061,7 +8210,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.asked = Request(
                 self.server.service, head.method, head.target, head.headers,
                 frame, self.now, self.request_id,
-                "https" if self.tls else "http")
+                "https" if self.tls else "http", self.client_address[0])
             return respond(self.asked)
         except S3Error as error:
             failure = error
@@ -6470,6 +8619,12 @@ def _url(value):
     return "%s://%s" % (parts.scheme, parts.netloc)
 
 
+def _ownership(value):
+    if value not in OWNERSHIPS:
+        raise ValueError("is not one of " + ", ".join(OWNERSHIPS))
+    return value
+
+
 def _log_format(value):
     if value not in ("text", "json", "none"):
         raise ValueError("is not one of text, json, none")
@@ -6531,6 +8686,10 @@ OPTIONS = (
     Option("upload_ttl", _duration, 7 * 86400, "UploadTtl",
            "remove multipart uploads without activity for so long (90s, "
            "15m, 24h, 7d; 0: never; default 7d)"),
+    Option("object_ownership", _ownership, ENFORCED, "ObjectOwnership",
+           "object ownership of buckets that have no setting of their own: "
+           "BucketOwnerEnforced (no ACLs), BucketOwnerPreferred or "
+           "ObjectWriter"),
     Option("log", _log_format, "text", "Log",
            "access log on stderr: text, json or none"),
     Option("ready_file", _filled, None, "ReadyFile",
@@ -6769,7 +8928,7 @@ class Running:
                                  "user_id" in config.given),
             values["region"], tuple(values["domain"]),
             public and urllib.parse.urlsplit(public).netloc, public,
-            values["readonly"])
+            values["readonly"], values["object_ownership"])
         self._make_directories(values)
         self.server = Server((values["bind"], values["p"]), service, tls,
                              access_log, report, values["upload_ttl"])
