@@ -2427,9 +2427,11 @@ class Bucket:
             fd = os.open(path, _OPEN_READ)
         except OSError as error:
             if error.errno in _ABSENT_ERRNO:
-                raise FileNotFoundError(error.errno, "no file", path)
+                raise FileNotFoundError(error.errno, "no file",
+                                        path) from None
             if os.name == "nt" and os.path.isdir(path):
-                raise IsADirectoryError(errno.EISDIR, "no file", path)
+                raise IsADirectoryError(errno.EISDIR, "no file",
+                                        path) from None
             raise
         try:
             status = os.fstat(fd)

@@ -3750,7 +3750,7 @@ class Together(StorageCase):
                              b"parent" if number in ours else b"child")
 
     def test_bucket_deleted_beside_puts_loses_nothing_acknowledged(self):
-        for number in range(30):
+        for _ in range(30):
             if not os.path.isdir(self.path()):
                 self.store.create_bucket("box", "alice", "us-east-1")
             results = run_threads(
@@ -11266,7 +11266,7 @@ class ConfigCommands(ConfigCase):
         rows = [line.split() for line in out.splitlines()]
         self.assertEqual(sorted(row[0] for row in rows),
                          sorted(gos3rve.OPERATIONS))
-        for name, state, method, path in rows:
+        for _, state, method, path in rows:
             self.assertIn(state, ("done", "stored", "refused"))
             self.assertIn(method, ("GET", "HEAD", "PUT", "POST", "DELETE"))
             self.assertTrue(path.startswith("/"))
