@@ -59,6 +59,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 import uuid
 import xml.etree.ElementTree as ElementTree
@@ -126,6 +127,12 @@ EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 # docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html where AWS
 # has the code.
 ERRORS = {
+    "AccessForbidden": (
+        403, "CORSResponse: This CORS request is not allowed. This is "
+             "usually because the evalution of Origin, request method / "
+             "Access-Control-Request-Method or "
+             "Access-Control-Request-Headers are not whitelisted by the "
+             "resource's CORS spec."),
     "AccessControlListNotSupported": (
         400, "The bucket does not allow ACLs"),
     "AccessDenied": (403, "Access Denied"),
@@ -189,6 +196,9 @@ ERRORS = {
     "InvalidRequest": (400, "Invalid Request"),
     "InvalidStorageClass": (
         400, "The storage class you specified is not valid."),
+    "InvalidTag": (
+        400, "The tag provided was not a valid tag. This error can occur if "
+             "the tag did not pass input validation."),
     "InvalidToken": (
         400, "The provided token is malformed or otherwise not valid."),
     "InvalidURI": (400, "Couldn't parse the specified URI."),
@@ -2139,13 +2149,14 @@ class Draft:
         if self.fd is not None:
             return
         path = os.path.join(self._directory, "t" + secrets.token_hex(12))
-        try:
-            self.fd = os.open(path, _OPEN_NEW, 0o666)
-        except FileNotFoundError:
-            if self._make is None:
-                raise
-            self._make()
-            self.fd = os.open(path, _OPEN_NEW, 0o666)
+        for _ in range(MAX_RETRIES):
+            try:
+                self.fd = os.open(path, _OPEN_NEW, 0o666)
+                break
+            except FileNotFoundError:
+                if self._make is None:
+                    raise
+                self._make()            # or say that all of it is gone
         self.path = path
         if fcntl:
             fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -3510,7 +3521,7 @@ class Store:
         bucket = self._buckets.get(name)
         if bucket is None or bucket.identity != identity:
             bucket = Bucket(name, root, self, identity)
-            bucket = self._buckets[name] = bucket
+            self._buckets[name] = bucket
         return bucket
 
     def list_buckets(self):
@@ -5755,6 +5766,262 @@ def check_ownership(ownership, acl, owner_id):
         raise S3Error("InvalidBucketAclWithObjectOwnership")
 
 
+# --- cross-origin requests ---
+
+# A bucket's CORS configuration and what follows from it.
+# API/API_CORSRule.html, API_PutBucketCors.html, RESTOPTIONSobject.html,
+# userguide/ManageCorsUsing.html; S3's answers as LocalStack's
+# test_s3_cors.py recorded them on AWS.
+
+# API/API_PutBucketCors.html: "The document is limited to 64 KB in size";
+# API_CORSConfiguration.html: "up to 100 rules"; API_CORSRule.html: an ID
+# "cannot be longer than 255 characters"
+MAX_CORS_BYTES = 64 * KIB
+MAX_CORS_RULES = 100
+MAX_CORS_ID_CHARS = 255
+
+CORS_METHODS = ("GET", "PUT", "POST", "DELETE", "HEAD")
+CORS_VARY = ("Origin, Access-Control-Request-Headers, "
+             "Access-Control-Request-Method")
+_FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]*\Z")
+# What SDKs and browsers want to see of an answer, for -cors; `*` stands
+# for all others where a request has no credentials (Fetch, section 3.3.4).
+_DEFAULT_EXPOSED = (
+    "ETag", "Accept-Ranges", "Content-Disposition", "Content-Encoding",
+    "Content-Range", "x-amz-bucket-region", "x-amz-delete-marker",
+    "x-amz-request-id", "x-amz-id-2", "x-amz-version-id", "*")
+
+
+class CorsRule(NamedTuple):
+    """One CORSRule.  Origins and headers may have one `*` each."""
+    origins: Tuple[str, ...]
+    methods: Tuple[str, ...]
+    headers: Tuple[str, ...] = ()
+    exposed: Tuple[str, ...] = ()
+    max_age: Optional[int] = None
+    rule_id: Optional[str] = None
+
+
+# CorsRule's field -> (element, may there be several); in the order in
+# which they are written
+_CORS_ELEMENTS = (
+    ("rule_id", "ID", False), ("headers", "AllowedHeader", True),
+    ("methods", "AllowedMethod", True), ("origins", "AllowedOrigin", True),
+    ("exposed", "ExposeHeader", True), ("max_age", "MaxAgeSeconds", False))
+
+
+def parse_cors(root):
+    """The CorsRules of a CORSConfiguration Element.
+
+    MalformedXML for what S3's schema has not, InvalidRequest for the rest.
+    """
+    if not len(root) or any(child.tag != "CORSRule" for child in root):
+        raise S3Error("MalformedXML")
+    if len(root) > MAX_CORS_RULES:
+        raise S3Error("InvalidRequest", "The number of CORS rules should not "
+                      "exceed allowed limit of %d rules." % MAX_CORS_RULES)
+    return tuple(map(_parse_rule, root))
+
+
+def _parse_rule(element):
+    """The checked CorsRule of a CORSRule Element."""
+    texts = {tag: [] for _, tag, _ in _CORS_ELEMENTS}
+    for child in element:
+        if child.tag not in texts or len(child):
+            raise S3Error("MalformedXML")
+        texts[child.tag].append((child.text or "").strip())
+    values = {}
+    for field, tag, several in _CORS_ELEMENTS:
+        if several:
+            values[field] = tuple(texts[tag])
+        elif len(texts[tag]) > 1:
+            raise S3Error("MalformedXML")
+        elif texts[tag]:
+            values[field] = texts[tag][0]
+    if "max_age" in values:
+        values["max_age"] = _max_age(values["max_age"])
+    rule = CorsRule(**values)
+    _check_rule(rule)
+    return rule
+
+
+def _max_age(text):
+    """A MaxAgeSeconds: an int of the schema; S3 takes negative ones."""
+    if not re.match(r"[+-]?\d{1,10}\Z", text, re.ASCII) \
+            or not -1 << 31 <= int(text) < 1 << 31:
+        raise S3Error("MalformedXML")
+    return int(text)
+
+
+def _check_rule(rule):
+    """Raise for what S3 does not take; an origin may be empty."""
+    if not rule.origins or not rule.methods:
+        raise S3Error("MalformedXML")
+    for method in rule.methods:
+        if method not in CORS_METHODS:
+            raise S3Error("InvalidRequest", "Found unsupported HTTP method "
+                          "in CORS config. Unsupported method is " + method)
+    for tag, patterns in (("AllowedOrigin", rule.origins),
+                          ("AllowedHeader", rule.headers)):
+        for pattern in patterns:
+            if pattern.count("*") > 1:
+                raise S3Error("InvalidRequest", '%s "%s" can not have more '
+                              "than one wildcard." % (tag, pattern))
+    for name in rule.exposed:
+        if "*" in name:
+            raise S3Error("InvalidRequest", 'ExposeHeader "%s" contains '
+                          "wildcard. We currently do not support wildcard "
+                          "for ExposeHeader." % name)
+    for name in rule.headers + rule.exposed:
+        if not _FIELD_NAME.match(name):     # S3 says so of both elements
+            raise S3Error("InvalidRequest", 'AllowedHeader "%s" contains '
+                          "invalid character." % name)
+    if rule.rule_id and len(rule.rule_id) > MAX_CORS_ID_CHARS:
+        raise S3Error("InvalidRequest", "The ID value can be up to %d "
+                      "characters long." % MAX_CORS_ID_CHARS)
+
+
+def cors_document(rules):
+    """The CORSConfiguration document of CorsRules, as bytes."""
+    document = []
+    for rule in rules:
+        children = []
+        for field, tag, several in _CORS_ELEMENTS:
+            value = getattr(rule, field)
+            children += [(tag, item) for item in value] if several \
+                else [(tag, value)]
+        document.append(("CORSRule", children))
+    return xml_document("CORSConfiguration", document)
+
+
+def dump_cors(rules):
+    """CorsRules as JSON values, for bucket.json: what is empty is left
+    out."""
+    return [{field: list(value) if isinstance(value, tuple) else value
+             for field, value in rule._asdict().items()
+             if value not in ((), None)} for rule in rules]
+
+
+def load_cors(value):
+    """The CorsRules that dump_cors() wrote; () for None."""
+    return tuple(
+        CorsRule(**{field: tuple(item) if isinstance(item, list) else item
+                    for field, item in rule.items()})
+        for rule in value or ())
+
+
+def default_cors(origins):
+    """The CorsRules of `-cors`: all methods and headers for these origins
+    (`*` for every one).  ValueError for an origin with two `*`.
+    """
+    for origin in origins:
+        if origin.count("*") > 1:
+            raise ValueError("%s has more than one *" % origin)
+    if not origins:
+        return ()
+    return (CorsRule(tuple(origins), CORS_METHODS, ("*",), _DEFAULT_EXPOSED,
+                     3600),)
+
+
+def _matches(pattern, text):
+    """True when `text` is `pattern`, whose one `*` is any text or none."""
+    head, star, tail = pattern.partition("*")
+    if not star:
+        return text == pattern
+    return (len(text) >= len(head) + len(tail) and text.startswith(head)
+            and text.endswith(tail))
+
+
+def cors_headers(rules, origin, method, requested=()):
+    """The headers of an answer to `origin`, by the first rule that matches;
+    None when none does.
+
+    requested: header names, in lower case.  The methods are all of the
+    rule's.  Credentials are not for everybody: none with the origin `*`.
+    """
+    for rule in rules:
+        found = next((pattern for pattern in rule.origins
+                      if _matches(pattern, origin)), None)
+        if found is not None and method in rule.methods and all(
+                any(_matches(pattern.lower(), name)
+                    for pattern in rule.headers) for name in requested):
+            return _rule_headers(rule, "*" if found == "*" else origin,
+                                 requested)
+    return None
+
+
+def _rule_headers(rule, origin, requested):
+    headers = {"Access-Control-Allow-Origin": origin,
+               "Access-Control-Allow-Methods": ", ".join(rule.methods)}
+    if requested:
+        headers["Access-Control-Allow-Headers"] = ", ".join(requested)
+    exposed = ", ".join(name for name in rule.exposed if name)
+    if exposed:
+        headers["Access-Control-Expose-Headers"] = exposed
+    if rule.max_age is not None:
+        headers["Access-Control-Max-Age"] = str(rule.max_age)
+    if origin != "*":
+        headers["Access-Control-Allow-Credentials"] = "true"
+    headers["Vary"] = CORS_VARY
+    return headers
+
+
+def requested_headers(headers):
+    """The names in Access-Control-Request-Headers, in lower case and in
+    their order."""
+    names = [name.strip().lower() for name in headers.get(
+        "access-control-request-headers", "").split(",")]
+    return tuple(name for name in names if name)
+
+
+def preflight(rules, headers, resource="OBJECT"):
+    """The headers of the answer to an OPTIONS request, or S3Error.
+
+    rules: CorsRules, () for a bucket without a configuration, None where
+    there is no bucket.  headers: of the request.  resource: BUCKET or
+    OBJECT, what the target names.  No signature is asked for, and no key
+    is looked up.
+    """
+    origin = headers.get("origin")
+    method = headers.get("access-control-request-method")
+    if not origin:
+        raise S3Error("BadRequest", "Insufficient information. Origin "
+                      "request header needed.")
+    if not rules:
+        raise S3Error("AccessForbidden", "CORSResponse: Bucket not found"
+                      if rules is None else "CORSResponse: CORS is not "
+                      "enabled for this bucket.", Method=method or "OPTIONS",
+                      ResourceType="BUCKET")
+    if method not in CORS_METHODS:
+        raise S3Error("BadRequest", "Invalid Access-Control-Request-Method: "
+                      + (method or "null"))
+    requested = requested_headers(headers)
+    for name in requested:
+        if not _FIELD_NAME.match(name):
+            raise S3Error("BadRequest", 'Access-Control-Request-Headers "%s" '
+                          "contains invalid character." % name)
+    answer = cors_headers(rules, origin, method, requested)
+    if answer is None:
+        raise S3Error("AccessForbidden", Method=method,
+                      ResourceType=resource)
+    return answer
+
+
+def actual_cors(rules, method, headers):
+    """The headers to add to the answer of an actual request, errors too;
+    {} when it is not cross-origin or no rule matches.
+
+    The Access-Control-Request- headers decide where there are any, as on
+    S3; the request's own headers do not matter.
+    """
+    origin = headers.get("origin")
+    if not origin or not rules:
+        return {}
+    method = headers.get("access-control-request-method") or method
+    return cors_headers(rules, origin, method,
+                        requested_headers(headers)) or {}
+
+
 ###############################################################################
 # 8. Operations
 ###############################################################################
@@ -5783,6 +6050,7 @@ class Service(NamedTuple):
     public_url: Optional[str] = None
     readonly: bool = False
     object_ownership: str = ENFORCED
+    cors: Tuple[CorsRule, ...] = ()
 
 
 class Request:
@@ -5954,7 +6222,12 @@ def policy_context(request, bucket, key=None, facts=None):
     presigned = "X-Amz-Signature" in query or "Signature" in query
     v4 = "X-Amz-Signature" in query or request.headers.get(
         "authorization", "").startswith(V4)
+    def asked_tags():
+        text = request.headers.get("x-amz-tagging")
+        return text and parse_tagging_header(text)
     known = {
+        "s3:RequestObjectTag": asked_tags,
+        "s3:RequestObjectTagKeys": lambda: list(asked_tags() or ()),
         "aws:SourceIp": request.client,
         "aws:SecureTransport": request.scheme == "https",
         "s3:authType": None if not signed else (
@@ -6135,7 +6408,6 @@ def find_operation(request):
 _UNDONE_HEADERS = (
     ("x-amz-server-side-encryption", ()),
     ("x-amz-copy-source-server-side-encryption", ()),
-    ("x-amz-tagging", ("", "COPY", "REPLACE")),
     ("x-amz-object-lock-", ()),
     ("x-amz-bucket-object-lock-enabled", ("false",)),
     ("x-amz-write-offset-bytes", ()),
@@ -6274,6 +6546,10 @@ def object_record(headers):
     name = storage_class(headers)
     if name:
         record["class"] = name
+    if "x-amz-tagging" in headers:
+        tags = parse_tagging_header(headers["x-amz-tagging"])
+        if tags:
+            record["tags"] = tags
     return record
 
 
@@ -6360,6 +6636,221 @@ def need_digest(request):
             and "content-md5" not in request.headers:
         raise S3Error("InvalidRequest", "Missing required header for this "
                       "request: Content-MD5 OR x-amz-checksum-*")
+
+
+# --- documents: the schema ---
+#
+# A document of a bucket or object is a table of Fields.  read_document()
+# makes an Element into plain values that JSON can keep, in the table's
+# order, and refuses all that the table does not name, so that nothing a
+# client asked for is dropped in silence; document_children() gives the
+# document back.  What a table cannot say is a check_ function.  Pure: no
+# clock, no store; the caller raises what depends on the bucket.
+
+class Leaf(NamedTuple):
+    """How an element's text becomes a value, and back.
+
+    read(text) gives the value, or raises ValueError.
+    """
+    read: Callable
+    write: Callable = str
+
+
+class Field(NamedTuple):
+    """One element: its tag, its kind, and how often it may stand there.
+
+    kind: a Leaf, or the Fields inside.  A tag `@name` is an attribute.
+    With high > 1 the value is a list.
+    """
+    tag: str
+    kind: Any
+    low: int = 0
+    high: int = 1
+
+
+MANY = 1 << 30                      # bounded by MAX_XML_BYTES
+
+
+TEXT = Leaf(str)                    # as it is: a prefix may begin with " "
+
+
+def need(tag, kind):
+    """The Field of an element that must be there."""
+    return Field(tag, kind, 1)
+
+
+def many(tag, kind, low=0, high=MANY):
+    """The Field of an element that is repeated, without a list around."""
+    return Field(tag, kind, low, high)
+
+
+def read_document(element, fields):
+    """The value of an Element that the Fields describe: {tag: value}.
+
+    MalformedXML for an element that is unknown, missing, repeated or
+    wrong, and for text between elements.
+    """
+    found = {field.tag: [] for field in fields}
+    if (element.text or "").strip():
+        raise S3Error("MalformedXML")
+    for child in element:
+        if child.tag not in found or (child.tail or "").strip():
+            raise S3Error("MalformedXML")
+        found[child.tag].append(child)
+    value = {}
+    for field in fields:
+        texts = found[field.tag]
+        if field.tag[0] == "@":
+            texts = [text for text in (element.get(field.tag[1:]),)
+                     if text is not None]
+        if not field.low <= len(texts) <= field.high:
+            raise S3Error("MalformedXML")
+        values = [_read_kind(text, field.kind) for text in texts]
+        if values:
+            value[field.tag] = values if field.high > 1 else values[0]
+    return value
+
+
+def _read_kind(item, kind):
+    """The value of a child Element, or of an attribute's text."""
+    if not isinstance(kind, Leaf):
+        return read_document(item, kind)
+    if not isinstance(item, str):
+        if len(item):
+            raise S3Error("MalformedXML")
+        item = item.text or ""
+    try:
+        return kind.read(item)
+    except ValueError:
+        raise S3Error("MalformedXML") from None
+
+
+def document_children(value, fields):
+    """The (tag, value) pairs of what read_document() gave."""
+    pairs = []
+    for field in fields:
+        items = value.get(field.tag)
+        if items is None or field.tag[0] == "@":
+            continue
+        for item in items if field.high > 1 else (items,):
+            if isinstance(field.kind, Leaf):
+                pairs.append((field.tag, field.kind.write(item)))
+            else:
+                pairs.append((field.tag + _xsi_type(item),
+                              document_children(item, field.kind)))
+    return pairs
+
+
+def _xsi_type(value):
+    """The one attribute that S3's documents have, as it follows a tag."""
+    if "@type" not in value:
+        return ""
+    return ' xmlns:xsi="%s" xsi:type="%s"' % (XSI, value["@type"])
+
+
+def bad_argument(message, name, value=None):
+    """The S3Error for an argument that the schema allows but S3 does not."""
+    fields = {"ArgumentName": name}
+    if value is not None:
+        fields["ArgumentValue"] = value
+    return S3Error("InvalidArgument", message, **fields)
+
+
+# --- tags ---
+
+# userguide/object-tagging.html, CostAllocTagging.html
+MAX_OBJECT_TAGS, MAX_BUCKET_TAGS = 10, 50
+MAX_TAG_KEY, MAX_TAG_VALUE = 128, 256       # UTF-16 code units
+
+# kind -> (most, too many, a key with the prefix aws:), as S3 answers:
+# terraform-provider-aws issue 19895; moto's and LocalStack's tests that
+# are verified against AWS
+_TAG_RULES = {
+    "object": (MAX_OBJECT_TAGS, "Object tags cannot be greater than 10",
+               "Your TagKey cannot be prefixed with aws:"),
+    "bucket": (MAX_BUCKET_TAGS, "Bucket tag count cannot be greater than 50",
+               "System tags cannot be added/updated by requester"),
+}
+_TAGGING = (need("TagSet", (many(
+    "Tag", (need("Key", TEXT), need("Value", TEXT))),)),)
+
+
+def parse_tagging(element, kind="object"):
+    """The tags in a Tagging Element: {key: value}, in the keys' order.
+
+    API_PutObjectTagging.html, API_PutBucketTagging.html; kind: `object` or
+    `bucket`.  MalformedXML, InvalidTag or BadRequest.
+    """
+    tags = read_document(element, _TAGGING)["TagSet"].get("Tag", ())
+    return checked_tags([(tag["Key"], tag["Value"]) for tag in tags], kind)
+
+
+def tagging_children(tags):
+    """The children of a Tagging document."""
+    return [("TagSet", [("Tag", [("Key", key), ("Value", value)])
+                        for key, value in tags.items()])]
+
+
+def parse_tagging_header(text):
+    """The tags in x-amz-tagging (API_PutObject.html), as parse_tagging().
+
+    A key without `=` has the empty value, and the set is given back in the
+    keys' order: s3-tests' test_put_obj_with_tags.
+    """
+    pairs = []
+    for item in filter(None, text.split("&")):
+        key, _, value = item.replace("+", " ").partition("=")
+        if "=" in value or not key or re.search(
+                r"%(?![0-9A-Fa-f]{2})", item):
+            raise _tagging_header_error(text)
+        try:
+            pairs.append((uri_decode(key), uri_decode(value)))
+        except S3Error:
+            raise _tagging_header_error(text) from None
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise _tagging_header_error(text)
+    return checked_tags(pairs, "object")
+
+
+def _tagging_header_error(text):
+    """github.com/aws/aws-cli issue 2841."""
+    return bad_argument(
+        "The header 'x-amz-tagging' shall be encoded as UTF-8 then "
+        "URLEncoded URL query parameters without tag name duplicates.",
+        "x-amz-tagging", text)
+
+
+def checked_tags(pairs, kind):
+    """{key: value} of (key, value) pairs; InvalidTag or BadRequest."""
+    most, too_many, reserved = _TAG_RULES[kind]
+    if len(pairs) > most:
+        raise S3Error("BadRequest", too_many)
+    tags = {}
+    for key, value in pairs:
+        if key in tags:
+            raise S3Error("InvalidTag", "Cannot provide multiple Tags with "
+                          "the same key", TagKey=key)
+        if key[:4].lower() == "aws:":
+            raise S3Error("InvalidTag", reserved, TagKey=key)
+        if not key or not _is_tag_text(key, MAX_TAG_KEY):
+            raise S3Error("InvalidTag", "The TagKey you have provided is "
+                          "invalid", TagKey=key)
+        if not _is_tag_text(value, MAX_TAG_VALUE):
+            raise S3Error("InvalidTag", "The TagValue you have provided is "
+                          "invalid", TagKey=key, TagValue=value)
+        tags[key] = value
+    return dict(sorted(tags.items()))
+
+
+def _is_tag_text(text, most):
+    """True when `text` is short enough and of a tag's characters.
+
+    Letters, numbers, separators and _.:/=+-@ (IAM API_Tag.html has the
+    pattern; a combining mark is refused), counted in UTF-16.
+    """
+    return len(text.encode("utf-16-le", "surrogatepass")) <= 2 * most and all(
+        char in "_.:/=+-@" or unicodedata.category(char)[0] in "LNZ"
+        for char in text)
 
 
 # --- buckets ---
@@ -6762,6 +7253,7 @@ def _copied_record(request, source):
                       ArgumentName="x-amz-metadata-directive",
                       ArgumentValue=directive)
     record = object_record(headers)
+    _copy_tags(headers, source.info.record, record)
     if source.info.size > MAX_PUT_BYTES:
         raise S3Error("InvalidRequest", "The specified copy source is larger "
                       "than the maximum allowable size for a copy source: "
@@ -6784,6 +7276,19 @@ def _copied_record(request, source):
     record["headers"] = kept
     record["meta"] = known.get("meta", {})
     return record
+
+
+def _copy_tags(headers, known, record):
+    """The tags of a copy, by x-amz-tagging-directive."""
+    directive = headers.get("x-amz-tagging-directive", "COPY")
+    if directive not in ("COPY", "REPLACE"):
+        raise S3Error("InvalidArgument", "Unknown tagging directive.",
+                      ArgumentName="x-amz-tagging-directive",
+                      ArgumentValue=directive)
+    if directive == "COPY":
+        record.pop("tags", None)
+        if "tags" in known:
+            record["tags"] = known["tags"]
 
 
 def _copy_content(request, source, draft, record):
@@ -6992,6 +7497,8 @@ def object_headers(info):
             headers["x-amz-meta-" + name] = metadata_header(value)
     if "class" in record:
         headers["x-amz-storage-class"] = record["class"]
+    if record.get("tags"):
+        headers["x-amz-tagging-count"] = str(len(record["tags"]))
     return headers
 
 
@@ -7373,7 +7880,8 @@ def _assembled_record(request, upload, parts):
                       "'x-amz-mp-object-size' header does not match what "
                       "was computed.")
     record = {name: known[name] for name in (
-        "headers", "meta", "class", "owner", "acl") if name in known}
+        "headers", "meta", "class", "owner", "acl", "tags")
+        if name in known}
     digest = new_md5(b"".join(bytes.fromhex(p.etag) for p in parts))
     record["etag"] = "%s-%d" % (digest.hexdigest(), len(parts))
     record["parts"] = _size_runs(parts)
@@ -7538,6 +8046,117 @@ def _upload_entry(request, upload, encode):
             ("Initiated", iso_date(upload.initiated_ns)),
             ("ChecksumAlgorithm", record.get("algorithm")),
             ("ChecksumType", record.get("checksum_type"))]
+
+
+# --- tags and cross-origin requests ---
+
+@operation("GET", OBJECT, "tagging")
+def get_object_tagging(request):
+    """API_GetObjectTagging."""
+    info = find_asked(request)
+    headers = {"Content-Type": "application/xml"}
+    headers.update(version_header(request, info))
+    return Response(200, headers, xml_document(
+        "Tagging", tagging_children(info.record.get("tags", {}))))
+
+
+@operation("PUT", OBJECT, "tagging")
+def put_object_tagging(request):
+    """API_PutObjectTagging."""
+    return _set_tags(request, parse_tagging(request.xml("Tagging")))
+
+
+@operation("DELETE", OBJECT, "tagging", status=204)
+def delete_object_tagging(request):
+    """API_DeleteObjectTagging."""
+    return _set_tags(request, {})
+
+
+def _set_tags(request, tags):
+    """Give the version asked for these tags; the answer's headers."""
+    def change(record):
+        record.pop("tags", None)
+        if tags:
+            record["tags"] = tags
+    info = request.bucket.update_record(request.key, asked_version(request),
+                                        change)
+    return version_header(request, info)
+
+
+@operation("GET", BUCKET, "tagging")
+def get_bucket_tagging(request):
+    """API_GetBucketTagging."""
+    tags = request.bucket.config.get("tags")
+    if not tags:
+        raise S3Error("NoSuchTagSet", BucketName=request.bucket_name)
+    return xml_document("Tagging", tagging_children(tags))
+
+
+@operation("PUT", BUCKET, "tagging", status=204)
+def put_bucket_tagging(request):
+    """API_PutBucketTagging."""
+    tags = parse_tagging(request.xml("Tagging"), "bucket")
+    request.store.update_bucket(request.bucket,
+                                lambda config: config.update(tags=tags))
+
+
+@operation("DELETE", BUCKET, "tagging", status=204)
+def delete_bucket_tagging(request):
+    """API_DeleteBucketTagging."""
+    _forget(request, "tags")
+
+
+@operation("GET", BUCKET, "cors")
+def get_bucket_cors(request):
+    """API_GetBucketCors."""
+    if "cors" not in request.bucket.config:
+        raise S3Error("NoSuchCORSConfiguration",
+                      BucketName=request.bucket_name)
+    return cors_document(load_cors(request.bucket.config["cors"]))
+
+
+@operation("PUT", BUCKET, "cors")
+def put_bucket_cors(request):
+    """API_PutBucketCors."""
+    data = request.body.read_all(MAX_CORS_BYTES)
+    rules = dump_cors(parse_cors(parse_xml(data, "CORSConfiguration")))
+    request.store.update_bucket(request.bucket,
+                                lambda config: config.update(cors=rules))
+
+
+@operation("DELETE", BUCKET, "cors", status=204)
+def delete_bucket_cors(request):
+    """API_DeleteBucketCors."""
+    _forget(request, "cors")
+
+
+def cors_rules(request):
+    """The CorsRules for what a request names, the server's own where its
+    bucket has none; None where there is no bucket and no such rule."""
+    service = request.service
+    try:
+        config = service.store.bucket(request.bucket_name).config
+    except S3Error:
+        return service.cors or None
+    return load_cors(config["cors"]) if "cors" in config else service.cors
+
+
+def answer(request):
+    """respond(), and what CORS adds to its answer, to errors too."""
+    if request.method == "OPTIONS":     # no signature, no key looked up
+        return Response(200, preflight(cors_rules(request), request.headers,
+                                       request.level.upper()))
+    if "origin" not in request.headers:
+        return respond(request)
+    headers = actual_cors(cors_rules(request), request.method,
+                          request.headers)
+    try:
+        response = respond(request)
+    except S3Error as error:
+        error.headers.update(headers)
+        raise
+    response.headers.update(headers)
+    return response
 
 
 # --- access control ---
@@ -7737,13 +8356,6 @@ def put_bucket_versioning(request):
         request.bucket, lambda config: config.update(versioning=status))
 
 
-@operation("GET", OBJECT, "tagging")
-def get_object_tagging(request):
-    """API_GetObjectTagging: no tags."""
-    find_asked(request)
-    return xml_document("Tagging", [("TagSet", [])])
-
-
 @operation("GET", BUCKET, "requestPayment")
 def get_bucket_request_payment(request):
     """API_GetBucketRequestPayment."""
@@ -7766,10 +8378,8 @@ def _probe(name, subresource, answer, when=None):
 
 
 for _row in (
-        ("GetBucketCors", "cors", "NoSuchCORSConfiguration"),
         ("GetBucketLifecycleConfiguration", "lifecycle",
          "NoSuchLifecycleConfiguration"),
-        ("GetBucketTagging", "tagging", "NoSuchTagSet"),
         ("GetObjectLockConfiguration", "object-lock",
          "ObjectLockConfigurationNotFoundError"),
         ("GetBucketWebsite", "website", "NoSuchWebsiteConfiguration"),
@@ -7817,8 +8427,6 @@ for _method, _level, _subresource, _name in (
         ("GET", OBJECT, "annotation", "GetObjectAnnotation"),
         ("GET", OBJECT, "annotation", "ListObjectAnnotations"),
         ("PUT", OBJECT, "annotation", "PutObjectAnnotation"),
-        ("DELETE", BUCKET, "cors", "DeleteBucketCors"),
-        ("PUT", BUCKET, "cors", "PutBucketCors"),
         ("DELETE", BUCKET, "encryption", "DeleteBucketEncryption"),
         ("PUT", BUCKET, "encryption", "PutBucketEncryption"),
         ("PUT", OBJECT, "encryption", "UpdateObjectEncryption"),
@@ -7869,10 +8477,6 @@ for _method, _level, _subresource, _name in (
         ("PUT", OBJECT, "retention", "PutObjectRetention"),
         ("POST", OBJECT, "select", "SelectObjectContent"),
         ("GET", BUCKET, "session", "CreateSession"),
-        ("DELETE", BUCKET, "tagging", "DeleteBucketTagging"),
-        ("PUT", BUCKET, "tagging", "PutBucketTagging"),
-        ("DELETE", OBJECT, "tagging", "DeleteObjectTagging"),
-        ("PUT", OBJECT, "tagging", "PutObjectTagging"),
         ("GET", OBJECT, "torrent", "GetObjectTorrent"),
         ("DELETE", BUCKET, "website", "DeleteBucketWebsite"),
         ("PUT", BUCKET, "website", "PutBucketWebsite"),
@@ -8213,7 +8817,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.server.service, head.method, head.target, head.headers,
                 frame, self.now, self.request_id,
                 "https" if self.tls else "http", self.client_address[0])
-            return respond(self.asked)
+            return answer(self.asked)
         except S3Error as error:
             failure = error
             if error.__cause__ or error.status in (500, 503, 507):
@@ -8627,6 +9231,11 @@ def _ownership(value):
     return value
 
 
+def _origin(value):
+    default_cors((value,))
+    return _filled(value)
+
+
 def _log_format(value):
     if value not in ("text", "json", "none"):
         raise ValueError("is not one of text, json, none")
@@ -8692,6 +9301,9 @@ OPTIONS = (
            "object ownership of buckets that have no setting of their own: "
            "BucketOwnerEnforced (no ACLs), BucketOwnerPreferred or "
            "ObjectWriter"),
+    Option("cors", _origin, (), "Cors",
+           "answer cross-origin requests from this origin (`*`: from any) "
+           "in buckets without a CORS configuration", True),
     Option("log", _log_format, "text", "Log",
            "access log on stderr: text, json or none"),
     Option("ready_file", _filled, None, "ReadyFile",
@@ -8930,7 +9542,8 @@ class Running:
                                  "user_id" in config.given),
             values["region"], tuple(values["domain"]),
             public and urllib.parse.urlsplit(public).netloc, public,
-            values["readonly"], values["object_ownership"])
+            values["readonly"], values["object_ownership"],
+            default_cors(values["cors"]))
         self._make_directories(values)
         self.server = Server((values["bind"], values["p"]), service, tls,
                              access_log, report, values["upload_ttl"])
