@@ -108,6 +108,8 @@ MAX_HEADERS = 200
 # 1,000 keys of 1,024 bytes, every byte written as an entity, in a Delete
 MAX_XML_BYTES = 8 * MIB
 MAX_XML_DEPTH = 32
+# 10,000 parts, each with its number, ETag and checksums
+MAX_XML_ELEMENTS = 1 << 17
 MAX_LINE_BYTES = 8 * KIB            # a chunk header or trailer line
 BLOCK_BYTES = 256 * KIB             # unit of every large read and write
 MAX_FILE_NAME_BYTES = 255           # NAME_MAX of every common file system
@@ -780,15 +782,17 @@ def parse_xml(data, root=None):
     """The root Element of a document, its namespaces dropped.
 
     MalformedXML when it is not well-formed, has a DTD, nests deeper than
-    MAX_XML_DEPTH, or has another root than `root`.
+    MAX_XML_DEPTH, has more than MAX_XML_ELEMENTS, or has another root
+    than `root`.
     """
     builder = ElementTree.TreeBuilder()
-    depth = 0
+    depth = count = 0
 
     def start(tag, attributes):
-        nonlocal depth
+        nonlocal depth, count
         depth += 1
-        if depth > MAX_XML_DEPTH:
+        count += 1
+        if depth > MAX_XML_DEPTH or count > MAX_XML_ELEMENTS:
             raise S3Error("MalformedXML")
         builder.start(tag.rpartition("}")[2], {
             name.rpartition("}")[2]: value
@@ -2365,7 +2369,7 @@ class Bucket:
     def created_ns(self):
         """When the bucket was created, as far as the disk tells."""
         created = self.config.get("created_ns")
-        return created or os.stat(self.root).st_mtime_ns
+        return created or _modified_ns(self.root)
 
     # where things lie
 
@@ -2615,8 +2619,12 @@ class Bucket:
         except FileNotFoundError:
             self._make_state("locks")
             fd = os.open(path, flags, 0o600)
-        if fcntl:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            if fcntl:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
     # writing; the caller holds the key's lock
@@ -2837,6 +2845,7 @@ class Bucket:
         finally:
             os.close(fd)
         self._move(path, key)
+        _unlink(self._odd_path(source))     # an older twin of the file
         if renamed:
             self._drop_sidecar(source, status.st_ino)
         if replaced is not None:
@@ -3112,9 +3121,12 @@ class Bucket:
             if files or any(os.path.islink(os.path.join(path, name))
                             for name in directories):
                 return False
-        return not _listdir(self._odd) and not any(
-            _listdir(os.path.join(self._versions, name))
-            for name in _listdir(self._versions))
+        for path in (self._odd, self._versions):
+            for _, _, files in os.walk(path, onerror=refuse) \
+                    if os.path.exists(path) else ():
+                if files:
+                    return False
+        return True
 
 
 _NO_XATTR = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.E2BIG, errno.ENOSPC,
@@ -3341,7 +3353,7 @@ class Walker:
             if name[-1] != "/":
                 if len(key) < 256 or len(key.encode()) <= MAX_KEY_BYTES:
                     yield key
-            else:
+            elif len(key) < MAX_KEY_BYTES:      # else no key lies below
                 below = self._descend(path, name, names.links, chain)
                 if below:
                     yield from self._below(key, prefix, after, below)
@@ -3543,6 +3555,9 @@ class Store:
 
         BucketAlreadyExists when somebody made it first.
         """
+        if name in self.mapped or os.path.lexists(
+                os.path.join(self.dir_buckets, name)):
+            raise S3Error("BucketAlreadyExists", BucketName=name)
         os.makedirs(self.dir_buckets, exist_ok=True)
         path = os.path.join(self.dir_buckets,
                             ".gos3rve-new-" + secrets.token_hex(8))
@@ -3573,18 +3588,35 @@ class Store:
             raise S3Error("AccessDenied", "This bucket is a directory that "
                           "the server's operator set up")
         aside = ".gos3rve-old-" + secrets.token_hex(8)
+        path = os.path.join(self.dir_buckets, aside)
         with bucket.lock_all():
             if not bucket.is_empty():
                 raise S3Error("BucketNotEmpty", BucketName=bucket.name)
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(os.path.join(self.dir_uploads, bucket.name),
-                          os.path.join(self.dir_uploads, aside))
-            os.rename(bucket.root, os.path.join(self.dir_buckets, aside))
+            os.rename(bucket.root, path)
+            if not Bucket(bucket.name, path, self, None).is_empty():
+                os.rename(path, bucket.root)    # somebody put a file there
+                raise S3Error("BucketNotEmpty", BucketName=bucket.name)
+            self._set_uploads_aside(bucket.name, aside)
         if self.sync:
             sync_directory(self.dir_buckets)
         for directory in (self.dir_buckets, self.dir_uploads):
             shutil.rmtree(os.path.join(directory, aside),
                           ignore_errors=True)
+
+    def _set_uploads_aside(self, name, aside):
+        """Move a deleted bucket's uploads, and nothing else that may lie
+        under its name in the uploads' directory, out of the way."""
+        directory = os.path.join(self.dir_uploads, name)
+        found = list(filter(_UPLOAD_ID.match, _listdir(directory)))
+        if found:
+            target = os.path.join(self.dir_uploads, aside)
+            os.mkdir(target)
+            for upload_id in found:
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(os.path.join(directory, upload_id),
+                              os.path.join(target, upload_id))
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
 
     # objects
 
@@ -3683,7 +3715,7 @@ class Store:
     def list_objects(self, bucket, prefix="", delimiter="", after="",
                      limit=MAX_LIST_KEYS, skip=""):
         """A Page of the objects after `after`, in UTF-8 order of keys."""
-        for _ in range(MAX_RETRIES):
+        for _ in range(3):              # while others keep writing to odd/
             walker = Walker(bucket, self._cache)
             stamp = walker.odd_stamp()
             page = collect_page(
@@ -3905,10 +3937,11 @@ class Store:
         count = 0
         for bucket in self.list_buckets():
             tmp = os.path.join(bucket.root, STATE, "tmp")
-            count += _sweep_drafts(tmp, now - grace_seconds)
-            count += _sweep_drafts(os.path.dirname(tmp),
-                                   now - grace_seconds)
-            count += bucket.sweep_sidecars(now - grace_seconds)
+            with contextlib.suppress(PermissionError):  # not ours to sweep
+                count += _sweep_drafts(tmp, now - grace_seconds)
+                count += _sweep_drafts(os.path.dirname(tmp),
+                                       now - grace_seconds)
+                count += bucket.sweep_sidecars(now - grace_seconds)
         for directory in (self.dir_buckets, self.dir_uploads):
             for name in _listdir(directory):
                 path = os.path.join(directory, name)
@@ -6442,6 +6475,9 @@ def respond(request):
         forwarded = request.headers.get("x-forwarded-host")
         hosts = (service.public_host,) + (
             (forwarded,) if forwarded else ())
+    # a name under which the target would be another bucket's is none
+    hosts = tuple(host for host in hosts if host_bucket(
+        host, service.domains) == request.host_bucket)
     request.identity = identity = authenticate(
         request, service.accounts.by_key_id, request.now, service.region,
         hosts)
@@ -6896,7 +6932,10 @@ def create_bucket(request):
     except S3Error as error:
         if error.code != "BucketAlreadyExists":
             raise
-        bucket = request.store.bucket(name)
+        try:
+            bucket = request.store.bucket(name)
+        except S3Error:                 # something else has that name
+            raise error from None
         owner = request.service.accounts.owner_id(bucket)
         if owner != request.account.user_id:
             raise
@@ -7189,8 +7228,8 @@ def put_object(request):
 def copy_object(request):
     """API_CopyObject: in the kernel when the ETag is known already."""
     request.allow_write(request.key)
-    source, key = open_copy_source(request), request.key
-    conditions = write_conditions(request.headers)
+    conditions, key = write_conditions(request.headers), request.key
+    source = open_copy_source(request)
     with source, request.bucket.draft() as draft:
         record = _copied_record(request, source)
         own_record(request, record)
@@ -7269,7 +7308,8 @@ def _copied_record(request, source):
                       "without changing the object's metadata, storage "
                       "class, website redirect location or encryption "
                       "attributes.")
-    kept = dict(known.get("headers", {}))
+    kept = dict(known["headers"] if "headers" in known else {
+        "Content-Type": guess_type(source.info.key)})
     kept.pop("x-amz-website-redirect-location", None)
     if redirect:
         kept["x-amz-website-redirect-location"] = redirect
@@ -8498,6 +8538,7 @@ for _method, _level, _subresource, _name in (
 IDLE_SECONDS = 60       # between two requests, and for a byte of a body
 HEAD_SECONDS = 30                   # for a whole request head
 LINGER_SECONDS = 5                  # for a body that nobody wants
+MAX_EMPTY_LINES = 8                 # before a request line
 MAX_DRAIN_BYTES = 256 * KIB         # read away to keep the connection
 MAX_LINGER_BYTES = 64 * MIB
 MAX_INLINE_BYTES = 64 * KIB         # file bytes sent along with the head
@@ -8624,7 +8665,7 @@ class Wire:
         while b"\n" not in self._buffer and len(self._buffer) < limit:
             if self.before_body:
                 self.before_body()
-            data = self._receive(BLOCK_BYTES)
+            data = self._receive(MAX_LINE_BYTES)
             if not data:
                 break
             self._buffer += data
@@ -8688,6 +8729,9 @@ def _head_end(data):
     start = 0
     while data.startswith(b"\r\n", start):
         start += 2
+        if start > MAX_EMPTY_LINES * 2:
+            raise S3Error("BadRequest", "Empty lines stand before the "
+                          "request")
     end = data.find(b"\r\n\r\n", start)
     return end + 4 if end >= 0 else -1
 
@@ -8775,7 +8819,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return error_response(error, self.request_id)
         self._keep_alive(head)
         response = self._run(head, frame)
-        self._finish_body(frame, response.status)
+        try:
+            self._finish_body(frame, response.status)
+        except BaseException:
+            if response.file is not None:
+                os.close(response.file)
+            raise
         return response
 
     def _next_head(self):
@@ -8809,7 +8858,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         resource = head.target.partition("?")[0]
         try:
             if resource in _HEALTH_PATHS and head.method in (
-                    "GET", "HEAD") and "authorization" not in head.headers:
+                    "GET", "HEAD") and "authorization" not in head.headers \
+                    and "Signature=" not in head.target:
                 return Response(200)
             if head.method not in _METHODS:
                 raise S3Error("MethodNotAllowed", Method=head.method)
@@ -8939,7 +8989,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         resource = self.head.target.partition("?")[0] if self.head else "-"
         if asked is not None:
             account = asked.identity and asked.identity.account
-            resource = "/" + asked.bucket_name
+            resource = "/" + uri_encode(asked.bucket_name)
             if asked.key:
                 resource += "/" + uri_encode(asked.key, "/-_.~")
         self.server.access_log({
@@ -8997,7 +9047,8 @@ def new_request_id():
 # 10. Server
 ###############################################################################
 #
-# The listening socket, a thread for each connection up to a cap, TLS, the
+# The listening socket, a thread for each connection up to a cap, TLS (its
+# certificate is read in 11), the
 # housekeeping thread and an orderly end.  Knows nothing of what a request
 # says.
 
@@ -9059,7 +9110,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def get_request(self):
         """Accept; the TLS handshake is left to the connection's thread."""
-        connection, address = super().get_request()
+        try:
+            connection, address = super().get_request()
+        except OSError:                 # no descriptor left: do not spin
+            self._ended.wait(0.05)
+            raise
         if self.tls is not None:
             connection = self.tls.wrap_socket(
                 connection, server_side=True,
@@ -9074,6 +9129,7 @@ class Server(http.server.ThreadingHTTPServer):
             if self.stopping:
                 self.shutdown_request(request)
                 return
+            self._end_idle(1)           # to make room
         with self._changed:
             self._running += 1
         try:
@@ -9119,6 +9175,12 @@ class Server(http.server.ThreadingHTTPServer):
             if self._ended.wait(wait):
                 return
 
+    def _end_idle(self, most=None):
+        """Wake connections that wait for a request: they end."""
+        for connection in list(self.idle)[:most]:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RD)
+
     def close(self, drain_seconds=DRAIN_SECONDS):
         """Stop accepting, let running requests finish, close; True when
         all of them did in time."""
@@ -9129,9 +9191,7 @@ class Server(http.server.ThreadingHTTPServer):
         deadline = time.monotonic() + drain_seconds
         with self._changed:
             while self._running and time.monotonic() < deadline:
-                for connection in list(self.idle):
-                    with contextlib.suppress(OSError):
-                        socket.socket.shutdown(connection, socket.SHUT_RD)
+                self._end_idle()
                 self._changed.wait(0.1)
             return not self._running
 

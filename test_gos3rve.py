@@ -8817,6 +8817,104 @@ class RefusedRequests(OperationCase):
         self.assertEqual(os.listdir(self.server.dir_buckets), ["box"])
 
 
+# --- what a review found ---
+
+class ReviewedRequests(OperationCase):
+
+    def test_deleting_a_bucket_takes_nothing_else_of_its_name(self):
+        self.ok(self.s3.put("/projects"))
+        thesis = os.path.join(self.server.dir_uploads, "projects", "thesis")
+        os.makedirs(thesis)
+        self.ok(self.s3.post("/projects/k", {"uploads": ""}))
+        self.ok(self.s3.delete("/projects"), 204)
+        self.assertEqual(os.listdir(os.path.dirname(thesis)), ["thesis"])
+
+    def test_what_is_there_is_not_created_over(self):
+        path = os.path.join(self.server.dir_buckets, "by-hand")
+        os.mkdir(path)
+        inode = os.stat(path).st_ino
+        self.addCleanup(os.rmdir, path)
+        self.ok(self.s3.put("/by-hand"))        # one's own, in us-east-1
+        self.assertEqual(os.stat(path).st_ino, inode)
+        file = os.path.join(self.server.dir_buckets, "a-file")
+        with open(file, "w"):
+            pass
+        self.addCleanup(os.unlink, file)
+        self.error(self.s3.put("/a-file"), "BucketAlreadyExists")
+
+    def test_a_signature_does_not_move_to_another_bucket(self):
+        with gos3rve.serve(buckets=["pub", "other"],
+                           public_url="https://s3.example.com") as server:
+            client = Client(server.url, server.key_id, server.key_val)
+            self.addCleanup(client.close)
+            client.put("/other/pub/k", b"other's")
+            client.put("/pub/k", b"mine")
+            for host, status in (("10.1.2.3", 200),
+                                 ("other.localhost", 403)):
+                headers = client.sign("GET", "/pub/k", [], {
+                    "host": "s3.example.com"}, "UNSIGNED-PAYLOAD")
+                headers["host"] = host
+                answer = client.send("GET", "/pub/k", b"", headers)
+                self.assertEqual(answer.status, status, host)
+
+    def test_many_empty_lines_are_no_request(self):
+        answer = raw(self.server.port, b"\r\n" * 10000)
+        self.assertTrue(answer.startswith(b"HTTP/1.1 400 "), answer[:80])
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs /proc")
+    def test_refused_copies_and_broken_downloads_leave_nothing_open(self):
+        self.s3.put("/box/k", b"1")
+        self.s3.get("/box/k")
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            self.error(self.s3.put("/box/l", headers={
+                "x-amz-copy-source": "/box/k", "if-none-match": "x"}),
+                "NotImplemented")
+        self.assertLessEqual(len(os.listdir("/proc/self/fd")), before + 1)
+
+    def test_a_copy_of_a_file_put_by_hand_keeps_its_type(self):
+        with open(self.path("a.html"), "w") as file:
+            file.write("<p>")
+        self.ok(self.s3.put("/box/b", headers={
+            "x-amz-copy-source": "/box/a.html"}))
+        self.assertEqual(self.s3.head("/box/b").headers["content-type"],
+                         "text/html")
+
+    def test_a_document_of_a_million_elements_is_refused(self):
+        body = b"<Delete>" + b"<a/>" * 1000000 + b"</Delete>"
+        self.error(self.s3.post("/box", {"delete": ""}, body, headers={
+            "content-md5": digest64("md5", body)}), "MalformedXML")
+
+    def test_directories_deeper_than_any_key_break_no_listing(self):
+        self.s3.put("/box/k", b"1")
+        path = self.path()
+        fd = os.open(path, os.O_RDONLY)
+        for _ in range(600):
+            os.mkdir("d", dir_fd=fd)
+            below = os.open("d", os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        os.close(fd)
+        self.assertEqual(self.s3.keys("box"), ["k"])
+
+    def test_a_presigned_object_is_served_at_the_health_path(self):
+        self.ok(self.s3.put("/minio"))
+        self.s3.put("/minio/health/live", b"an object")
+        url = self.s3.presign("GET", "/minio/health/live")
+        with urllib.request.urlopen(url) as answer:
+            self.assertEqual(answer.read(), b"an object")
+        self.s3.delete("/minio/health/live")
+        self.ok(self.s3.delete("/minio"), 204)
+
+    def test_no_bucket_name_makes_a_log_line(self):
+        lines = []
+        with mock.patch.object(self.server.server, "access_log",
+                               lines.append):
+            self.s3.send("GET", "/x%0Aforged%20line/k")
+            self.s3.get("/box")         # the line comes after the answer
+        self.assertEqual(lines[0]["resource"], "/x%0Aforged%20line/k")
+
+
 # --- tags and cross-origin requests ---
 
 class TagRequests(OperationCase):
