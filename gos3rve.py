@@ -96,6 +96,9 @@ MAX_PUT_BYTES = 5 * GIB
 MAX_DELETE_KEYS = 1000
 MAX_LIST_KEYS = 1000
 MAX_LIST_BUCKETS = 10000
+# API/RESTObjectPOST.html: "The form data and boundaries (excluding the
+# contents of the file) cannot exceed 20KB"
+MAX_FORM_BYTES = 20 * KIB
 # .../API/sigv4-query-string-auth.html
 MAX_EXPIRES_SECONDS = 7 * 24 * 3600
 # .../API/RESTAuthentication.html#RESTAuthenticationTimeStamp
@@ -194,6 +197,9 @@ ERRORS = {
     "InvalidPartOrder": (
         400, "The list of parts was not in ascending order. Parts must be "
              "ordered by part number."),
+    "InvalidPolicyDocument": (
+        400, "The content of the form does not meet the conditions "
+             "specified in the policy document."),
     "InvalidRange": (416, "The requested range is not satisfiable"),
     "InvalidRequest": (400, "Invalid Request"),
     "InvalidStorageClass": (
@@ -208,6 +214,9 @@ ERRORS = {
     "MalformedXML": (
         400, "The XML you provided was not well-formed or did not validate "
              "against our published schema."),
+    "MaxPostPreDataLengthExceeded": (
+        400, "Your POST request fields preceeding the upload file was too "
+             "large."),
     "MaxMessageLengthExceeded": (400, "Your request was too large."),
     "MetadataTooLarge": (
         400, "Your metadata headers exceed the maximum allowed metadata "
@@ -215,6 +224,9 @@ ERRORS = {
     "MalformedACLError": (
         400, "The XML you provided was not well-formed or did not validate "
              "against our published schema"),
+    "MalformedPOSTRequest": (
+        400, "The body of your POST request is not well-formed "
+             "multipart/form-data."),
     "MalformedPolicy": (400, "Policy has invalid resource"),
     "MalformedPolicyDocument": (
         400, "The policy document was malformed."),
@@ -1298,6 +1310,96 @@ def _v2_resources(request):
     return [path + query for path in paths]
 
 
+# --- POST forms ---
+
+def missing_field(name):
+    """The S3Error for a form without a field that it needs."""
+    return S3Error("InvalidArgument", "Bucket POST must contain a field "
+                   "named '%s'.  If it is specified, please check the order "
+                   "of the fields." % name,
+                   ArgumentName=name, ArgumentValue="")
+
+
+# What a signed form carries, in the order in which S3 misses them
+_V4_FIELDS = ("X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-Date",
+              "X-Amz-Signature", "Policy")
+_V2_FIELDS = ("AWSAccessKeyId", "Signature", "Policy")
+
+
+def authenticate_form(fields, accounts, now, region=None):
+    """The Identity behind a form, or the S3Error that AWS would give.
+
+    fields: lower-case name -> text.  accounts, now, region: as for
+    authenticate().  Unsigned when none of the fields of a signature is
+    there, the policy aside.  The string to sign is the policy as it came:
+    API/sigv4-authentication-HTTPPOST.html.
+    """
+    for names, verify in ((_V4_FIELDS, _v4_form), (_V2_FIELDS, _v2_form)):
+        if any(name.lower() in fields for name in names[:-1]):
+            for name in names:
+                if not fields.get(name.lower()):
+                    raise missing_field(name)
+            account = verify(fields, accounts, now, region)
+            _check_token(fields.get("x-amz-security-token"))
+            return Identity(account)
+    return Identity(None)
+
+
+def _v4_form(fields, accounts, now, region):
+    """The Account whose SigV4 a form carries."""
+    algorithm, credential = fields["x-amz-algorithm"], fields[
+        "x-amz-credential"]
+    if algorithm != V4:
+        raise S3Error("InvalidArgument", "X-Amz-Algorithm only supports "
+                      "\"AWS4-HMAC-SHA256\"", ArgumentName="X-Amz-Algorithm",
+                      ArgumentValue=algorithm)
+    amz_date = fields["x-amz-date"]
+    then = parse_amz_date(amz_date)
+    if then is None:
+        raise S3Error("InvalidArgument", "X-Amz-Date must be formated via "
+                      "ISO8601 Long format", ArgumentName="X-Amz-Date",
+                      ArgumentValue=amz_date)
+    try:
+        scope = _scope(credential, "InvalidArgument", "")
+        _check_scope(scope, amz_date, region, "InvalidArgument", "")
+    except S3Error as error:
+        error.fields.update(ArgumentName="X-Amz-Credential",
+                            ArgumentValue=credential)
+        raise
+    account = _account(accounts, scope.key_id)
+    key = signing_key(account.secret, *scope[1:])
+    _compare_form(fields["x-amz-signature"],
+                  hmac_sha256(key, fields["policy"]).hex(), account, fields)
+    # userguide/bucket-policy-s3-sigv4-conditions.html: "the signatures are
+    # also valid for up to seven days"
+    if now - then > MAX_EXPIRES_SECONDS:
+        raise policy_refusal("Policy expired.")
+    return account
+
+
+def _v2_form(fields, accounts, _now, _region):
+    """The Account whose SigV2 a form carries."""
+    account = _account(accounts, fields["awsaccesskeyid"])
+    _compare_form(fields["signature"],
+                  _v2_signature(account.secret, fields["policy"]), account,
+                  fields)
+    return account
+
+
+def _compare_form(signature, expected, account, fields):
+    """Raise SignatureDoesNotMatch unless they are the same."""
+    if not hmac.compare_digest(expected, _ascii(signature)):
+        raise S3Error("SignatureDoesNotMatch", AWSAccessKeyId=account.key_id,
+                      StringToSign=fields["policy"],
+                      SignatureProvided=signature,
+                      StringToSignBytes=_hex_bytes(fields["policy"]))
+
+
+def policy_refusal(text):
+    """The S3Error for a form that its own policy refuses."""
+    return S3Error("AccessDenied", "Invalid according to Policy: " + text)
+
+
 ###############################################################################
 # 5. Bodies and checksums
 ###############################################################################
@@ -1887,6 +1989,291 @@ def _is_aws_chunked(headers):
     presigned URLs of some SDKs)."""
     return ("x-amz-decoded-content-length" in headers
             and "aws-chunked" in headers.get("content-encoding", ""))
+
+
+# --- forms ---
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_PARAMETER = re.compile(
+    rb'[ \t]*;[ \t]*(' + _TOKEN + rb')=(?:"((?:[^"\\]|\\.)*)"|('
+    + _TOKEN + rb'))[ \t]*', re.DOTALL)
+_PART_HEADER = re.compile(
+    rb"(" + _TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\Z")
+_BOUNDARY = re.compile(rb"[ -~]{0,69}[!-~]\Z")      # RFC 2046, 5.1.1
+
+
+def _bad_form():
+    return S3Error("MalformedPOSTRequest")
+
+
+def form_parameters(text):
+    """The (lower-case value, parameters) of a header such as
+    `form-data; name="a"`, as bytes; RFC 2045 section 5.1.
+
+    A backslash escapes a quote and a backslash only: browsers escape
+    neither, and old ones send whole Windows paths (WHATWG HTML, 4.10.22.8).
+    """
+    value, separator, rest = text.partition(b";")
+    rest, position, parameters = separator + rest, 0, {}
+    while position < len(rest):
+        match = _PARAMETER.match(rest, position)
+        if not match or match[1].lower() in parameters:
+            raise _bad_form()
+        quoted = match[2]
+        parameters[match[1].lower()] = match[3] if quoted is None \
+            else re.sub(rb'\\(["\\])', rb"\1", quoted)
+        position = match.end()
+    return value.strip(b" \t").lower(), parameters
+
+
+def form_boundary(content_type):
+    """The boundary that a form's Content-Type names, as bytes.
+
+    PreconditionFailed for another type: S3's answer, where its list of
+    errors has RequestIsNotMultiPartContent.
+    """
+    text = content_type.encode("latin-1", "replace")
+    if text.partition(b";")[0].strip().lower() != b"multipart/form-data":
+        raise S3Error("PreconditionFailed", Condition="Bucket POST must be "
+                      "of the enclosure-type multipart/form-data")
+    boundary = form_parameters(text)[1].get(b"boundary", b"")
+    if not _BOUNDARY.match(boundary):
+        raise _bad_form()
+    return boundary
+
+
+class FormParser:
+    """The parts of a multipart/form-data body, RFC 7578, one after the
+    other.
+
+    Holds one block of the source.  What is not the file's content, from
+    first to last, may have MAX_FORM_BYTES: MaxPostPreDataLengthExceeded.
+    MalformedPOSTRequest for whatever is not well-formed, and when the
+    source ends before the closing delimiter.
+    """
+
+    def __init__(self, source, boundary):
+        self._source = source
+        self._delimiter = b"\r\n--" + boundary
+        # the first delimiter stands at the very start: lend it its CRLF
+        self._buffer, self._left = bytearray(b"\r\n"), MAX_FORM_BYTES + 2
+        # bytes of content at the buffer's start; the delimiter follows them
+        self._ready, self._found = 0, False
+
+    def next_part(self):
+        """The (name, filename or None) of the next part, as text; None
+        after the last one.  What was not read of the present part, or
+        stands before the first, is dropped.
+        """
+        self.value()
+        self._spend(len(self._delimiter))
+        while len(self._buffer) < 2:
+            self._receive()
+        if self._buffer.startswith(b"--"):
+            return None
+        if self._line().strip(b" \t"):
+            raise _bad_form()
+        part = self._part_headers()
+        self._begin_content()
+        return part
+
+    def _begin_content(self):
+        """Pass the empty line, unless its CRLF belongs to the delimiter: a
+        part may end with its headers (RFC 2046 section 5.1.1)."""
+        self._buffer[:0] = b"\r\n"
+        self._left += 2
+        while self._delimiter.startswith(self._buffer[:len(
+                self._delimiter) - 1]) \
+                and len(self._buffer) < len(self._delimiter):
+            self._receive()
+        if not self._buffer.startswith(self._delimiter):
+            self._spend(2)
+        self._look()
+
+    def read(self, size):
+        """1 to `size` bytes of the part's content, b"" at its end."""
+        while not self._ready and not self._found:
+            self._receive()
+            self._look()
+        count = min(size, self._ready)
+        data = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        self._ready -= count
+        return data
+
+    def value(self):
+        """The rest of the part's content; it counts as form data."""
+        pieces = []
+        while True:
+            piece = self.read(BLOCK_BYTES)
+            if not piece:
+                return b"".join(pieces)
+            self._count(len(piece))
+            pieces.append(piece)
+
+    def _look(self):
+        """Find the delimiter, or what of the buffer cannot be part of it."""
+        at = self._buffer.find(self._delimiter)
+        self._found = at >= 0
+        self._ready = at if self._found else max(
+            0, len(self._buffer) - len(self._delimiter) + 1)
+
+    def _receive(self):
+        data = self._source.read(BLOCK_BYTES)
+        if not data:
+            raise _bad_form()
+        self._buffer += data
+
+    def _count(self, size):
+        self._left -= size
+        if self._left < 0:
+            raise S3Error("MaxPostPreDataLengthExceeded",
+                          MaxPostPreDataLengthBytes=MAX_FORM_BYTES)
+
+    def _spend(self, size):
+        """Drop what has been parsed of the buffer."""
+        self._count(size)
+        del self._buffer[:size]
+
+    def _line(self):
+        """The next line, without its CRLF."""
+        while True:
+            at = self._buffer.find(b"\r\n", 0, self._left + 1)
+            if at >= 0:
+                line = bytes(self._buffer[:at])
+                self._spend(at + 2)
+                return line
+            if len(self._buffer) > self._left:
+                self._count(len(self._buffer))
+            self._receive()
+
+    def _part_headers(self):
+        """The (name, filename or None) that a part's headers give.
+
+        Only Content-Disposition has a meaning (RFC 7578 section 4.8).  A
+        folded line, a second one of a name and a control character are
+        refused.
+        """
+        headers = {}
+        while True:
+            line = self._line()
+            if not line:
+                break
+            match = _PART_HEADER.match(line)
+            if not match or match[1].lower() in headers:
+                raise _bad_form()
+            headers[match[1].lower()] = match[2]
+        kind, parameters = form_parameters(
+            headers.get(b"content-disposition", b""))
+        name = parameters.get(b"name")
+        if kind != b"form-data" or not name:
+            raise _bad_form()
+        filename = parameters.get(b"filename")
+        return form_text(name), (
+            None if filename is None else form_text(filename))
+
+
+def form_text(data):
+    """Bytes of a form as text: "The form and policy must be UTF-8
+    encoded" (API/sigv4-HTTPPOSTForms.html)."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeError:
+        raise _bad_form() from None
+
+
+class FormFile:
+    """The content of a form's file part, as a reader.
+
+    At its end the rest of the form is read: its fields are ignored (the
+    file is the last that counts), a second file is InvalidArgument.
+    """
+
+    def __init__(self, parser):
+        self._parser, self._ended = parser, False
+
+    def read(self, size):
+        """1 to `size` bytes, b"" at the end."""
+        data = b"" if self._ended else self._parser.read(size)
+        if not data and not self._ended:
+            self._read_rest()
+            self._ended = True
+        return data
+
+    def _read_rest(self):
+        files, part = 1, self._parser.next_part()
+        while part:
+            files += part[0].lower() == "file"
+            if files > 1:
+                raise _file_count(files)
+            part = self._parser.next_part()
+
+
+def _file_count(count):
+    return S3Error("InvalidArgument", "POST requires exactly one file upload "
+                   "per request.", ArgumentName="file",
+                   ArgumentValue=str(count))
+
+
+class Form(NamedTuple):
+    """A form up to its file.
+
+    fields: lower-case name -> text; several of one name are joined by
+    commas (API/HTTPPOSTForms.html).  names: lower-case name -> the name as
+    it came.  filename: None when the file part has none.  file: a reader.
+    """
+    fields: Dict[str, str]
+    names: Dict[str, str]
+    filename: Optional[str]
+    file: FormFile
+
+
+def read_form(source, boundary):
+    """The Form that a source holds, read up to its file's first byte.
+
+    Only the name tells the file from a field: some clients give every
+    part a filename.  InvalidArgument when there is no file.
+    """
+    parser, fields, names = FormParser(source, boundary), {}, {}
+    part = parser.next_part()
+    while part:
+        name, lower = part[0], part[0].lower()
+        if lower == "file":
+            return Form(fields, names, part[1], FormFile(parser))
+        value = form_text(parser.value())
+        fields[lower] = fields[lower] + "," + value \
+            if lower in fields else value
+        names.setdefault(lower, name)
+        part = parser.next_part()
+    raise _file_count(0)
+
+
+class SizedReader:
+    """A reader whose content must have `low` to `high` bytes (None: any):
+    the content-length-range of a POST policy, both ends included.
+
+    EntityTooLarge at the first byte too many, EntityTooSmall at the end.
+    """
+
+    def __init__(self, reader, low, high):
+        self._reader, self._low, self._high = reader, low, high
+        self._received = 0
+
+    def read(self, size):
+        """1 to `size` bytes, b"" at the end."""
+        data = self._reader.read(size)
+        self._received += len(data)
+        if self._high is not None and self._received > self._high:
+            raise S3Error("EntityTooLarge", "Your proposed upload exceeds "
+                          "the maximum allowed size",
+                          ProposedSize=self._received,
+                          MaxSizeAllowed=self._high)
+        if not data and self._received < self._low:
+            raise S3Error("EntityTooSmall", "Your proposed upload is smaller "
+                          "than the minimum allowed size",
+                          ProposedSize=self._received,
+                          MinSizeAllowed=self._low)
+        return data
 
 
 ###############################################################################
@@ -5799,6 +6186,196 @@ def check_ownership(ownership, acl, owner_id):
         raise S3Error("InvalidBucketAclWithObjectOwnership")
 
 
+# --- POST policies ---
+
+# API/sigv4-HTTPPOSTConstructPolicy.html and API/HTTPPOSTForms.html: every
+# field must be named by a condition but these.
+_UNCONDITIONED = frozenset(("x-amz-signature", "file", "policy",
+                            "awsaccesskeyid", "signature"))
+_UNCONDITIONED_PREFIX = "x-ignore-"
+_POLICY_DATE = re.compile(
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z\Z", re.ASCII)
+
+
+class PostCondition(NamedTuple):
+    """One condition of a POST policy.
+
+    operator: `eq`, `starts-with` or `content-length-range`.  field: in
+    lower case, "" for a name without its `$` (nothing meets that).  value:
+    text, or a (least, most) that is None when it has no numbers.  text:
+    the condition as S3 shows it.
+    """
+    operator: str
+    field: str
+    value: Any
+    text: str
+
+    def holds(self, fields):
+        """True when the fields meet it.  A field that is absent meets
+        nothing, not even a prefix of "" (S3's answer in
+        waynehoover/s3_direct_upload issues 29 and 221)."""
+        if self.operator == "content-length-range":
+            return self.value is not None
+        actual = fields.get(self.field)
+        if actual is None:
+            return False
+        if self.operator == "eq":
+            return actual == self.value
+        if self.field == "content-type":    # a list: each of it must do
+            return all(item.strip().startswith(self.value)
+                       for item in actual.split(","))
+        return actual.startswith(self.value)
+
+
+class PostPolicy(NamedTuple):
+    """A POST policy: its end in seconds since the epoch, its conditions."""
+    expires: int
+    conditions: Tuple[PostCondition, ...]
+
+    def check(self, fields, names, bucket, now):
+        """Raise AccessDenied unless the form meets the policy.
+
+        fields: of the Form, `${filename}` expanded.  names: as in Form.
+        The bucket counts as a field: a policy that does not name it lets
+        nothing through (S3's answer in aws/aws-sdk-php issue 3292).
+        """
+        if now > self.expires:
+            raise policy_refusal("Policy expired.")
+        fields = dict(fields, bucket=bucket)
+        for condition in self.conditions:
+            if not condition.holds(fields):
+                raise policy_refusal("Policy Condition failed: "
+                                     + condition.text)
+        covered = {condition.field for condition in self.conditions}
+        extra = [names.get(name, name) for name in fields
+                 if name not in covered and name not in _UNCONDITIONED
+                 and not name.startswith(_UNCONDITIONED_PREFIX)]
+        if extra:
+            raise policy_refusal("Extra input fields: " + ", ".join(extra))
+
+    def size_range(self):
+        """The (least, most) bytes that the file may have; most: or None."""
+        ranges = [condition.value for condition in self.conditions
+                  if condition.operator == "content-length-range"]
+        return (max((low for low, _ in ranges), default=0),
+                min((high for _, high in ranges), default=None))
+
+
+def _invalid_policy(text):
+    return S3Error("InvalidPolicyDocument", "Invalid Policy: " + text)
+
+
+def parse_post_policy(encoded):
+    """The PostPolicy that a policy field holds, or InvalidPolicyDocument.
+
+    Its own two names are case-sensitive, the conditions' operators and
+    fields are not (ceph/s3-tests test_post_object_case_insensitive_
+    condition_fields, _condition_is_case_sensitive).
+    """
+    policy = _load_policy(encoded)
+    for name in policy:
+        if name not in ("expiration", "conditions"):
+            raise _invalid_policy("Unexpected: '%s'" % name)
+    for name in ("expiration", "conditions"):
+        if name not in policy:
+            raise _invalid_policy("Policy missing %s." % name)
+    expiration, conditions = policy["expiration"], policy["conditions"]
+    expires = None
+    if isinstance(expiration, str) and _POLICY_DATE.match(expiration):
+        expires = parse_http_date(expiration)
+    if expires is None:
+        raise _invalid_policy("Invalid 'expiration' value: '%s'"
+                              % (expiration,))
+    if not isinstance(conditions, list):
+        raise _invalid_policy("Invalid 'conditions' value: must be a List.")
+    return PostPolicy(expires, tuple(map(_condition, conditions)))
+
+
+def _load_policy(encoded):
+    """The JSON object in a policy field.
+
+    JSON with two escapes more: the documentation's table has backslash-$
+    and backslash-v, too.
+    """
+    encoded = "".join(encoded.split())
+    if not encoded:
+        raise _invalid_policy("Expecting '{' but found End-of-Input")
+    try:
+        data = base64.b64decode(encoded + "=" * (-len(encoded) % 4),
+                                validate=True)
+    except ValueError:
+        raise _invalid_policy("invalid Base64 encoding.") from None
+    try:
+        text = re.sub(r"\\(.)", _policy_escape, data.decode("utf-8"),
+                      flags=re.DOTALL)
+        policy = json.loads(text, parse_constant=_no_json,
+                            parse_float=_no_json)
+        if not isinstance(policy, dict):
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise _invalid_policy("Invalid JSON.") from None
+    return policy
+
+
+def _policy_escape(match):
+    return {"$": "$", "v": "\\u000b"}.get(match[1], match[0])
+
+
+def _no_json(_):
+    """Numbers other than integers are Invalid JSON to S3
+    (repost.aws/questions/QUo27u4OYpTA-XvAWr72xeRg)."""
+    raise ValueError
+
+
+def _condition(item):
+    """The PostCondition of one element of `conditions`."""
+    if isinstance(item, dict):
+        if len(item) != 1:
+            raise _invalid_policy("Invalid Simple-Condition: Simple-"
+                                  "Conditions must have exactly one "
+                                  "property specified.")
+        (name, value), = item.items()
+        if not isinstance(value, str):
+            raise _invalid_policy("Invalid Simple-Condition: value must be "
+                                  "a string.")
+        item = ["eq", "$" + name, value]
+    if not isinstance(item, list):
+        raise _invalid_policy("Invalid condition test: must be a List or "
+                              "Object.")
+    if not item or not isinstance(item[0], str):
+        raise _invalid_policy("Invalid Condition: missing operation "
+                              "identifier.")
+    operator, text = item[0].lower(), json.dumps(item, ensure_ascii=False)
+    if operator not in ("eq", "starts-with", "content-length-range"):
+        raise _invalid_policy("Invalid Condition: unknown operation '%s'."
+                              % item[0])
+    if len(item) != 3:
+        raise _invalid_policy("Invalid %s: wrong number of arguments."
+                              % operator)
+    if operator == "content-length-range":
+        return PostCondition(operator, "", _bounds(item[1:]), text)
+    if not all(isinstance(argument, str) for argument in item):
+        raise _invalid_policy("Invalid JSON.")
+    field = item[1][1:].lower() if item[1].startswith("$") else ""
+    return PostCondition(operator, field, item[2], text)
+
+
+def _bounds(arguments):
+    """The (least, most) of a content-length-range; None when they are
+    texts without a number, which S3 refuses only with the form."""
+    if any(isinstance(argument, bool) or not isinstance(argument, (int, str))
+           for argument in arguments):
+        raise _invalid_policy("Invalid JSON.")
+    texts = [str(argument) for argument in arguments]
+    if not all(re.match(r"-?\d{1,19}\Z", text, re.ASCII) for text in texts):
+        return None
+    low, high = map(int, texts)
+    if low < 0 or high < 0:
+        raise _invalid_policy("Invalid content-length-range: a bound is "
+                              "negative.")
+    return low, high
+
+
 # --- cross-origin requests ---
 
 # A bucket's CORS configuration and what follows from it.
@@ -6502,8 +7079,8 @@ def respond(request):
 
 # What asks for its permissions itself: for each key, or for more than one
 _OWN_CHECKS = frozenset((
-    "DeleteObjects", "PutObject", "CopyObject", "CreateMultipartUpload",
-    "AbortMultipartUpload", "ListParts"))
+    "DeleteObjects", "PostObject", "PutObject", "CopyObject",
+    "CreateMultipartUpload", "AbortMultipartUpload", "ListParts"))
 
 
 def _authorize_row(request, row):
@@ -7467,6 +8044,213 @@ def _delete_one(request, element, key, version):
         raise storage_error(error) from error
 
 
+# --- objects: POST uploads ---
+
+# The fields that say what a PUT's headers say, API/RESTObjectPOST.html
+_FORM_HEADERS = frozenset((
+    "cache-control", "content-type", "content-disposition",
+    "content-encoding", "content-language", "content-md5", "expires",
+    "x-amz-storage-class", "x-amz-website-redirect-location",
+    "x-amz-expected-bucket-owner", "x-amz-request-payer"))
+_FORM_HEADER_PREFIXES = (
+    "x-amz-meta-", "x-amz-checksum-", "x-amz-grant-", "x-amz-object-lock-",
+    "x-amz-server-side-encryption")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+\Z")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_POST_STATUSES = {"200": 200, "201": 201}
+
+
+class PostUpload(NamedTuple):
+    """What a form asks for.
+
+    headers: those of a PUT of the same, by lower-case name, in the text
+    that the wire would have given.  reader: the file's content, its size
+    under the policy's eye.  redirect: a URL or None; it goes before status.
+    """
+    identity: Identity
+    key: str
+    headers: Dict[str, str]
+    reader: Any
+    status: int
+    redirect: Optional[str]
+
+
+def open_post(source, content_type, bucket, accounts, now, region=None):
+    """The PostUpload that a form-data body asks for, read up to its file.
+
+    bucket: the name in the target.  accounts, now, region: as for
+    authenticate().  Everything about the form has been checked, and the
+    policy has been met as far as the size of the file is not concerned;
+    what the identity may do has not.
+    """
+    form = read_form(source, form_boundary(content_type))
+    if "key" not in form.fields:
+        raise missing_field("key")
+    identity = authenticate_form(form.fields, accounts, now, region)
+    fields, reader = expand_filename(form), form.file
+    if identity.account is not None:
+        policy = parse_post_policy(form.fields["policy"])
+        policy.check(fields, form.names, bucket, now)
+        reader = SizedReader(reader, *policy.size_range())
+    if not fields["key"]:
+        raise S3Error("InvalidArgument", "User key must have a length "
+                      "greater than 0.", ArgumentName="key",
+                      ArgumentValue="")
+    return PostUpload(
+        identity, checked_key(fields["key"]), form_headers(fields), reader,
+        _POST_STATUSES.get(fields.get("success_action_status"), 204),
+        form_redirect(fields))
+
+
+def expand_filename(form):
+    """The fields of a Form with `${filename}` replaced by the file's name,
+    any path before it dropped.
+
+    API/sigv4-HTTPPOSTForms.html; but left as it is when the file part has
+    no filename, as S3 does (LocalStack, test_post_object_with_file_as_
+    string).
+    """
+    if form.filename is None:
+        return dict(form.fields)
+    name = re.split(r"[/\\]", form.filename)[-1]
+    return {field: value if field == "policy"
+            else value.replace("${filename}", name)
+            for field, value in form.fields.items()}
+
+
+def form_headers(fields):
+    """The headers of the PUT that the fields describe.
+
+    The tags come as `x-amz-tagging`, the acl as `x-amz-acl`.  A control
+    character is InvalidArgument, but in user metadata: what is kept here
+    is sent as a header later.
+    """
+    headers = {}
+    for name, value in fields.items():
+        if name.startswith("x-amz-meta-"):
+            if not _HEADER_NAME.match(name):
+                raise _bad_field(name, value)
+            headers[name] = _to_wire(value.strip())
+        elif value and (name in _FORM_HEADERS
+                        or name.startswith(_FORM_HEADER_PREFIXES)):
+            value = value.strip()
+            if _CONTROL.search(value):
+                raise _bad_field(name, value)
+            headers[name] = _to_wire(value)
+    if fields.get("acl"):
+        headers["x-amz-acl"] = _to_wire(fields["acl"].strip())
+    if fields.get("tagging"):
+        headers["x-amz-tagging"] = form_tags(fields["tagging"])
+    algorithm = headers.get("x-amz-checksum-algorithm")
+    if algorithm and "x-amz-checksum-" + algorithm.lower() not in headers:
+        raise S3Error("InvalidRequest", "x-amz-checksum-algorithm specified, "
+                      "but no corresponding x-amz-checksum-* field was "
+                      "found.")
+    return headers
+
+
+def _bad_field(name, value):
+    return S3Error("InvalidArgument", "A form field cannot be a header",
+                   ArgumentName=name, ArgumentValue=value)
+
+
+def _to_wire(text):
+    """Text as a header block decoded it: UTF-8 bytes, read as latin-1."""
+    return text.encode("utf-8").decode("latin-1")
+
+
+def form_tags(text):
+    """The x-amz-tagging header for a Tagging document; MalformedXML when
+    it is not well-formed, "" for one without tags, as S3 has it."""
+    tags = parse_xml(text.encode("utf-8")).iterfind("TagSet/Tag")
+    return urllib.parse.urlencode([
+        (tag.findtext("Key", ""), tag.findtext("Value", ""))
+        for tag in tags])
+
+
+def form_redirect(fields):
+    """The URL of success_action_redirect, or of `redirect`, its old name.
+
+    "If Amazon S3 cannot interpret the URL, it acts as if the field is not
+    present": an absolute http or https URL is understood.
+    """
+    for name in ("success_action_redirect", "redirect"):
+        url = fields.get(name, "")
+        try:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme in ("http", "https") and parts.hostname \
+                    and not _CONTROL.search(url):
+                return url
+        except ValueError:
+            pass
+    return None
+
+
+def redirect_url(url, bucket, key, etag):
+    """A redirect with the upload's bucket, key and quoted ETag, after the
+    query that it has (layervault/layervault_ruby_client issue 8)."""
+    url, mark, fragment = url.partition("#")
+    query = urllib.parse.urlencode(
+        [("bucket", bucket), ("key", key), ("etag", etag)])
+    return url + ("&" if "?" in url else "?") + query + mark + fragment
+
+
+def post_response(upload, bucket, etag, location, headers=()):
+    """The Response to a form whose object has been stored.
+
+    etag: bare.  location: the object's URL.  headers: further ones
+    (checksums, version, encryption).  PostResponse has no xmlns; API/
+    RESTObjectPOST.html.
+    """
+    etag, body = quoted(etag), b""
+    headers = dict(headers, ETag=etag, Location=location)
+    status = 303 if upload.redirect else upload.status
+    if status == 303:
+        headers["Location"] = _to_wire(
+            redirect_url(upload.redirect, bucket, upload.key, etag))
+    elif status == 201:
+        headers["Content-Type"] = "application/xml"
+        body = xml_document("PostResponse", [
+            ("Location", location), ("Bucket", bucket), ("Key", upload.key),
+            ("ETag", etag)], xmlns=None)
+    return Response(status, headers, body)
+
+# Of the form's own request: what a policy's conditions may ask
+_FORM_REQUEST_HEADERS = ("host", "user-agent", "referer", "origin")
+
+
+@operation("POST", BUCKET)
+def post_object(request):
+    """API/RESTObjectPOST: a browser's form, its signature in its fields.
+
+    The file goes to the disk as it comes; the fields stand for headers.
+    """
+    accounts = request.service.accounts
+    upload = open_post(request.frame, request.headers.get(
+        "content-type", ""), request.bucket_name, accounts.by_key_id,
+        request.now, request.service.region)
+    request.identity, request.key = upload.identity, upload.key
+    request.caller = account_caller(upload.identity.account)
+    headers = {name: request.headers[name] for name in _FORM_REQUEST_HEADERS
+               if name in request.headers}
+    headers.update(upload.headers)
+    request.headers = headers
+    check_undone(headers)
+    request.allow_write(upload.key)
+    record = object_record(headers)
+    own_record(request, record)
+    body = Body(upload.reader, None, *body_claims(headers, UNSIGNED))
+    with request.bucket.draft() as draft:
+        receive(body, draft)
+        body_checksums(body, record)
+        info = request.store.put_object(request.bucket, upload.key, draft,
+                                        record, ALWAYS)
+    answer_headers = checksum_headers(record)
+    answer_headers.update(version_header(request, info))
+    return post_response(upload, request.bucket_name, info.etag,
+                         object_url(request, upload.key), answer_headers)
+
+
 # --- objects: reading ---
 
 @operation("GET", OBJECT)
@@ -7831,8 +8615,7 @@ def complete_multipart_upload(request):
             if error.code == "NoSuchUpload" else None
         if info is None:
             raise
-    location = "%s/%s" % (service_url(request), uri_encode(
-        "%s/%s" % (request.bucket_name, request.key), "/-_.~"))
+    location = object_url(request, request.key)
     headers = {"Content-Type": "application/xml"}
     headers.update(version_header(request, info))
     return Response(200, headers, xml_document(
@@ -7840,6 +8623,12 @@ def complete_multipart_upload(request):
             ("Location", location), ("Bucket", request.bucket_name),
             ("Key", request.key), ("ETag", quoted(info.etag))]
         + checksum_children(info.record)))
+
+
+def object_url(request, key):
+    """The path-style URL of an object."""
+    return "%s/%s" % (service_url(request), uri_encode(
+        "%s/%s" % (request.bucket_name, key), "/-_.~"))
 
 
 def service_url(request):
@@ -8520,7 +9309,6 @@ for _method, _level, _subresource, _name in (
         ("GET", OBJECT, "torrent", "GetObjectTorrent"),
         ("DELETE", BUCKET, "website", "DeleteBucketWebsite"),
         ("PUT", BUCKET, "website", "PutBucketWebsite"),
-        ("POST", BUCKET, None, "PostObject"),
         ("POST", BUCKET, "WriteGetObjectResponse",
          "WriteGetObjectResponse"),
         ("GET", SERVICE, "directory-buckets", "ListDirectoryBuckets")):

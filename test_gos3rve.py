@@ -8915,6 +8915,1003 @@ class ReviewedRequests(OperationCase):
         self.assertEqual(lines[0]["resource"], "/x%0Aforged%20line/k")
 
 
+# --- POST forms ---
+
+FORM_NOW = g.parse_amz_date("20151229T010000Z")
+ACCOUNT = g.Account("AKIAIOSFODNN7EXAMPLE",
+                    "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "id", "me")
+FORM_PEOPLE = {ACCOUNT.key_id: ACCOUNT}
+LATER = "2015-12-29T02:00:00Z"
+BOUNDARY = "xYzZY"
+TYPE = "multipart/form-data; boundary=" + BOUNDARY
+
+
+class FormSource:
+    """A reader of bytes that gives at most `most` of them at a time."""
+
+    def __init__(self, data, most=1 << 30):
+        self.data, self.most, self.at = data, most, 0
+
+    def read(self, size):
+        piece = self.data[self.at:self.at + min(size, self.most)]
+        self.at += len(piece)
+        return piece
+
+
+def part(name, value, filename=None, boundary=BOUNDARY, extra=""):
+    """One part of a form, its delimiter included."""
+    head = '--%s\r\nContent-Disposition: form-data; name="%s"' % (
+        boundary, name)
+    if filename is not None:
+        head += '; filename="%s"' % filename
+    if isinstance(value, str):
+        value = value.encode()
+    return (head + extra + "\r\n\r\n").encode() + value + b"\r\n"
+
+
+def form(fields, file=b"bar", filename="my-file", after=()):
+    """The body of a form; `file` None for none."""
+    body = b"".join(part(*pair) for pair in fields)
+    if file is not None:
+        body += part("file", file, filename)
+    body += b"".join(part(*pair) for pair in after)
+    return body + b"--%s--\r\n" % BOUNDARY.encode()
+
+
+def read_all(reader, size=1 << 16):
+    """All bytes of a reader, which must stay at its end."""
+    pieces = []
+    while True:
+        data = reader.read(size)
+        if not data:
+            assert reader.read(size) == b""
+            return b"".join(pieces)
+        assert len(data) <= size
+        pieces.append(data)
+
+
+def encode(policy):
+    """A policy, of JSON values or as text, in base64."""
+    if not isinstance(policy, (str, bytes)):
+        policy = json.dumps(policy)
+    if isinstance(policy, str):
+        policy = policy.encode()
+    return base64.b64encode(policy).decode()
+
+
+def v2(policy, **more):
+    """The fields of a form signed with SigV2."""
+    policy = encode(policy)
+    signature = base64.b64encode(hmac.new(
+        ACCOUNT.secret.encode(), policy.encode(), hashlib.sha1).digest())
+    return dict({"AWSAccessKeyId": ACCOUNT.key_id, "policy": policy,
+                 "signature": signature.decode()}, **more)
+
+
+def v4(policy, region="us-east-1", date="20151229T000000Z"):
+    """The fields of a form signed with SigV4; policy: as base64."""
+    key = ("AWS4" + ACCOUNT.secret).encode()
+    for text in (date[:8], region, "s3", "aws4_request"):
+        key = hmac.new(key, text.encode(), hashlib.sha256).digest()
+    return {"x-amz-algorithm": "AWS4-HMAC-SHA256",
+            "x-amz-credential": "%s/%s/%s/s3/aws4_request"
+                                % (ACCOUNT.key_id, date[:8], region),
+            "x-amz-date": date, "policy": policy,
+            "x-amz-signature": hmac.new(key, policy.encode(),
+                                        hashlib.sha256).hexdigest()}
+
+
+class FormCase(unittest.TestCase):
+
+    def refused(self, code, call, *args, message=None):
+        """Assert the S3Error of a call; returns it."""
+        with self.assertRaises(g.S3Error) as caught:
+            call(*args)
+        error = caught.exception
+        self.assertEqual(error.code, code, error.message)
+        if message is not None:
+            self.assertEqual(error.message, message)
+        return error
+
+    def post(self, fields, file=b"bar", filename="my-file", bucket="b",
+             now=FORM_NOW, region=None):
+        """The (PostUpload, content) of a form."""
+        pairs = fields.items() if isinstance(fields, dict) else fields
+        upload = g.open_post(FormSource(form(pairs, file, filename)), TYPE,
+                             bucket, FORM_PEOPLE, now, region)
+        return upload, read_all(upload.reader)
+
+
+class FormParsing(FormCase):
+
+    def parse(self, body, most=1 << 30, size=1 << 16):
+        """(fields, filename, content) of a body."""
+        read = g.read_form(FormSource(body, most), BOUNDARY.encode())
+        return read.fields, read.filename, read_all(read.file, size)
+
+    FIELDS = [("key", "a\r\nb"), ("Policy", ""),
+              ("x-amz-meta-\u00e9", "\u20ac"),
+              ("acl", "--xYzZ"), ("x", "\r\n--xYzZ\r\n--" + BOUNDARY[:4])]
+    # content that nearly holds a delimiter, over and over
+    FILE = (b"\r\n--xYzZ\r\r\n--xYz\r\n\r\n-\r\n--" * 3 + b"--xYzZY\r\n"
+            + bytes(range(256)) + b"\r")
+
+    def expected(self):
+        return ({name.lower(): value for name, value in self.FIELDS},
+                "n\u00e4me.txt", self.FILE)
+
+    def test_a_byte_at_a_time_and_at_every_split(self):
+        body = form(self.FIELDS, self.FILE, "n\u00e4me.txt",
+                    [("submit", "Upload")])
+        for most in (1, 2, 3, 7, 64, 1 << 20):
+            for size in (1, 5, 1 << 16):
+                self.assertEqual(self.parse(body, most, size),
+                                 self.expected())
+        for cut in range(1, len(body)):
+            read = g.read_form(FormSplit(body, cut), BOUNDARY.encode())
+            self.assertEqual((read.fields, read.filename,
+                              read_all(read.file)), self.expected())
+
+    def test_random_contents_of_the_delimiter_s_bytes(self):
+        rng, delimiter = random.Random(4), b"\r\n--" + BOUNDARY.encode()
+        for _ in range(300):
+            data = bytes(rng.choice(b"\r\n-xYzZ") for _ in range(
+                rng.randrange(60)))
+            if delimiter not in data:
+                self.assertEqual(self.parse(
+                    form([("key", "k")], data), rng.randrange(1, 20))[2],
+                    data)
+
+    def test_an_empty_file_and_empty_fields(self):
+        self.assertEqual(self.parse(form([("a", "")], b"", ""), 1),
+                         ({"a": ""}, "", b""))
+
+    def test_a_part_may_end_with_its_headers(self):
+        body = form([("a", ""), ("key", "k")], b"", "").replace(
+            b"\r\n\r\n\r\n", b"\r\n\r\n")
+        for most in (1, 1 << 20):
+            self.assertEqual(self.parse(body, most),
+                             ({"a": "", "key": "k"}, "", b""))
+
+    def test_every_truncation_is_an_error(self):
+        body = form([("key", "k")], b"bar")[:-2]    # the last CRLF is free
+        self.assertEqual(self.parse(body)[2], b"bar")
+        for cut in range(len(body)):
+            with self.subTest(body[:cut]):
+                self.refused("MalformedPOSTRequest", self.parse, body[:cut])
+
+    def test_preamble_epilogue_and_padding_are_ignored(self):
+        body = form([("key", "k")]) + b"epilogue\r\n--xYzZY--"
+        for before in (b"\r\n", b"pre\r\nam--xYzZYble\r\n"):
+            self.assertEqual(self.parse(before + body, 1)[2], b"bar")
+        body = body.replace(b"--xYzZY\r\n", b"--xYzZY \t\r\n")
+        self.assertEqual(self.parse(body, 1)[0], {"key": "k"})
+
+    def test_what_is_not_well_formed(self):
+        good = part("key", "k") + part("file", "x") + b"--xYzZY--"
+        self.assertEqual(self.parse(good)[2], b"x")
+        for old, new in (
+                (b"--xYzZY\r\n", b"--xYzZYz\r\n"),      # a longer boundary
+                (b"--xYzZY\r\n", b"--xYzZY-\r\n"),
+                (b"--xYzZY--", b"--xYzZY"), (b"--xYzZY--", b""),
+                (b"\r\n", b"\n"), (b"Disposition:", b"Disposition"),
+                (b"Content-Disposition", b" Content-Disposition"),
+                (b"Content-Disposition", b"X: y\r\n Content-Disposition"),
+                (b"Content-Disposition: form-data; name",
+                 b"Content-Disposition: form-data\r\nname"),
+                (b"Content-Disposition: ", b"X-Other: "),
+                (b"form-data", b"attachment"), (b"form-data;", b"form-data"),
+                (b'name="key"', b'name="key'), (b'name="key"', b'name=""'),
+                (b'name="key"', b'name=k y'), (b'name="key"', b'name = "k"'),
+                (b'name="key"', b'name="k"; NAME="l"'),
+                (b'name="key"', b'filename="k"'), (b'name="key"', b""),
+                (b'name="key"', b'name="k\0"'), (b'name="key"', b'name="\n"'),
+                (b'name="key"', b'name="k" x'), (b'name="key"', b'name="k";'),
+                (b'name="key"', b'name="\xff"'),
+                (b"\r\nk\r\n", b"\r\n\xff\r\n"),
+                (b'name="file"', b'name="file"; filename="\xc3"'),
+                (b'name="key"', b'name="k"\r\nContent-Disposition: form-data'
+                                b'; name="l"')):
+            with self.subTest(old=old, new=new):
+                bad = good.replace(old, new)
+                self.assertNotEqual(bad, good)
+                for most in (1, 1 << 20):
+                    self.refused("MalformedPOSTRequest", self.parse, bad,
+                                 most)
+
+    def test_names_and_file_names(self):
+        for text, filename in (
+                (r'"a\"b"', 'a"b'), (r'"C:\dir\f.txt"', r"C:\dir\f.txt"),
+                (r'"a\\b"', r"a\b"), ('"%22"', "%22"), ("token", "token"),
+                ('"a;b=c"', "a;b=c"), ('""', "")):
+            body = part("key", "k") + part("FILE", "x").replace(
+                b'"FILE"', b'"FILE"; FileName=' + text.encode()) \
+                + b"--xYzZY--"
+            self.assertEqual(self.parse(body), ({"key": "k"}, filename, b"x"))
+        body = part("key", "k") + b'--xYzZY\r\ncontent-disposition:Form-Data' \
+            b';name=file\r\ncontent-TYPE: a/b\r\n\r\nx\r\n--xYzZY--'
+        self.assertEqual(self.parse(body), ({"key": "k"}, None, b"x"))
+
+    def test_the_name_alone_tells_the_file(self):
+        """requests gives every part of files=... a filename."""
+        body = part("key", "k", "key") + part("acl", "private", "acl") \
+            + part("file", "x", "file") + b"--xYzZY--"
+        self.assertEqual(self.parse(body), (
+            {"key": "k", "acl": "private"}, "file", b"x"))
+
+    def test_fields_of_one_name_are_joined(self):
+        read = g.read_form(FormSource(form([("X-Amz-Meta-Tag", "Ninja"),
+                                        ("x-amz-meta-tag", "Stallman")])),
+                           BOUNDARY.encode())
+        self.assertEqual(read.fields, {"x-amz-meta-tag": "Ninja,Stallman"})
+        self.assertEqual(read.names, {"x-amz-meta-tag": "X-Amz-Meta-Tag"})
+
+    def test_exactly_one_file(self):
+        message = "POST requires exactly one file upload per request."
+        error = self.refused("InvalidArgument", self.parse,
+                             form([("key", "k")], None), message=message)
+        self.assertEqual(error.fields, {"ArgumentName": "file",
+                                        "ArgumentValue": "0"})
+        body = form([("key", "k")], after=[("x", "y"), ("File", b"z" * 99999)])
+        for most in (1, 1 << 20):
+            error = self.refused("InvalidArgument", self.parse, body, most,
+                                 message=message)
+            self.assertEqual(error.fields["ArgumentValue"], "2")
+
+    def test_form_data_has_20_kb(self):
+        empty = len(form([("a", "")], b"", "")) - 2     # no epilogue
+        for excess in (-1, 0, 1):
+            value = "x" * (g.MAX_FORM_BYTES - empty + 2 + excess)
+            body = form([("a", value)], b"y" * 100000, "")
+            for most in (1000, 1 << 20):
+                if excess <= 0:
+                    self.assertEqual(self.parse(body, most)[2],
+                                     b"y" * 100000)
+                else:
+                    error = self.refused("MaxPostPreDataLengthExceeded",
+                                         self.parse, body, most)
+                    self.assertEqual(
+                        error.fields, {"MaxPostPreDataLengthBytes": 20480})
+
+    def test_no_part_of_the_form_can_grow_beyond_it(self):
+        big = b"x" * 300000
+        head = b"--xYzZY\r\n"
+        for body in (
+                big, head + big, head + b"".join(
+                    b"A%d: b\r\n" % i for i in range(50000)),
+                head + b"A: " + big, b"--xYzZY " + b" " * 300000,
+                part("a", big), part("a", "b") * 5000,
+                part("file", "x") + part("a", big),
+                part("a", "", "x" * 30000)):
+            for most in (1 << 12, 1 << 20):
+                source = FormSource(body, most)
+                with self.assertRaises(g.S3Error) as caught:
+                    read_all(g.read_form(source, BOUNDARY.encode()).file)
+                self.assertEqual(caught.exception.code,
+                                 "MaxPostPreDataLengthExceeded")
+                self.assertLess(source.at, g.MAX_FORM_BYTES
+                                + g.BLOCK_BYTES + 200)
+
+    def test_a_large_file_takes_one_block_of_memory(self):
+        class Endless(FormSource):
+            """64 MiB between a head and a tail."""
+            largest = 0
+
+            def read(self, size):
+                Endless.largest = max(Endless.largest, size)
+                self.at += 1
+                return (part("key", "k") + part("file", "")[:-2]
+                        if self.at == 1 else bytes(g.BLOCK_BYTES)
+                        if self.at < 258 else b"\r\n--xYzZY--"
+                        if self.at == 258 else b"")
+        read = g.read_form(Endless(b""), BOUNDARY.encode())
+        parser, total, started = read.file._parser, 0, time.perf_counter()
+        while True:
+            data = read.file.read(g.BLOCK_BYTES)
+            total += len(data)
+            self.assertLess(len(parser._buffer), 2 * g.BLOCK_BYTES)
+            if not data:
+                break
+        self.assertEqual(total, 256 * g.BLOCK_BYTES)
+        self.assertEqual(Endless.largest, g.BLOCK_BYTES)
+        self.assertLess(time.perf_counter() - started, 5)
+
+    def test_the_source_s_own_error_passes(self):
+        body = form([("key", "k")])
+        source = g.LengthReader(FormSource(body[:-20]), len(body))
+        with self.assertRaises(g.S3Error) as caught:
+            read_all(g.read_form(source, BOUNDARY.encode()).file)
+        self.assertEqual(caught.exception.code, "IncompleteBody")
+
+    def test_the_content_type(self):
+        for text, boundary in (
+                (TYPE, b"xYzZY"), ('Multipart/FORM-data;  Boundary="a b"',
+                                   b"a b"),
+                ("multipart/form-data; charset=utf-8; boundary=" + "x" * 70,
+                 b"x" * 70), ('multipart/form-data; boundary="=_?(,)"',
+                              b"=_?(,)")):
+            self.assertEqual(g.form_boundary(text), boundary)
+        for text in ("", "text/html", "multipart/mixed; boundary=a",
+                     "multipart/form-dat; boundary=a"):
+            error = self.refused("PreconditionFailed", g.form_boundary, text)
+            self.assertEqual(error.fields, {
+                "Condition": "Bucket POST must be of the enclosure-type "
+                             "multipart/form-data"})
+        for rest in ("", ";", "; boundary", "; boundary=", '; boundary=""',
+                     '; boundary="a "', "; boundary=" + "x" * 71,
+                     "; boundary=a; boundary=b", '; boundary="\u00e9"',
+                     '; boundary="a\r\nb"', "; boundary=a b"):
+            self.refused("MalformedPOSTRequest", g.form_boundary,
+                         "multipart/form-data" + rest)
+
+
+class FormSplit(FormSource):
+    """A reader that gives its bytes in two."""
+
+    def __init__(self, data, cut):
+        super().__init__(data)
+        self.cut = cut
+
+    def read(self, size):
+        if self.at < self.cut:
+            size = min(size, self.cut - self.at)
+        return super().read(size)
+
+
+class FormSignatures(FormCase):
+
+    AWS_POLICY = (
+        '{ "expiration": "2015-12-30T12:00:00.000Z",\r\n'
+        '  "conditions": [\r\n'
+        '    {"bucket": "sigv4examplebucket"},\r\n'
+        '    ["starts-with", "$key", "user/user1/"],\r\n'
+        '    {"acl": "public-read"},\r\n'
+        '    {"success_action_redirect": "http://sigv4examplebucket.s3.'
+        'amazonaws.com/successful_upload.html"},\r\n'
+        '    ["starts-with", "$Content-Type", "image/"],\r\n'
+        '    {"x-amz-meta-uuid": "14365123651274"},\r\n'
+        '    {"x-amz-server-side-encryption": "AES256"},\r\n'
+        '    ["starts-with", "$x-amz-meta-tag", ""],\r\n\r\n'
+        '    {"x-amz-credential": "AKIAIOSFODNN7EXAMPLE/20151229/us-east-1/'
+        's3/aws4_request"},\r\n'
+        '    {"x-amz-algorithm": "AWS4-HMAC-SHA256"},\r\n'
+        '    {"x-amz-date": "20151229T000000Z" }\r\n'
+        "  ]\r\n}")
+
+    def test_aws_s_example(self):
+        """API/sigv4-post-example.html, its signature included."""
+        redirect = ("http://sigv4examplebucket.s3.amazonaws.com/"
+                    "successful_upload.html")
+        fields = {
+            "key": "user/user1/${filename}", "acl": "public-read",
+            "success_action_redirect": redirect,
+            "Content-Type": "image/jpeg",
+            "x-amz-meta-uuid": "14365123651274",
+            "x-amz-server-side-encryption": "AES256",
+            "X-Amz-Credential": "AKIAIOSFODNN7EXAMPLE/20151229/us-east-1/s3/"
+                                "aws4_request",
+            "X-Amz-Algorithm": "AWS4-HMAC-SHA256",
+            "X-Amz-Date": "20151229T000000Z", "x-amz-meta-tag": "",
+            "Policy": encode(self.AWS_POLICY),
+            "X-Amz-Signature": "8afdbf4008c03f22c2cd3cdb72e4afbb1f6a588f3255"
+                               "ac628749a66d7f09699e"}
+        upload, content = self.post(fields, bucket="sigv4examplebucket",
+                                    region="us-east-1", filename="a/me.jpg")
+        self.assertEqual(content, b"bar")
+        self.assertEqual(upload[:3] + upload[4:], (
+            g.Identity(ACCOUNT), "user/user1/me.jpg", {
+                "x-amz-acl": "public-read", "content-type": "image/jpeg",
+                "x-amz-meta-uuid": "14365123651274", "x-amz-meta-tag": "",
+                "x-amz-server-side-encryption": "AES256"}, 204, redirect))
+
+    def test_botocore_s_form(self):
+        """generate_presigned_post of botocore 1.43, its clock stopped."""
+        policy = encode(
+            '{"expiration": "2015-12-29T01:00:00Z", "conditions": [{"bucket":'
+            ' "sigv4examplebucket"}, {"key": "user/user1/photo.jpg"}, '
+            '{"x-amz-algorithm": "AWS4-HMAC-SHA256"}, {"x-amz-credential": '
+            '"AKIAIOSFODNN7EXAMPLE/20151229/us-east-1/s3/aws4_request"}, '
+            '{"x-amz-date": "20151229T000000Z"}]}')
+        fields = v4(policy)
+        self.assertEqual(fields["x-amz-signature"], "3364624b39010d9b06f5d9b8"
+                         "c9a18a6e478d261c048159c92f2fd6fa885f14e6")
+        fields["key"] = "user/user1/photo.jpg"
+        upload, _ = self.post(fields, bucket="sigv4examplebucket",
+                              now=FORM_NOW)
+        self.assertEqual(upload.identity.account, ACCOUNT)
+        self.assertEqual(upload.headers, {})
+
+    def sign(self, fields, region=None, now=FORM_NOW):
+        """authenticate_form of a form's fields."""
+        return g.authenticate_form(
+            {name.lower(): value for name, value in fields.items()},
+            FORM_PEOPLE, now, region)
+
+    def test_a_wrong_signature(self):
+        for fields, name in ((v4(encode("{}")), "x-amz-signature"),
+                             (v2("{}"), "signature")):
+            self.assertEqual(self.sign(fields), g.Identity(ACCOUNT))
+            for wrong in ("x", "\u00e9", fields[name][::-1]):
+                error = self.refused("SignatureDoesNotMatch", self.sign,
+                                     dict(fields, **{name: wrong}))
+                self.assertEqual(error.status, 403)
+                self.assertEqual(list(error.fields.items()), [
+                    ("AWSAccessKeyId", ACCOUNT.key_id),
+                    ("StringToSign", fields["policy"]),
+                    ("SignatureProvided", wrong),
+                    ("StringToSignBytes",
+                     fields["policy"].encode().hex(" "))])
+            self.refused("SignatureDoesNotMatch", self.sign,
+                         dict(fields, policy=fields["policy"][:-2] + "=="))
+
+    def test_a_field_that_is_missing_is_named(self):
+        """LocalStack's test_post_request_missing_signature, _fields."""
+        for fields, gone, name in (
+                (v4("e30="), ("x-amz-signature",), "X-Amz-Signature"),
+                (v4("e30="), ("x-amz-algorithm", "x-amz-credential"),
+                 "X-Amz-Algorithm"),
+                (v4("e30="), ("x-amz-credential",), "X-Amz-Credential"),
+                (v4("e30="), ("x-amz-date",), "X-Amz-Date"),
+                (v4("e30="), ("policy",), "Policy"),
+                (v2("{}"), ("signature",), "Signature"),
+                (v2("{}"), ("policy",), "Policy"),
+                (v2("{}"), ("AWSAccessKeyId",), "AWSAccessKeyId")):
+            for field in gone:
+                del fields[field]
+            error = self.refused(
+                "InvalidArgument", self.sign, fields, message="Bucket POST "
+                "must contain a field named '%s'.  If it is specified, "
+                "please check the order of the fields." % name)
+            self.assertEqual(error.fields, {"ArgumentName": name,
+                                            "ArgumentValue": ""})
+
+    def test_a_policy_alone_signs_nothing(self):
+        for fields in ({}, {"policy": "e30="}, {"key": "k"}):
+            self.assertEqual(self.sign(fields), g.Identity(None))
+
+    def test_the_scope(self):
+        good = v4("e30=")
+        for name, value, code, message in (
+                ("x-amz-algorithm", "AWS4", "InvalidArgument",
+                 'X-Amz-Algorithm only supports "AWS4-HMAC-SHA256"'),
+                ("x-amz-date", "2015-12-29", "InvalidArgument",
+                 "X-Amz-Date must be formated via ISO8601 Long format"),
+                ("x-amz-date", "20151230T000000Z", "InvalidArgument", None),
+                ("x-amz-credential", "x", "InvalidArgument", None),
+                ("x-amz-credential", good["x-amz-credential"].replace(
+                    "/s3/", "/sqs/"), "InvalidArgument",
+                 'incorrect service "sqs". This endpoint belongs to "s3".'),
+                ("x-amz-credential", good["x-amz-credential"].replace(
+                    ACCOUNT.key_id, "foo"), "InvalidAccessKeyId", None),
+                ("x-amz-security-token", "t", "InvalidToken", None)):
+            error = self.refused(code, self.sign, dict(good, **{name: value}),
+                                 "us-east-1", message=message)
+            if code == "InvalidArgument":
+                self.assertIn(error.fields["ArgumentName"], (
+                    "X-Amz-Algorithm", "X-Amz-Date", "X-Amz-Credential"))
+        error = self.refused("InvalidArgument", self.sign, good, "us-west-1",
+                             message="the region 'us-east-1' is wrong; "
+                                     "expecting 'us-west-1'")
+        self.assertEqual(error.fields, {
+            "Region": "us-west-1", "ArgumentName": "X-Amz-Credential",
+            "ArgumentValue": good["x-amz-credential"]})
+        self.refused("InvalidAccessKeyId", self.sign,
+                     v2("{}", AWSAccessKeyId="foo"))
+
+    def test_a_sigv4_signature_lasts_seven_days(self):
+        then = g.parse_amz_date("20151229T000000Z")
+        week = 7 * 24 * 3600
+        self.sign(v4("e30="), now=then + week)
+        self.refused("AccessDenied", self.sign, v4("e30="), None,
+                     then + week + 1,
+                     message="Invalid according to Policy: Policy expired.")
+
+
+def s3_tests_policy(*more):
+    """The policy of most of s3-tests' test_post_object_*."""
+    return {"expiration": LATER, "conditions": [
+        {"bucket": "b"}, ["starts-with", "$key", "foo"], {"acl": "private"},
+        ["starts-with", "$Content-Type", "text/plain"],
+        ["content-length-range", 0, 1024]] + list(more)}
+
+
+S3_TESTS_FIELDS = {"key": "foo.txt", "acl": "private",
+                   "Content-Type": "text/plain"}
+DENIED = "Invalid according to Policy: "
+FAILED = DENIED + "Policy Condition failed: "
+INVALID = "Invalid Policy: "
+
+
+class FormPolicies(FormCase):
+
+    def signed(self, policy, fields=(), file=b"bar", **more):
+        """A form of s3-tests' fields and these, signed."""
+        fields = dict(S3_TESTS_FIELDS, **dict(fields))
+        fields = {name: value for name, value in fields.items()
+                  if value is not None}
+        return self.post(v2(policy, **fields), file, **more)
+
+    def test_forms_that_meet_it(self):
+        """ceph/s3-tests, by the test's name after test_post_object_."""
+        lower = {"expiration": LATER, "conditions": [
+            {"bUcKeT": "b"}, ["StArTs-WiTh", "$KeY", "foo"],
+            {"AcL": "private"}, ["StArTs-WiTh", "$CoNtEnT-TyPe", "text/plain"],
+            ["content-length-range", 0, 1024]]}
+        escaped = json.loads(json.dumps(s3_tests_policy()))
+        escaped["conditions"][1][2] = "\\$foo"
+        meta = s3_tests_policy(["starts-with", "$x-amz-meta-foo", "bar"])
+        for name, policy, fields in (
+                ("authenticated_request", s3_tests_policy(), {}),
+                ("ignored_header", s3_tests_policy(), {"x-ignore-foo": "b"}),
+                ("case_insensitive_condition_fields", lower, {}),
+                ("escaped_field_values", escaped, {"key": "\\$foo.txt"}),
+                ("user_specified_header", meta,
+                 {"x-amz-meta-foo": "barclamp"}),
+                ("a bucket field", s3_tests_policy(), {"bucket": "other"}),
+                ("x-ignore-", s3_tests_policy(), {"X-Ignore-": "y"})):
+            with self.subTest(name):
+                upload, content = self.signed(policy, fields)
+                self.assertEqual(upload.identity.account, ACCOUNT)
+                self.assertEqual(content, b"bar")
+
+    def test_forms_that_do_not(self):
+        redirect = ["eq", "success_action_redirect", "http://x"]
+        for policy, fields, message in (
+                (s3_tests_policy(), {"key": "bar"},
+                 FAILED + '["starts-with", "$key", "foo"]'),
+                (s3_tests_policy(), {"key": "Foo"},
+                 FAILED + '["starts-with", "$key", "foo"]'),
+                (s3_tests_policy(), {"acl": "Private"},
+                 FAILED + '["eq", "$acl", "private"]'),
+                (s3_tests_policy(), {"acl": None},
+                 FAILED + '["eq", "$acl", "private"]'),
+                (s3_tests_policy(["starts-with", "$x-amz-meta-foo", "bar"]),
+                 {}, FAILED + '["starts-with", "$x-amz-meta-foo", "bar"]'),
+                (s3_tests_policy(["starts-with", "$utf8", ""]), {},
+                 FAILED + '["starts-with", "$utf8", ""]'),
+                (s3_tests_policy(["eq", "$x-amz-meta-foo", ""]),
+                 {"x-amz-meta-foo": "barclamp"},
+                 FAILED + '["eq", "$x-amz-meta-foo", ""]'),
+                (s3_tests_policy(redirect),
+                 {"success_action_redirect": "http://x"},
+                 FAILED + '["eq", "success_action_redirect", "http://x"]'),
+                (s3_tests_policy(
+                    ["eq", "$Content-Disposition", 'a="b\u00e9"']),
+                 {}, FAILED + '["eq", "$Content-Disposition", '
+                              '"a=\\"b\u00e9\\""]'),
+                (s3_tests_policy(["content-length-range", "test", "10"]), {},
+                 FAILED + '["content-length-range", "test", "10"]'),
+                (s3_tests_policy(), {"StorageClass": "x"},
+                 DENIED + "Extra input fields: StorageClass"),
+                (s3_tests_policy(), {"x-amz-meta-a": "b"},
+                 DENIED + "Extra input fields: x-amz-meta-a"),
+                (s3_tests_policy(), {"x-amz-checksum-sha256": "b"},
+                 DENIED + "Extra input fields: x-amz-checksum-sha256")):
+            with self.subTest(message):
+                error = self.refused("AccessDenied", self.signed, policy,
+                                     fields, message=message)
+                self.assertEqual(error.status, 403)
+
+    def test_the_bucket_is_a_field_that_must_be_named(self):
+        policy = s3_tests_policy()
+        self.refused("AccessDenied", lambda: self.signed(
+            policy, {"bucket": "b"}, bucket="other"),
+            message=FAILED + '["eq", "$bucket", "b"]')
+        del policy["conditions"][0]
+        self.refused("AccessDenied", self.signed, policy,
+                     message=DENIED + "Extra input fields: bucket")
+
+    def test_sigv4_s_own_fields_must_be_named(self):
+        policy = {"expiration": LATER, "conditions": [
+            {"bucket": "b"}, {"key": "k"}]}
+        error = self.refused("AccessDenied", self.post,
+                             dict(v4(encode(policy)), key="k"))
+        self.assertEqual(error.message, DENIED + "Extra input fields: "
+                         "x-amz-algorithm, x-amz-credential, x-amz-date")
+
+    def test_the_end_of_a_policy(self):
+        for now, over in ((0, False), (FORM_NOW + 3600, False),
+                          (FORM_NOW + 3601, True)):
+            if over:
+                self.refused("AccessDenied", lambda: self.signed(
+                    s3_tests_policy(), now=now),
+                    message=DENIED + "Policy expired.")
+            else:
+                self.signed(s3_tests_policy(), now=now)
+        for end in ("2015-12-29T02:00:00.000Z", "2015-12-29T02:00:00.5Z"):
+            self.assertEqual(g.parse_post_policy(encode(
+                {"expiration": end, "conditions": []})).expires,
+                FORM_NOW + 3600)
+
+    def test_content_types_are_lists(self):
+        condition = g.parse_post_policy(encode({
+            "expiration": LATER, "conditions": [
+                ["starts-with", "$Content-Type", "image/"]]})).conditions[0]
+        for value, holds in (
+                ("image/jpg,image/png, image/gif", True), ("image/", True),
+                ("image/jpg,text/plain", False), ("image/jpg,", False),
+                ("Image/jpg", False)):
+            self.assertEqual(condition.holds({"content-type": value}), holds)
+        other = condition._replace(field="x-amz-meta-a")
+        self.assertTrue(other.holds({"x-amz-meta-a": "image/a,b"}))
+
+    def test_sizes(self):
+        """LocalStack's test_s3_presigned_post_content_length_range."""
+        def policy(*ranges):
+            return {"expiration": LATER, "conditions": [
+                {"bucket": "b"}, ["eq", "$key", "foo.txt"]] + [
+                    ["content-length-range"] + list(one) for one in ranges]}
+        bare = {"acl": None, "Content-Type": None}
+        for ranges, size, code, fields in (
+                (((5, 10),), 5, None, None), (((5, 10),), 10, None, None),
+                ((("5", "10"),), 7, None, None), ((), 0, None, None),
+                (((0, 0),), 0, None, None),
+                (((5, 10),), 12, "EntityTooLarge",
+                 {"ProposedSize": 12, "MaxSizeAllowed": 10}),
+                (((5, 10),), 1, "EntityTooSmall",
+                 {"ProposedSize": 1, "MinSizeAllowed": 5}),
+                (((0, 0),), 3, "EntityTooLarge",
+                 {"ProposedSize": 3, "MaxSizeAllowed": 0}),
+                (((0, 9), (4, 99)), 3, "EntityTooSmall",
+                 {"ProposedSize": 3, "MinSizeAllowed": 4}),
+                (((0, 9), (4, 99)), 10, "EntityTooLarge",
+                 {"ProposedSize": 10, "MaxSizeAllowed": 9}),
+                (((9, 5),), 7, "EntityTooLarge",
+                 {"ProposedSize": 7, "MaxSizeAllowed": 5})):
+            with self.subTest(ranges=ranges, size=size):
+                if code is None:
+                    self.assertEqual(len(self.signed(
+                        policy(*ranges), bare, b"x" * size)[1]), size)
+                else:
+                    error = self.refused(code, self.signed, policy(*ranges),
+                                         bare, b"x" * size)
+                    self.assertEqual(error.fields, fields)
+                    self.assertEqual(error.status, 400)
+
+    def test_too_large_is_said_before_all_of_it_has_come(self):
+        policy = {"expiration": LATER, "conditions": [
+            {"bucket": "b"}, {"key": "k"}, ["content-length-range", 0, 10]]}
+        source = FormSource(form(v2(policy, key="k").items(), b"x" * 10000000))
+        upload = g.open_post(source, TYPE, "b", FORM_PEOPLE, FORM_NOW)
+        self.refused("EntityTooLarge", read_all, upload.reader)
+        self.assertLess(source.at, 3 * g.BLOCK_BYTES)
+
+    def test_documents_that_are_no_policy(self):
+        def with_condition(*conditions):
+            return {"expiration": LATER, "conditions": list(conditions)}
+        for policy, message in (
+                ("", "Expecting '{' but found End-of-Input"),
+                ("x", "Invalid JSON."), ("[]", "Invalid JSON."),
+                ("[" * 9000, "Invalid JSON."), (b"\xff", "Invalid JSON."),
+                ('{"expiration": NaN}', "Invalid JSON."),
+                ('{"expiration": "%s", "conditions": [],}' % LATER,
+                 "Invalid JSON."),
+                ({}, "Policy missing expiration."),
+                ({"conditions": []}, "Policy missing expiration."),
+                ({"expiration": LATER}, "Policy missing conditions."),
+                ({"EXPIRATION": LATER, "conditions": []},
+                 "Unexpected: 'EXPIRATION'"),
+                ({"expiration": LATER, "CONDITIONS": []},
+                 "Unexpected: 'CONDITIONS'"),
+                ({"expiration": LATER, "conditions": {}},
+                 "Invalid 'conditions' value: must be a List."),
+                ({"expiration": 5, "conditions": []},
+                 "Invalid 'expiration' value: '5'"),
+                (with_condition({}), "Invalid Simple-Condition: Simple-"
+                 "Conditions must have exactly one property specified."),
+                (with_condition({"bucket": "b", "key": "k"}),
+                 "Invalid Simple-Condition: Simple-Conditions must have "
+                 "exactly one property specified."),
+                (with_condition({"Content-Length": 6199034}),
+                 "Invalid Simple-Condition: value must be a string."),
+                (with_condition("x"), "Invalid condition test: must be a "
+                                      "List or Object."),
+                (with_condition([]), "Invalid Condition: missing operation "
+                                     "identifier."),
+                (with_condition(["ends-with", "$key", "x"]),
+                 "Invalid Condition: unknown operation 'ends-with'."),
+                (with_condition(["eq", "$key"]),
+                 "Invalid eq: wrong number of arguments."),
+                (with_condition(["eq", "$key", 5]), "Invalid JSON."),
+                (with_condition(["eq", 5, "x"]), "Invalid JSON."),
+                (with_condition(["content-length-range", 0]),
+                 "Invalid content-length-range: wrong number of arguments."),
+                (with_condition(["content-length-range", 0, 512.0]),
+                 "Invalid JSON."),
+                (with_condition(["content-length-range", True, 5]),
+                 "Invalid JSON."),
+                (with_condition(["content-length-range", -1, 0]), None)):
+            with self.subTest(policy):
+                self.refused("InvalidPolicyDocument", g.parse_post_policy,
+                             encode(policy), message=message
+                             and INVALID + message)
+        for date in ("2016-01-01 02:00:00Z", "2011-09-13T07:52:58+02:00",
+                     "2016-13-01T02:00:00Z", "2016-01-01", "x" * 99,
+                     "Tue, 29 Dec 2015 02:00:00 GMT"):
+            self.refused("InvalidPolicyDocument", g.parse_post_policy,
+                         encode({"expiration": date, "conditions": []}),
+                         message=INVALID + "Invalid 'expiration' value: '%s'"
+                         % date)
+        for encoded in ("a", "e30=e30=", "\u00e9", "e30*"):
+            self.refused("InvalidPolicyDocument", g.parse_post_policy,
+                         encoded, message=INVALID
+                         + "invalid Base64 encoding.")
+
+    def test_base64_may_be_wrapped_and_unpadded(self):
+        text = encode(s3_tests_policy())
+        wrapped = "\r\n".join(text[i:i + 76]
+                              for i in range(0, len(text), 76))
+        for encoded in (wrapped, text.rstrip("=")):
+            self.assertEqual(len(g.parse_post_policy(encoded).conditions), 5)
+
+    def test_the_documentation_s_escapes(self):
+        policy = g.parse_post_policy(encode(
+            r'{"expiration": "%s", "conditions": [["eq", "$key", '
+            r'"\$a\v\\$\u0062\n\\v"]]}' % LATER))
+        self.assertEqual(policy.conditions[0].value, "$a\x0b\\$b\n\\v")
+
+    def test_the_signature_comes_before_the_policy(self):
+        fields = v2("no policy", **S3_TESTS_FIELDS)
+        self.refused("InvalidPolicyDocument", self.post, fields)
+        self.refused("SignatureDoesNotMatch", self.post,
+                     dict(fields, signature="x"))
+
+    def test_the_key_comes_before_the_signature(self):
+        for fields in ({}, {"acl": "private"},
+                       v2(s3_tests_policy(), acl="private")):
+            error = self.refused(
+                "InvalidArgument", self.post, fields,
+                message="Bucket POST must contain a field named 'key'.  If "
+                        "it is specified, please check the order of the "
+                        "fields.")
+            self.assertEqual(error.fields["ArgumentName"], "key")
+
+
+class FormUploads(FormCase):
+
+    def test_an_unsigned_form(self):
+        upload, content = self.post(
+            {"key": "foo.txt", "acl": "public-read",
+             "Content-Type": "text/plain"})
+        self.assertEqual(content, b"bar")
+        self.assertEqual(upload[:3] + upload[4:], (
+            g.Identity(None), "foo.txt", {
+                "x-amz-acl": "public-read", "content-type": "text/plain"},
+            204, None))
+
+    def test_file_names(self):
+        for key, filename, expected in (
+                ("${filename}", "foo.txt", "foo.txt"),
+                ("a/${filename}", "C:\\Program Files\\d\\f.txt", "a/f.txt"),
+                ("${filename}-${filename}", "/x/\u20ac", "\u20ac-\u20ac"),
+                ("u/${filename}", "", "u/"), ("u/${filename}", "x/", "u/"),
+                ("${filename}", None, "${filename}"),
+                ("${Filename}", "f", "${Filename}"),
+                ("${filename}", "${filename}", "${filename}")):
+            upload, _ = self.post({"key": key, "x-amz-meta-n": "${filename}"},
+                                  filename=filename)
+            self.assertEqual(upload.key, expected)
+        self.assertEqual(upload.headers["x-amz-meta-n"], "${filename}")
+
+    def test_keys_that_cannot_be(self):
+        self.refused("InvalidArgument", self.post, {"key": "${filename}"},
+                     b"", "", message="User key must have a length greater "
+                                      "than 0.")
+        self.assertEqual(len(self.post({"key": "x" * 1024})[0].key), 1024)
+        self.refused("KeyTooLongError", self.post, {"key": "x" * 1025})
+        self.refused("KeyTooLongError", self.post, {"key": "\u20ac" * 342})
+
+    def test_headers_are_those_of_a_put(self):
+        headers = g.form_headers({
+            "key": "k", "policy": "p", "x-amz-date": "d", "submit": "s",
+            "x-amz-security-token": "t", "x-amz-copy-source": "/b/k",
+            "x-amz-decoded-content-length": "5", "bucket": "b",
+            "content-type": " text/html ", "content-disposition": "\u20ac",
+            "cache-control": "", "content-md5": "m", "expires": "e",
+            "x-amz-meta-a": "\u00e9", "x-amz-meta-b": "", "acl": "private",
+            "x-amz-storage-class": "STANDARD_IA",
+            "x-amz-checksum-algorithm": "CRC32",
+            "x-amz-checksum-crc32": "c", "x-amz-grant-read": "g",
+            "x-amz-server-side-encryption-customer-key": "k",
+            "x-amz-object-lock-mode": "GOVERNANCE",
+            "x-amz-website-redirect-location": "/w"})
+        self.assertEqual(headers, {
+            "content-type": "text/html",
+            "content-disposition": "\xe2\x82\xac", "content-md5": "m",
+            "expires": "e", "x-amz-meta-a": "\xc3\xa9", "x-amz-meta-b": "",
+            "x-amz-acl": "private", "x-amz-storage-class": "STANDARD_IA",
+            "x-amz-checksum-algorithm": "CRC32", "x-amz-checksum-crc32": "c",
+            "x-amz-grant-read": "g",
+            "x-amz-server-side-encryption-customer-key": "k",
+            "x-amz-object-lock-mode": "GOVERNANCE",
+            "x-amz-website-redirect-location": "/w"})
+        self.assertEqual(g.user_metadata(headers), {"a": "\u00e9", "b": ""})
+        self.assertEqual(g.kept_headers(headers)["Content-Disposition"],
+                         "\xe2\x82\xac")
+
+    def test_no_field_can_break_a_header_line(self):
+        for name, value in (("content-type", "a\r\nX: y"),
+                            ("content-disposition", "a\0"),
+                            ("x-amz-meta-a b", "x"), ("x-amz-meta-a:b", "x"),
+                            ("x-amz-meta-\u00e9", "x"),
+                            ("x-amz-meta-a\nb", "x")):
+            error = self.refused("InvalidArgument", g.form_headers,
+                                 {name: value})
+            self.assertEqual(error.fields["ArgumentName"], name)
+        headers = g.form_headers({"x-amz-meta-a": "b\r\nX: y"})
+        self.assertTrue(g.metadata_header(
+            g.user_metadata(headers)["a"]).isprintable())
+
+    def test_a_checksum_algorithm_needs_its_checksum(self):
+        self.refused("InvalidRequest", g.form_headers,
+                     {"x-amz-checksum-algorithm": "SHA256",
+                      "x-amz-checksum-crc32": "AAAAAA=="})
+
+    def test_checksums_and_md5_are_claims_of_a_put(self):
+        def store(**fields):
+            upload = g.open_post(
+                FormSource(form(dict(fields, key="k").items(),
+                                b"x" * 2000000)),
+                TYPE, "b", FORM_PEOPLE, FORM_NOW)
+            claims, name = g.body_claims(upload.headers, g.UNSIGNED)
+            body = g.Body(upload.reader, None, claims, name)
+            return name, sum(map(len, body.blocks()))
+        digest = base64.b64encode(hashlib.sha256(
+            b"x" * 2000000).digest()).decode()
+        self.assertEqual(store(**{"x-amz-checksum-sha256": digest}),
+                         ("SHA256", 2000000))
+        for fields, code in (
+                ({"x-amz-checksum-sha256": "sailorjerry"}, "InvalidRequest"),
+                ({"x-amz-checksum-sha256": digest[::-1]}, "InvalidRequest"),
+                ({"x-amz-checksum-crc32": "AAAAAA=="}, "BadDigest"),
+                ({"Content-MD5": "1B2M2Y8AsgTpgAmY7PhCfg=="}, "BadDigest"),
+                ({"Content-MD5": "x"}, "InvalidDigest")):
+            self.refused(code, lambda: store(**fields))
+
+    def test_tags(self):
+        """LocalStack's test_post_object_with_tags, recorded on AWS."""
+        one = "<Tag><Key>%s</Key><Value>%s</Value></Tag>"
+        text = "<Tagging><TagSet>%s%s</TagSet></Tagging>" % (
+            one % ("0", "0"), one % ("a &amp; b", "\u20ac="))
+        header = self.post({"key": "k", "tagging": text})[0].headers[
+            "x-amz-tagging"]
+        self.assertEqual(urllib.parse.parse_qsl(header),
+                         [("0", "0"), ("a & b", "\u20ac=")])
+        self.assertTrue(header.isascii())
+        self.assertEqual(g.form_tags("<InvalidXmlTagging/>"), "")
+        self.refused("MalformedXML", g.form_tags, "not-xml")
+        self.refused("MalformedXML", g.form_tags,
+                     '<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>')
+
+    def test_statuses(self):
+        for text, status in (("200", 200), ("201", 201), ("204", 204),
+                             ("404", 204), ("", 204), ("201 ", 204)):
+            self.assertEqual(self.post({"key": "k", "success_action_status":
+                                        text})[0].status, status)
+
+    def test_redirects(self):
+        for fields, url in (
+                ({"success_action_redirect": "http://a/b"}, "http://a/b"),
+                ({"redirect": "https://a"}, "https://a"),
+                ({"redirect": "http://a", "success_action_redirect":
+                  "http://b"}, "http://b"),
+                ({"redirect": "http://a", "success_action_redirect":
+                  "/wrong/redirect/relative"}, "http://a"),
+                ({"success_action_redirect": "/relative"}, None),
+                ({"success_action_redirect": "//a/b"}, None),
+                ({"success_action_redirect": "http:///b"}, None),
+                ({"success_action_redirect": "http://[a"}, None),
+                ({"success_action_redirect": "javascript:alert(1)"}, None),
+                ({"success_action_redirect": "http://a/\r\nX: y"}, None),
+                ({"success_action_redirect": ""}, None)):
+            self.assertEqual(g.form_redirect(fields), url)
+        query = "bucket=b&key=a%2Fb+c%E2%82%AC&etag=%22e%22"
+        for url, expected in (
+                ("http://a/b", "http://a/b?" + query),
+                ("http://a/?c=d e", "http://a/?c=d e&" + query),
+                ("http://a/#f", "http://a/?" + query + "#f")):
+            self.assertEqual(g.redirect_url(url, "b", "a/b c\u20ac", '"e"'),
+                             expected)
+
+    def test_answers(self):
+        location = "http://h/b/pr%C3%A9.jpg"
+        for fields, status, headers, body in (
+                ({}, 204, {"Location": location}, b""),
+                ({"success_action_status": "200"}, 200,
+                 {"Location": location}, b""),
+                ({"success_action_status": "201"}, 201,
+                 {"Location": location, "Content-Type": "application/xml"},
+                 '<?xml version="1.0" encoding="UTF-8"?>\n<PostResponse>'
+                 "<Location>http://h/b/pr%C3%A9.jpg</Location><Bucket>b"
+                 "</Bucket><Key>pr\u00e9.jpg</Key><ETag>&quot;e&quot;</ETag>"
+                 "</PostResponse>".encode()),
+                ({"success_action_status": "201", "redirect":
+                  "http://a/\u20ac"}, 303,
+                 {"Location": "http://a/\xe2\x82\xac?bucket=b&key=pr%C3%A9"
+                              ".jpg&etag=%22e%22"}, b"")):
+            upload, _ = self.post(dict(fields, key="pr\u00e9.jpg"))
+            response = g.post_response(upload, "b", "e", location,
+                                       {"x-amz-version-id": "v"})
+            self.assertEqual(response.status, status)
+            self.assertEqual(response.headers, dict(
+                headers, **{"ETag": '"e"', "x-amz-version-id": "v"}))
+            self.assertEqual(response.body, body)
+
+
+class PostFormRequests(OperationCase):
+    """A browser's form, over HTTP."""
+
+    def post(self, fields, file=b"hello", **more):
+        data = form(dict(fields).items(), file, **more)
+        return self.s3.send("POST", "/box", data, {
+            "content-type": TYPE, "content-length": str(len(data))})
+
+    def signed(self, *conditions, **fields):
+        """Fields with a V4 signature by the server's account."""
+        policy = base64.b64encode(json.dumps({
+            "expiration": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(
+                time.time() + 60)),
+            "conditions": [{"bucket": "box"}, ["starts-with", "$key", ""],
+                           ["starts-with", "$x-amz-", ""]]
+            + list(conditions)}).encode()).decode()
+        date = amz_date()
+        scope = date[:8] + "/us-east-1/s3/aws4_request"
+        policy_fields = {
+            "x-amz-algorithm": "AWS4-HMAC-SHA256", "x-amz-date": date,
+            "x-amz-credential": self.server.key_id + "/" + scope}
+        policy = json.loads(base64.b64decode(policy))
+        policy["conditions"] += [{n: v} for n, v in policy_fields.items()]
+        policy["conditions"].remove(["starts-with", "$x-amz-", ""])
+        policy = base64.b64encode(json.dumps(policy).encode()).decode()
+        signature = hmac.new(v4_key(self.server.key_val, date[:8]),
+                             policy.encode(), hashlib.sha256).hexdigest()
+        return dict(fields, policy=policy, **dict(policy_fields, **{
+            "x-amz-signature": signature}))
+
+    def test_a_signed_form_makes_an_object(self):
+        answer = self.post(self.signed(key="up/${filename}"),
+                           filename="a.txt")
+        self.ok(answer, 204)
+        self.assertEqual(answer.etag, hashlib.md5(b"hello").hexdigest())
+        with open(self.path("up", "a.txt"), "rb") as file:
+            self.assertEqual(file.read(), b"hello")
+
+    def test_status_and_redirect_are_as_the_form_asks(self):
+        answer = self.post(self.signed(
+            ["eq", "$success_action_status", "201"], key="k",
+            success_action_status="201"))
+        self.assertEqual((self.ok(answer, 201).one("Key"),
+                          answer.one("Bucket")), ("k", "box"))
+        answer = self.post(self.signed(
+            ["starts-with", "$success_action_redirect", "http://"],
+            key="k", success_action_redirect="http://localhost/done"))
+        self.ok(answer, 303)
+        self.assertTrue(answer.headers["location"].startswith(
+            "http://localhost/done?bucket=box&key=k&etag=%22"))
+
+    def test_the_policy_bounds_the_file_and_the_key(self):
+        limits = ["content-length-range", 1, 4]
+        self.error(self.post(self.signed(limits, key="k")),
+                   "EntityTooLarge")
+        self.error(self.post(self.signed(limits, key="k"), b""),
+                   "EntityTooSmall")
+        self.error(self.post(self.signed(
+            ["starts-with", "$key", "user/"], key="k")), "AccessDenied")
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_without_a_good_signature_nothing_is_stored(self):
+        fields = self.signed(key="k")
+        self.error(self.post([("key", "k")]), "AccessDenied")
+        self.error(self.post(dict(fields, **{
+            "x-amz-signature": "0" * 64})), "SignatureDoesNotMatch")
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_a_large_file_streams_through(self):
+        data = os.urandom(MIB) * 8
+        self.ok(self.post(self.signed(key="large"), data), 204)
+        self.assertEqual(self.s3.get("/box/large").body, data)
+
+
 # --- tags and cross-origin requests ---
 
 class TagRequests(OperationCase):
