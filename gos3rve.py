@@ -166,6 +166,8 @@ ERRORS = {
     "IllegalLocationConstraintException": (
         400, "The specified location constraint is incompatible with the "
              "region specific endpoint this request was sent to."),
+    "IdMismatch": (
+        400, "Document ID does not match the specified configuration ID."),
     "IllegalVersioningConfigurationException": (
         400, "The Versioning element must be specified"),
     "IncompleteBody": (
@@ -202,6 +204,7 @@ ERRORS = {
              "specified in the policy document."),
     "InvalidRange": (416, "The requested range is not satisfiable"),
     "InvalidRequest": (400, "Invalid Request"),
+    "InvalidS3DestinationBucket": (400, "Invalid bucket ARN."),
     "InvalidStorageClass": (
         400, "The storage class you specified is not valid."),
     "InvalidTag": (
@@ -290,6 +293,9 @@ ERRORS = {
     "SlowDown": (503, "Please reduce your request rate."),
     "UnsupportedHTTPVersion": (
         505, "The HTTP version of the request is not supported."),
+    "TooManyConfigurations": (
+        400, "You are attempting to create a new configuration but have "
+             "already reached the 1,000-configuration limit."),
     "UnexpectedContent": (400, "This request does not support content."),
     "UnresolvableGrantByEmailAddress": (
         400, "The email address you provided does not match any account on "
@@ -6642,7 +6648,7 @@ def actual_cors(rules, method, headers):
 # as_response() makes into one.  No sockets, no paths.
 
 SERVICE, BUCKET, OBJECT = "service", "bucket", "object"
-DONE, REFUSED = "done", "refused"
+DONE, STORED, REFUSED = "done", "stored", "refused"
 
 
 class Service(NamedTuple):
@@ -6835,13 +6841,15 @@ def policy_context(request, bucket, key=None, facts=None):
     def asked_tags():
         text = request.headers.get("x-amz-tagging")
         return text and parse_tagging_header(text)
+    kind = "REST-QUERY-STRING" if presigned else "REST-HEADER"
+    if request.operation.name == "PostObject":
+        kind = "POST"
     known = {
         "s3:RequestObjectTag": asked_tags,
         "s3:RequestObjectTagKeys": lambda: list(asked_tags() or ()),
         "aws:SourceIp": request.client,
         "aws:SecureTransport": request.scheme == "https",
-        "s3:authType": None if not signed else (
-            "REST-QUERY-STRING" if presigned else "REST-HEADER"),
+        "s3:authType": kind if signed else None,
         "s3:signatureversion": None if not signed else (
             V4 if v4 else "AWS"),
         "s3:ResourceAccount": request.access(bucket).owner_id,
@@ -7089,6 +7097,7 @@ def _authorize_row(request, row):
         authorize(request.caller, row.action, "*", None, None)
         return
     request.bucket = request.find_bucket(request.bucket_name)
+    _check_payer(request)
     if row.function is None:            # refused: the owner is told so
         request.allow("s3:ListBucket")
     elif row.name in _OWN_CHECKS:
@@ -7098,6 +7107,16 @@ def _authorize_row(request, row):
     else:
         request.allow_object(row.action, request.key,
                              request.query.get("versionId"))
+
+
+def _check_payer(request):
+    """AccessDenied for others who do not say that they pay, where the
+    requester does: userguide/RequesterPaysBuckets.html."""
+    payer = request.bucket.config.get("requestPayment", {}).get("Payer")
+    if payer == "Requester" and request.caller.user_id != bucket_owner(
+            request) and (request.caller.user_id is None or request.headers
+                          .get("x-amz-request-payer") != "requester"):
+        raise S3Error("AccessDenied")
 
 
 def _hide_missing(request):
@@ -7283,9 +7302,43 @@ class Field(NamedTuple):
 
 MANY = 1 << 30                      # bounded by MAX_XML_BYTES
 
+# int of XML Schema; AWS: Integer
+_INT = re.compile(r"[+-]?\d{1,10}\Z", re.ASCII)
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _read_int(text):
+    value = int(text) if _INT.match(text.strip()) else 1 << 31
+    if not -(1 << 31) <= value < 1 << 31:
+        raise ValueError(text)
+    return value
+
+
+def _read_boolean(text):
+    if text.strip() not in _BOOLEANS:
+        raise ValueError(text)
+    return _BOOLEANS[text.strip()]
+
+
+def _read_filled(text):
+    if not text.strip():
+        raise ValueError(text)
+    return text
+
 
 TEXT = Leaf(str)                    # as it is: a prefix may begin with " "
+FILLED = Leaf(_read_filled)
+INT = Leaf(_read_int)
+BOOLEAN = Leaf(_read_boolean, bool)
 
+
+def one_of(*words):
+    """A Leaf that takes these words only."""
+    def read(text):
+        if text.strip() not in words:
+            raise ValueError(text)
+        return text.strip()
+    return Leaf(read)
 
 def need(tag, kind):
     """The Field of an element that must be there."""
@@ -7295,6 +7348,10 @@ def need(tag, kind):
 def many(tag, kind, low=0, high=MANY):
     """The Field of an element that is repeated, without a list around."""
     return Field(tag, kind, low, high)
+
+
+ON_OFF = one_of(ENABLED, "Disabled")
+STATUS = (need("Status", ON_OFF),)
 
 
 def read_document(element, fields):
@@ -8995,7 +9052,6 @@ def _asked_acl(request, owner_id):
     or in its document; MissingSecurityHeader when in neither."""
     accounts, access = request.service.accounts, request.access(
         request.bucket)
-    check_acl_change((), access)
     grants = headers_acl(request.headers, owner_id, accounts,
                          access.owner_id)
     data = request.body.read_all()
@@ -9006,6 +9062,10 @@ def _asked_acl(request, owner_id):
             raise S3Error("MissingSecurityHeader",
                           MissingHeaderName="x-amz-acl")
         grants = parse_acl(data, owner_id, accounts)
+        if grants == private_acl(owner_id):
+            # s3cmd 2.4 sends back after a cp or mv what it has read, and
+            # AWS refuses even that where ACLs are off: it changes nothing
+            return grants
     check_acl_change(grants, access)
     return grants
 
@@ -9161,6 +9221,430 @@ def delete_bucket_ownership_controls(request):
                                 config.update(ownership=None))
 
 
+# --- documents: filters ---
+
+_TAG = (need("Key", FILLED), Field("Value", TEXT))
+
+
+def filter_fields(*more):
+    """The Fields of a Filter: a prefix, a tag, others, or several in And."""
+    return (Field("Prefix", TEXT), Field("Tag", _TAG)) + more + (
+        Field("And", (Field("Prefix", TEXT), many("Tag", _TAG)) + more),)
+
+
+class Terms(NamedTuple):
+    """What a rule's filter asks of an object; None: nothing."""
+    prefix: str = ""
+    tags: Dict[str, str] = {}
+    larger_than: Optional[int] = None
+    smaller_than: Optional[int] = None
+
+
+def filter_terms(rule):
+    """The Terms of a rule, from its Filter or its own old Prefix.
+
+    A tag without a value means one whose value is empty
+    (userguide/intro-lifecycle-filters.html).
+    """
+    where = rule.get("Filter", rule)
+    where = where.get("And", where)
+    tags = where.get("Tag", [])
+    tags = [tags] if isinstance(tags, dict) else tags
+    return Terms(where.get("Prefix", ""),
+                 {tag["Key"]: tag.get("Value", "") for tag in tags},
+                 where.get("ObjectSizeGreaterThan"),
+                 where.get("ObjectSizeLessThan"))
+
+
+def check_filter(rule):
+    """A Filter has at most one member, an And at least two.
+
+    API_LifecycleRuleFilter.html; LocalStack recorded S3's answers to
+    several members and to equal tag keys.
+    """
+    where = rule.get("Filter", {})
+    if len(where) > 1:
+        raise S3Error("MalformedXML")
+    terms = where.get("And")
+    if terms is None:
+        return
+    keys = [tag["Key"] for tag in terms.get("Tag", ())]
+    if len(terms) - bool(keys) + len(keys) < 2:
+        raise S3Error("MalformedXML")
+    if len(set(keys)) < len(keys):
+        raise S3Error("InvalidRequest",
+                      "Duplicate Tag Keys are not allowed.")
+
+
+# --- configurations that are kept and given back ---
+#
+# A row each of CONFIGURATIONS: validated like S3, and without effect here
+# (requestPayment is read elsewhere).  The pages are
+# API_PutBucket<...>.html; element names and order are botocore's.
+
+MAX_CONFIGURATIONS = 1000
+MAX_RULE_ID = 255
+MAX_REPLICATION_RULES = 1000
+_CONFIGURATION_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
+_BUCKET_ARN = re.compile(r"arn:[\w-]+:s3:::[^/:\s]+\Z", re.ASCII)
+_MINUTES = (Field("Minutes", INT),)
+
+_REPLICATION = (need("Role", FILLED), many("Rule", (
+    Field("ID", TEXT),
+    Field("Priority", INT),
+    Field("Prefix", TEXT),
+    Field("Filter", filter_fields()),
+    need("Status", ON_OFF),
+    Field("SourceSelectionCriteria", (
+        Field("SseKmsEncryptedObjects", STATUS),
+        Field("ReplicaModifications", STATUS))),
+    Field("ExistingObjectReplication", STATUS),
+    need("Destination", (
+        need("Bucket", FILLED),
+        Field("Account", FILLED),
+        Field("StorageClass", one_of(*sorted(STORAGE_CLASSES))),
+        Field("AccessControlTranslation", (
+            need("Owner", one_of("Destination")),)),
+        Field("EncryptionConfiguration", (
+            Field("ReplicaKmsKeyID", FILLED),)),
+        Field("ReplicationTime", STATUS + (need("Time", _MINUTES),)),
+        Field("Metrics", STATUS + (Field("EventThreshold", _MINUTES),)))),
+    Field("DeleteMarkerReplication", (Field("Status", ON_OFF),)),
+), 1, MAX_REPLICATION_RULES))
+
+_ANALYTICS = (
+    need("Id", TEXT),
+    Field("Filter", filter_fields()),
+    need("StorageClassAnalysis", (Field("DataExport", (
+        need("OutputSchemaVersion", one_of("V_1")),
+        need("Destination", (need("S3BucketDestination", (
+            need("Format", one_of("CSV")),
+            Field("BucketAccountId", TEXT),
+            need("Bucket", FILLED),
+            Field("Prefix", TEXT))),)))),)))
+
+_INVENTORY = (
+    need("Destination", (need("S3BucketDestination", (
+        Field("AccountId", TEXT),
+        need("Bucket", FILLED),
+        need("Format", one_of("CSV", "ORC", "Parquet")),
+        Field("Prefix", TEXT),
+        Field("Encryption", (
+            Field("SSE-S3", ()),
+            Field("SSE-KMS", (need("KeyId", FILLED),)))))),)),
+    need("IsEnabled", BOOLEAN),
+    Field("Filter", (need("Prefix", TEXT),)),
+    need("Id", TEXT),
+    need("IncludedObjectVersions", one_of("All", "Current")),
+    Field("OptionalFields", (many("Field", one_of(
+        "Size", "LastModifiedDate", "StorageClass", "ETag",
+        "IsMultipartUploaded", "ReplicationStatus", "EncryptionStatus",
+        "ObjectLockRetainUntilDate", "ObjectLockMode",
+        "ObjectLockLegalHoldStatus", "ObjectLockEventHoldStatus",
+        "ObjectLockEventHoldDuration", "IntelligentTieringAccessTier",
+        "BucketKeyStatus", "ChecksumAlgorithm", "ObjectAccessControlList",
+        "ObjectOwner", "LifecycleExpirationDate",
+        "IntelligentTieringReferenceDate")),)),
+    need("Schedule", (need("Frequency", one_of("Daily", "Weekly")),)))
+
+_ACCESS_POINT = Field("AccessPointArn", FILLED)
+_METRICS = (need("Id", TEXT),
+            Field("Filter", (Field("Prefix", TEXT), Field("Tag", _TAG),
+                             _ACCESS_POINT, Field("And", (
+                                 Field("Prefix", TEXT), many("Tag", _TAG),
+                                 _ACCESS_POINT)))))
+
+_TIERING = (
+    need("Id", TEXT),
+    Field("Filter", filter_fields()),
+    need("Status", ON_OFF),
+    many("Tiering", (
+        need("Days", INT),
+        need("AccessTier", one_of("ARCHIVE_ACCESS",
+                                  "DEEP_ARCHIVE_ACCESS"))), 1))
+
+
+def _check_replication(value):
+    """userguide/replication-add-config.html; a Filter is the schema V2,
+    which says what becomes of delete markers."""
+    seen, priorities = set(), set()
+    for rule in value["Rule"]:
+        _check_replication_rule(rule)
+        name, priority = rule.get("ID"), rule.get("Priority")
+        if name and name in seen:
+            raise bad_argument("Rule Id must be unique", "ID", name)
+        if priority is not None and priority in priorities:
+            raise S3Error("InvalidRequest", "Found overlapping priority %d "
+                          "in replication configuration" % priority)
+        seen.add(name)
+        priorities.add(priority)
+
+
+def _check_replication_rule(rule):
+    if len(rule.get("ID", "")) > MAX_RULE_ID:
+        raise bad_argument("ID length should not exceed allowed limit of "
+                           "255", "ID", rule["ID"])
+    if "Prefix" in rule and "Filter" in rule:
+        raise S3Error("MalformedXML")
+    check_filter(rule)
+    if "Filter" in rule:
+        markers = rule.get("DeleteMarkerReplication", {}).get("Status")
+        for name, present in (("Priority", "Priority" in rule),
+                              ("DeleteMarkerReplication", markers)):
+            if not present:
+                raise S3Error(
+                    "InvalidRequest", name + " must be specified for this "
+                    "version of Cross Region Replication configuration "
+                    "schema. Please refer to S3 Developer Guide for more "
+                    "information.")
+        if markers == ENABLED and filter_terms(rule).tags:
+            raise S3Error("InvalidRequest", "Delete marker replication is "
+                          "not supported if any Tag filter is specified.")
+    _check_replication_target(rule["Destination"])
+
+
+def _check_replication_target(target):
+    if not _BUCKET_ARN.match(target["Bucket"].strip()):
+        raise bad_argument("Invalid bucket ARN", "Bucket", target["Bucket"])
+    if "AccessControlTranslation" in target and "Account" not in target:
+        raise S3Error("InvalidRequest", "Account must be specified with "
+                      "AccessControlTranslation")
+    if "ReplicationTime" in target and "Metrics" not in target:
+        raise S3Error("InvalidRequest", "Metrics must be specified with "
+                      "ReplicationTime")
+    for limit in (target.get("ReplicationTime", {}).get("Time", {}),
+                  target.get("Metrics", {}).get("EventThreshold", {})):
+        if limit.get("Minutes", 15) != 15:      # API_ReplicationTimeValue
+            raise bad_argument("Minutes must be 15", "Minutes",
+                               limit["Minutes"])
+
+
+def _check_analytics(value):
+    check_filter(value)
+    export = value["StorageClassAnalysis"].get("DataExport")
+    if export is not None:
+        _check_destination(export["Destination"])
+
+
+def _check_inventory(value):
+    _check_destination(value["Destination"])
+    encryption = value["Destination"]["S3BucketDestination"].get(
+        "Encryption", {})
+    if len(encryption) > 1:
+        raise S3Error("MalformedXML")
+
+
+def _check_destination(destination):
+    if not _BUCKET_ARN.match(
+            destination["S3BucketDestination"]["Bucket"].strip()):
+        raise S3Error("InvalidS3DestinationBucket")
+
+
+def _check_tiering(value):
+    """API_Tiering.html: 90 or 180 days at least, 730 at most."""
+    check_filter(value)
+    tiers = [item["AccessTier"] for item in value["Tiering"]]
+    if len(set(tiers)) < len(tiers):
+        raise S3Error("MalformedXML")
+    for item in value["Tiering"]:
+        low = 90 if item["AccessTier"] == "ARCHIVE_ACCESS" else 180
+        if not low <= item["Days"] <= 730:
+            raise bad_argument("'Days' for AccessTier '%s' must be between "
+                               "%d and 730" % (item["AccessTier"], low),
+                               "Days", item["Days"])
+
+
+class Configuration(NamedTuple):
+    """One row: the subresource's document, its Fields and further check.
+
+    mismatch: the error when the document's Id is not the query's; None
+    for a document that has no id.
+    """
+    root: str
+    fields: Tuple[Field, ...]
+    check: Optional[Callable] = None
+    mismatch: Optional[str] = None
+
+
+CONFIGURATIONS = {
+    "requestPayment": Configuration("RequestPaymentConfiguration", (
+        need("Payer", one_of("Requester", "BucketOwner")),)),
+    "accelerate": Configuration("AccelerateConfiguration", (
+        need("Status", one_of(ENABLED, SUSPENDED)),)),
+    "abac": Configuration("AbacStatus", STATUS),
+    "replication": Configuration(
+        "ReplicationConfiguration", _REPLICATION, _check_replication),
+    "analytics": Configuration(
+        "AnalyticsConfiguration", _ANALYTICS, _check_analytics,
+        "MalformedXML"),
+    "inventory": Configuration(
+        "InventoryConfiguration", _INVENTORY, _check_inventory,
+        "IdMismatch"),
+    "metrics": Configuration(
+        "MetricsConfiguration", _METRICS, check_filter, "MalformedXML"),
+    "intelligent-tiering": Configuration(
+        "IntelligentTieringConfiguration", _TIERING, _check_tiering,
+        "MalformedXML"),
+}
+
+
+def parse_configuration(name, element, config_id=None):
+    """The value of the document of a subresource, as a row describes it.
+
+    config_id: the query's `id`, where the row has ids.  MalformedXML,
+    InvalidArgument, IdMismatch, InvalidRequest, InvalidS3DestinationBucket.
+    """
+    row = CONFIGURATIONS[name]
+    value = read_document(element, row.fields)
+    if row.mismatch:
+        if not _CONFIGURATION_ID.match(config_id or ""):
+            raise bad_argument("The specified configuration id is invalid.",
+                               "id", config_id)
+        if value["Id"] != config_id:
+            raise S3Error(row.mismatch)
+    if row.check is not None:
+        row.check(value)
+    return value
+
+
+def configuration_children(name, value):
+    """The children of that document."""
+    return document_children(value, CONFIGURATIONS[name].fields)
+
+
+def check_configuration_count(kept, config_id):
+    """TooManyConfigurations when one more id would be too many."""
+    if config_id not in kept and len(kept) >= MAX_CONFIGURATIONS:
+        raise S3Error("TooManyConfigurations")
+
+
+def check_replication_bucket(versioning):
+    """InvalidRequest unless a bucket may replicate."""
+    if versioning != ENABLED:
+        raise S3Error("InvalidRequest", "Versioning must be 'Enabled' on "
+                      "the bucket to apply a replication configuration")
+
+
+def check_accelerated_name(bucket_name):
+    """InvalidRequest for a name that has no accelerated host name."""
+    if "." in bucket_name:
+        raise S3Error("InvalidRequest", "S3 Transfer Acceleration is not "
+                      "supported for buckets with periods (.) in their "
+                      "names")
+
+
+# What has one document a bucket: subresource -> (name, the answer to a GET
+# of none, may it be deleted).  Of what has several, each with its id, the
+# names, and the root of their list.
+_KEPT_ONE = {
+    "accelerate": ("AccelerateConfiguration", "", False),
+    "abac": ("Abac", "Disabled", False),
+    "requestPayment": ("RequestPayment", "BucketOwner", False),
+    "replication": ("Replication",
+                    "ReplicationConfigurationNotFoundError", True),
+}
+_KEPT_MANY = {
+    "analytics": ("Analytics", "ListBucketAnalyticsConfigurationResult"),
+    "inventory": ("Inventory", "ListInventoryConfigurationsResult"),
+    "metrics": ("Metrics", "ListMetricsConfigurationsResult"),
+    "intelligent-tiering": (
+        "IntelligentTiering",
+        "ListBucketIntelligentTieringConfigurationsResult"),
+}
+MAX_LISTED_CONFIGURATIONS = 100
+
+
+def _kept_row(name, method, subresource, function, status=200, when=None):
+    state = STORED if subresource != "requestPayment" else DONE
+    add_operation(Operation(name, method, BUCKET, subresource, when,
+                            iam_action(name), status, state, function))
+
+
+def _keep_one(subresource, name, none, deletable):
+    """The rows of a document that a bucket has one of."""
+    row = CONFIGURATIONS[subresource]
+
+    def put(request):
+        value = parse_configuration(subresource, request.xml(row.root))
+        if subresource == "accelerate":
+            check_accelerated_name(request.bucket_name)
+        if subresource == "replication":
+            check_replication_bucket(request.bucket.versioning)
+        request.store.update_bucket(request.bucket, lambda config:
+                                    config.update({subresource: value}))
+
+    def get(request):
+        value = request.bucket.config.get(subresource)
+        if value is None and none in ERRORS:
+            raise S3Error(none)
+        if value is None:
+            tag = row.fields[0].tag
+            return xml_document(row.root, [(tag, none or None)])
+        return xml_document(row.root, configuration_children(
+            subresource, value))
+    _kept_row("PutBucket" + name, "PUT", subresource, put)
+    _kept_row("GetBucket" + name, "GET", subresource, get)
+    if deletable:
+        _kept_row("DeleteBucket" + name, "DELETE", subresource,
+                  lambda request: _forget(request, subresource), 204)
+
+
+def _keep_many(subresource, name, list_root):
+    """The rows of a document that a bucket has many of, each by its id."""
+    row = CONFIGURATIONS[subresource]
+
+    def kept(request):
+        return request.bucket.config.get(subresource, {})
+
+    def put(request):
+        config_id = request.query.get("id")
+        value = parse_configuration(subresource, request.xml(row.root),
+                                    config_id)
+        check_configuration_count(kept(request), config_id)
+        request.store.update_bucket(
+            request.bucket, lambda config: config.setdefault(
+                subresource, {}).update({config_id: value}))
+
+    def get(request):
+        value = kept(request).get(request.query["id"])
+        if value is None:
+            raise S3Error("NoSuchConfiguration")
+        return xml_document(row.root, configuration_children(
+            subresource, value))
+
+    def delete(request):
+        config_id = request.query.get("id")
+        if config_id not in kept(request):
+            raise S3Error("NoSuchConfiguration")
+        request.store.update_bucket(request.bucket, lambda config:
+                                    config[subresource].pop(config_id))
+
+    def list_all(request):
+        ids = sorted(one for one in kept(request)
+                     if one > read_token(request))
+        shown = ids[:MAX_LISTED_CONFIGURATIONS]
+        more = len(ids) > len(shown)
+        return xml_document(list_root, [
+            ("ContinuationToken", request.query.get("continuation-token")),
+            ("IsTruncated", more),
+            ("NextContinuationToken",
+             make_token(shown[-1]) if more else None)] + [
+            (row.root, configuration_children(subresource,
+                                              kept(request)[one]))
+            for one in shown])
+    name += "Configuration"
+    _kept_row("PutBucket" + name, "PUT", subresource, put)
+    _kept_row("GetBucket" + name, "GET", subresource, get, when="id")
+    _kept_row("DeleteBucket" + name, "DELETE", subresource, delete, 204)
+    _kept_row("ListBucket%ss" % name, "GET", subresource, list_all)
+
+
+for _subresource, _row in _KEPT_ONE.items():
+    _keep_one(_subresource, *_row)
+for _subresource, _row in _KEPT_MANY.items():
+    _keep_many(_subresource, *_row)
+
+
 # --- what a bucket without configuration answers ---
 
 @operation("GET", BUCKET, "versioning")
@@ -9185,13 +9669,6 @@ def put_bucket_versioning(request):
         request.bucket, lambda config: config.update(versioning=status))
 
 
-@operation("GET", BUCKET, "requestPayment")
-def get_bucket_request_payment(request):
-    """API_GetBucketRequestPayment."""
-    return xml_document("RequestPaymentConfiguration",
-                        [("Payer", "BucketOwner")])
-
-
 def _probe(name, subresource, answer, when=None):
     """A row for a GET that finds nothing configured.
 
@@ -9212,32 +9689,11 @@ for _row in (
         ("GetObjectLockConfiguration", "object-lock",
          "ObjectLockConfigurationNotFoundError"),
         ("GetBucketWebsite", "website", "NoSuchWebsiteConfiguration"),
-        ("GetBucketReplication", "replication",
-         "ReplicationConfigurationNotFoundError"),
         ("GetBucketEncryption", "encryption",
          "ServerSideEncryptionConfigurationNotFoundError"),
         ("GetBucketNotificationConfiguration", "notification",
          "NotificationConfiguration"),
-        ("GetBucketLogging", "logging", "BucketLoggingStatus"),
-        ("GetBucketAccelerateConfiguration", "accelerate",
-         "AccelerateConfiguration"),
-        ("ListBucketInventoryConfigurations", "inventory",
-         "ListInventoryConfigurationsResult"),
-        ("ListBucketAnalyticsConfigurations", "analytics",
-         "ListBucketAnalyticsConfigurationsResult"),
-        ("ListBucketMetricsConfigurations", "metrics",
-         "ListMetricsConfigurationsResult"),
-        ("ListBucketIntelligentTieringConfigurations",
-         "intelligent-tiering",
-         "ListBucketIntelligentTieringConfigurationsResult"),
-        ("GetBucketInventoryConfiguration", "inventory",
-         "NoSuchConfiguration", "id"),
-        ("GetBucketAnalyticsConfiguration", "analytics",
-         "NoSuchConfiguration", "id"),
-        ("GetBucketMetricsConfiguration", "metrics",
-         "NoSuchConfiguration", "id"),
-        ("GetBucketIntelligentTieringConfiguration",
-         "intelligent-tiering", "NoSuchConfiguration", "id")):
+        ("GetBucketLogging", "logging", "BucketLoggingStatus")):
     _probe(*_row)
 
 
@@ -9246,12 +9702,6 @@ for _row in (
 # Every further operation of botocore's service model: method, level and
 # subresource -> names.  Those on one route are told apart by version only.
 for _method, _level, _subresource, _name in (
-        ("GET", BUCKET, "abac", "GetBucketAbac"),
-        ("PUT", BUCKET, "abac", "PutBucketAbac"),
-        ("PUT", BUCKET, "accelerate", "PutBucketAccelerateConfiguration"),
-        ("DELETE", BUCKET, "analytics",
-         "DeleteBucketAnalyticsConfiguration"),
-        ("PUT", BUCKET, "analytics", "PutBucketAnalyticsConfiguration"),
         ("DELETE", OBJECT, "annotation", "DeleteObjectAnnotation"),
         ("GET", OBJECT, "annotation", "GetObjectAnnotation"),
         ("GET", OBJECT, "annotation", "ListObjectAnnotations"),
@@ -9259,13 +9709,6 @@ for _method, _level, _subresource, _name in (
         ("DELETE", BUCKET, "encryption", "DeleteBucketEncryption"),
         ("PUT", BUCKET, "encryption", "PutBucketEncryption"),
         ("PUT", OBJECT, "encryption", "UpdateObjectEncryption"),
-        ("DELETE", BUCKET, "intelligent-tiering",
-         "DeleteBucketIntelligentTieringConfiguration"),
-        ("PUT", BUCKET, "intelligent-tiering",
-         "PutBucketIntelligentTieringConfiguration"),
-        ("DELETE", BUCKET, "inventory",
-         "DeleteBucketInventoryConfiguration"),
-        ("PUT", BUCKET, "inventory", "PutBucketInventoryConfiguration"),
         ("GET", OBJECT, "legal-hold", "GetObjectLegalHold"),
         ("PUT", OBJECT, "legal-hold", "PutObjectLegalHold"),
         ("DELETE", BUCKET, "lifecycle", "DeleteBucketLifecycle"),
@@ -9291,16 +9734,11 @@ for _method, _level, _subresource, _name in (
          "GetBucketMetadataTableConfiguration"),
         ("POST", BUCKET, "metadataTable",
          "CreateBucketMetadataTableConfiguration"),
-        ("DELETE", BUCKET, "metrics", "DeleteBucketMetricsConfiguration"),
-        ("PUT", BUCKET, "metrics", "PutBucketMetricsConfiguration"),
         ("GET", BUCKET, "notification", "GetBucketNotification"),
         ("PUT", BUCKET, "notification", "PutBucketNotification"),
         ("PUT", BUCKET, "notification",
          "PutBucketNotificationConfiguration"),
         ("PUT", BUCKET, "object-lock", "PutObjectLockConfiguration"),
-        ("DELETE", BUCKET, "replication", "DeleteBucketReplication"),
-        ("PUT", BUCKET, "replication", "PutBucketReplication"),
-        ("PUT", BUCKET, "requestPayment", "PutBucketRequestPayment"),
         ("POST", OBJECT, "restore", "RestoreObject"),
         ("GET", OBJECT, "retention", "GetObjectRetention"),
         ("PUT", OBJECT, "retention", "PutObjectRetention"),
