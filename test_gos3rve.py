@@ -6326,7 +6326,7 @@ class BucketRequests(OperationCase):
         for query in ("anything", "prefix=x", "location", "delete", "acl",
                       "versions", "uploads", "list-type=2", "versionId=null",
                       "lifecycle", "website",
-                      "encryption", "replication", "x-amz-foo=1", "uploadId",
+                      "encryption", "logging", "x-amz-foo=1", "uploadId",
                       "force", "recursive=true", "accelerate",
                       "prefix=../../x", "partNumber=1", "%61cl", "Acl"):
             with self.subTest(query=query):
