@@ -2711,7 +2711,7 @@ class Bucket:
         self._meta = os.path.join(self._state, "meta")
         self._versions = os.path.join(self._state, "versions")
         self._threads = [threading.Lock() for _ in range(LOCK_STRIPES)]
-        self._config = (None, {})
+        self._config, self._no_config = (None, {}), {}
         self.derived = (None, None)     # room 8's: (config, what follows)
 
     # what S3 knows of the bucket
@@ -2723,7 +2723,7 @@ class Bucket:
         try:
             status = os.stat(path)
         except _ABSENT:
-            return {}
+            return self._no_config
         stamp = status.st_ino, status.st_mtime_ns, status.st_size
         known, config = self._config
         if known != stamp:
@@ -6676,13 +6676,14 @@ class Request:
     __slots__ = ("service", "method", "raw_path", "pairs", "query",
                  "headers", "host", "host_bucket", "bucket_name", "key",
                  "frame", "now", "request_id", "operation", "identity",
-                 "bucket", "body", "scheme", "client", "caller")
+                 "bucket", "body", "scheme", "client", "caller", "_guards")
 
     def __init__(self, service, method, target, headers, frame, now,
                  request_id, scheme="http", client=None):
         self.service, self.method, self.headers = service, method, headers
         self.frame, self.now, self.request_id = frame, now, request_id
         self.scheme, self.client, self.caller = scheme, client, ANONYMOUS
+        self._guards = {}               # Bucket -> (config, BucketAccess)
         self.operation = self.identity = self.bucket = self.body = None
         self.raw_path, raw_query = split_target(target)
         self.pairs = parse_query(raw_query) if raw_query else []
@@ -6716,20 +6717,32 @@ class Request:
     def find_bucket(self, name, expected="x-amz-expected-bucket-owner"):
         """The Bucket of that name, its owner the one the client expects."""
         bucket = self.store.bucket(name)
-        owner = self.service.accounts.owner_id(bucket)
-        if self.headers.get(expected, owner) != owner:
+        owner = self.headers.get(expected)
+        if owner is not None and owner != self.access(bucket).owner_id:
             raise S3Error("AccessDenied", headers={
                 "x-amz-bucket-region": bucket.region})
         return bucket
 
+    def _guard(self, bucket):
+        """(config, BucketAccess) of a bucket; bucket.json is looked at
+        once a request, and the rest made anew when it has changed."""
+        guard = self._guards.get(bucket)
+        if guard is None:
+            config = bucket.config
+            guard = bucket.derived
+            if guard[0] is not config:
+                guard = config, bucket_access(self.service, bucket, config)
+                bucket.derived = guard
+            self._guards[bucket] = guard
+        return guard
+
     def access(self, bucket):
-        """The BucketAccess of a bucket, made anew when its record is."""
-        config = bucket.config
-        known, access = bucket.derived
-        if known is not config or access is None:
-            access = bucket_access(self.service, bucket, config)
-            bucket.derived = config, access
-        return access
+        """The BucketAccess of a bucket."""
+        return self._guard(bucket)[1]
+
+    def setting(self, name, default=None):
+        """A field of bucket.json, of this request's bucket."""
+        return self._guard(self.bucket)[0].get(name, default)
 
     def allow(self, action, key=None, bucket=None, owner=None, acl=None):
         """Raise AccessDenied unless the caller may do this to a key (None:
@@ -7112,7 +7125,7 @@ def _authorize_row(request, row):
 def _check_payer(request):
     """AccessDenied for others who do not say that they pay, where the
     requester does: userguide/RequesterPaysBuckets.html."""
-    payer = request.bucket.config.get("requestPayment", {}).get("Payer")
+    payer = request.setting("requestPayment", {}).get("Payer")
     if payer == "Requester" and request.caller.user_id != bucket_owner(
             request) and (request.caller.user_id is None or request.headers
                           .get("x-amz-request-payer") != "requester"):
@@ -7161,7 +7174,7 @@ def owner_element(request, user_id, tag="Owner"):
 
 def bucket_owner(request):
     """The user id of the owner of this request's bucket."""
-    return request.service.accounts.owner_id(request.bucket)
+    return request.access(request.bucket).owner_id
 
 
 def quoted(etag):
@@ -7203,7 +7216,7 @@ def checked_version(version_id):
 def version_header(request, info):
     """The x-amz-version-id of an answer, in a bucket with versions; a
     write while they are suspended makes none and names none."""
-    versioning = request.bucket.versioning
+    versioning = request.setting("versioning")
     if versioning is None or (versioning == SUSPENDED and request.method
                               not in ("GET", "HEAD")):
         return {}
@@ -8047,7 +8060,7 @@ def delete_object(request):
         headers.get("x-amz-if-match-last-modified-time"))
     removed = request.store.delete_object(
         request.bucket, request.key, conditions, asked_version(request))
-    if request.bucket.versioning is None:
+    if request.setting("versioning") is None:
         return {}
     answer = {"x-amz-version-id": removed.version_id}
     if removed.marker:
