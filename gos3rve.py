@@ -2308,6 +2308,7 @@ XATTR = "user.gos3rve"
 LOCK_STRIPES = 32
 MAX_ODD_NAME = 140                  # longer encoded keys are hashed
 MAX_RETRIES = 100                   # of a step that another writer undid
+LISTING_PATIENCE_SECONDS = 0.3      # with others who keep moving files
 MAX_LOOKS = 50                      # for a file that others move about
 # Names kept by the listing cache, over all directories: about 100 bytes
 # each, so 100 MB at the most, and that only below a million-key bucket.
@@ -4108,15 +4109,15 @@ class Store:
     def list_objects(self, bucket, prefix="", delimiter="", after="",
                      limit=MAX_LIST_KEYS, skip=""):
         """A Page of the objects after `after`, in UTF-8 order of keys."""
-        for _ in range(3):              # while others keep writing to odd/
+        deadline = time.monotonic() + LISTING_PATIENCE_SECONDS
+        while True:
             walker = Walker(bucket, self._cache)
             stamp = walker.odd_stamp()
             page = collect_page(
                 functools.partial(walker.keys, prefix), bucket.glance,
                 prefix, delimiter, after, limit, skip)
-            if walker.odd_stamp() == stamp:
-                break                   # nothing moved behind our back
-        return page
+            if walker.odd_stamp() == stamp or time.monotonic() > deadline:
+                return page             # nothing moved behind our back
 
     def list_versions(self, bucket, prefix="", delimiter="", key_marker="",
                       version_marker="", limit=MAX_LIST_KEYS, skip=""):
@@ -9246,11 +9247,9 @@ def filter_fields(*more):
 
 
 class Terms(NamedTuple):
-    """What a rule's filter asks of an object; None: nothing."""
+    """What a rule's filter asks of an object."""
     prefix: str = ""
     tags: Dict[str, str] = {}
-    larger_than: Optional[int] = None
-    smaller_than: Optional[int] = None
 
 
 def filter_terms(rule):
@@ -9264,9 +9263,7 @@ def filter_terms(rule):
     tags = where.get("Tag", [])
     tags = [tags] if isinstance(tags, dict) else tags
     return Terms(where.get("Prefix", ""),
-                 {tag["Key"]: tag.get("Value", "") for tag in tags},
-                 where.get("ObjectSizeGreaterThan"),
-                 where.get("ObjectSizeLessThan"))
+                 {tag["Key"]: tag.get("Value", "") for tag in tags})
 
 
 def check_filter(rule):
