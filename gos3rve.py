@@ -10283,10 +10283,9 @@ def new_request_id():
 # 10. Server
 ###############################################################################
 #
-# The listening socket, a thread for each connection up to a cap, TLS (its
-# certificate is read in 11), the
-# housekeeping thread and an orderly end.  Knows nothing of what a request
-# says.
+# The listening socket, a thread for each connection up to a cap, TLS (the
+# certificate is read in 11), the housekeeping thread and an orderly end.
+# Knows nothing of what a request says.
 
 MAX_CONNECTIONS = 1000              # threads; further clients wait
 DRAIN_SECONDS = 30                  # for running requests at the end
