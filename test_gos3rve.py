@@ -11126,6 +11126,1196 @@ class ObjectLockRequests(LockCase):
             "RetainUntilDate"), "2107-01-01T00:00:00.000Z")
 
 
+# --- encryption ---
+
+CHUNK = g.SEAL_CHUNK_BYTES
+SECRET, OTHER_SECRET = bytes(range(32)), bytes(range(1, 33))
+SEQUENCE, OTHER_SEQUENCE = b"prefix00", b"prefix01"
+# about every edge between 0 and 5 chunks
+SEAL_SIZES = sorted({max(0, CHUNK * count + more) for count in range(6)
+                   for more in (-1, 0, 1, 17)})
+
+
+PINNED = (
+    (0, "778b370164c9a342ce0fa5fe37904aec"
+        "833f9c9aab3439d34fba67042da411f4"),
+    (1, "ade196a18a855705c0d7343d9d98b400"
+        "76ccfd2b4ec84568e98f2907e27154dc"),
+    (65536, "147f693f539f279caa567cac94ce0574"
+        "7171a8fb1f6726e28f3af654f9d05a98"),
+    (131149, "70ede7e52013330730cbcf087e337938"
+        "3c98816bcf782a14f36170e6b1314792"))
+
+
+def plain_bytes(size, seed=1):
+    return random.Random(seed).getrandbits(8 * size + 8).to_bytes(
+        size + 1, "big")[:size]
+
+
+def seal(plain, key=SECRET, prefix=SEQUENCE, step=None):
+    sealer, sealed = g.Sealer(key, prefix), []
+    for at in range(0, len(plain), step or len(plain) or 1):
+        sealed.append(sealer.update(plain[at:at + step if step else None]))
+    return b"".join(sealed + [sealer.finish()])
+
+
+def reader(sealed, asked=None):
+    def pread(length, offset):
+        if asked is not None:
+            asked.append((offset, length))
+        return sealed[offset:offset + length]
+    return pread
+
+
+def unseal(sealed, size=None, start=0, stop=None, key=SECRET, prefix=SEQUENCE):
+    size = g.plain_size(len(sealed)) if size is None else size
+    return b"".join(g.open_range(
+        reader(sealed), key, [g.Sequence(size, prefix)], start,
+        size if stop is None else stop))
+
+
+class Sealing(unittest.TestCase):
+
+    def test_what_was_sealed_opens_at_every_size(self):
+        for size in SEAL_SIZES:
+            with self.subTest(size=size):
+                plain = plain_bytes(size)
+                sealed = seal(plain)
+                self.assertEqual(len(sealed), g.sealed_size(size))
+                self.assertEqual(g.plain_size(len(sealed)), size)
+                self.assertEqual(unseal(sealed), plain)
+
+    def test_the_blocks_that_plain_text_comes_in_do_not_matter(self):
+        plain = plain_bytes(3 * CHUNK + 100)
+        whole = seal(plain)
+        for step in (1000, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK,
+                     4 * CHUNK):
+            with self.subTest(step=step):
+                self.assertEqual(seal(plain, step=step), whole)
+        sealer, random_, sealed, at = g.Sealer(SECRET, SEQUENCE), \
+            random.Random(3), b"", 0
+        while at < len(plain):
+            step = random_.choice((0, 1, 7, 5000, CHUNK, 100000))
+            sealed += sealer.update(memoryview(plain)[at:at + step])
+            at += step
+        self.assertEqual(sealed + sealer.finish(), whole)
+
+    def test_update_with_nothing(self):
+        sealer = g.Sealer(SECRET, SEQUENCE)
+        self.assertEqual(sealer.update(b""), b"")
+        self.assertEqual(sealer.finish(), seal(b""))
+
+    def test_the_format_is_pinned(self):
+        """Digests made with the package cryptography 48.0.0; who changes
+        the format loses everybody's objects."""
+        for size, digest in PINNED:
+            plain = bytes(i * i % 251 for i in range(size))
+            self.assertEqual(hashlib.sha256(seal(plain)).hexdigest(), digest)
+
+    def test_no_16_bytes_of_plain_text_are_in_the_sealed(self):
+        plain = (b"the same words again and again, " * 5000)[:CHUNK + 5000]
+        sealed = seal(plain)
+        seen = {plain[at:at + 16] for at in range(64)}
+        self.assertFalse(any(sealed[at:at + 16] in seen
+                             for at in range(len(sealed))))
+
+    def test_sizes_that_no_sealed_content_has(self):
+        for size in (0, 1, 15, CHUNK + 17, CHUNK + 32, 2 * CHUNK + 33):
+            with self.subTest(size=size), self.assertRaises(g.SealError):
+                g.plain_size(size)
+
+    def test_prefixes_of_another_length_are_refused(self):
+        for prefix in (b"", SEQUENCE[1:], SEQUENCE + b"x"):
+            with self.assertRaises(ValueError):
+                seal(b"plain", prefix=prefix)
+
+    def test_keys_of_another_length_are_refused(self):
+        for key in (b"", bytes(16), bytes(31), bytes(33)):
+            with self.assertRaises(ValueError):
+                g.Sealer(key, SEQUENCE)
+
+
+class SealedRanges(unittest.TestCase):
+
+    def test_ranges_are_slices(self):
+        random_ = random.Random(7)
+        for size in SEAL_SIZES:
+            plain = plain_bytes(size)
+            sealed = seal(plain)
+            edges = [0, size] + [random_.randint(0, size) for _ in range(8)]
+            edges += [edge for edge in (CHUNK - 1, CHUNK, CHUNK + 1,
+                                        4 * CHUNK) if edge <= size]
+            for start in edges:
+                for stop in edges:
+                    if start <= stop:
+                        self.assertEqual(
+                            unseal(sealed, size, start, stop),
+                            plain[start:stop], (size, start, stop))
+
+    def test_only_the_chunks_that_a_range_meets_are_read(self):
+        plain = plain_bytes(20 * CHUNK)
+        asked = []
+        blocks = list(g.open_range(
+            reader(seal(plain), asked), SECRET,
+            [g.Sequence(len(plain), SEQUENCE)], 9 * CHUNK + 5, 10 * CHUNK + 5))
+        self.assertEqual(b"".join(blocks),
+                         plain[9 * CHUNK + 5:10 * CHUNK + 5])
+        self.assertEqual(asked, [(9 * (CHUNK + 16), 2 * (CHUNK + 16))])
+
+    def test_blocks_are_bounded_and_never_empty(self):
+        plain = plain_bytes(20 * CHUNK + 1)
+        sizes = [len(block) for block in g.open_range(
+            reader(seal(plain)), SECRET, [g.Sequence(len(plain), SEQUENCE)], 0,
+            len(plain))]
+        self.assertEqual(max(sizes), 4 * CHUNK)
+        self.assertTrue(all(sizes))
+
+    def test_a_reader_may_give_less_than_asked(self):
+        plain = plain_bytes(2 * CHUNK + 9)
+        sealed = seal(plain)
+        got = b"".join(g.open_range(
+            lambda length, at: sealed[at:at + min(length, 1000)], SECRET,
+            [g.Sequence(len(plain), SEQUENCE)], 10, len(plain)))
+        self.assertEqual(got, plain[10:])
+
+    def test_parts_of_any_size_read_as_one(self):
+        random_ = random.Random(11)
+        for _ in range(12):
+            sizes = [random_.choice((0, 1, 100, CHUNK - 1, CHUNK, CHUNK + 1,
+                                     3 * CHUNK + 7))
+                     for _ in range(random_.randint(1, 6))]
+            parts = [plain_bytes(size, number)
+                     for number, size in enumerate(sizes)]
+            sequences = [g.Sequence(len(part), g.new_prefix())
+                         for part in parts]
+            plain = b"".join(parts)
+            sealed = b"".join(seal(part, prefix=sequence.prefix)
+                              for part, sequence in zip(parts, sequences))
+            for _ in range(20):
+                start = random_.randint(0, len(plain))
+                stop = random_.randint(start, len(plain))
+                got = g.open_range(reader(sealed), SECRET, sequences, start,
+                                     stop)
+                self.assertEqual(b"".join(got), plain[start:stop])
+            self.assertEqual(b"".join(g.open_range(
+                reader(sealed), SECRET, sequences, 0, len(plain))), plain)
+
+
+class Tampering(unittest.TestCase):
+
+    def setUp(self):
+        self.plain = plain_bytes(3 * CHUNK + 100)
+        self.sealed = seal(self.plain)
+
+    def refuses(self, sealed, **options):
+        with self.assertRaises(g.SealError):
+            unseal(bytes(sealed), len(self.plain), **options)
+
+    def chunks(self):
+        return [self.sealed[at:at + CHUNK + 16]
+                for at in range(0, len(self.sealed), CHUNK + 16)]
+
+    def test_any_changed_byte(self):
+        random_ = random.Random(5)
+        places = [0, CHUNK - 1, CHUNK, CHUNK + 15, CHUNK + 16,
+                  len(self.sealed) - 1, len(self.sealed) - 17]
+        places += [random_.randrange(len(self.sealed)) for _ in range(40)]
+        for place in places:
+            sealed = bytearray(self.sealed)
+            sealed[place] ^= 1 << random_.randrange(8)
+            with self.subTest(place=place):
+                self.refuses(sealed)
+
+    def test_every_byte_of_a_short_one(self):
+        sealed = seal(b"short")
+        for place in range(len(sealed)):
+            changed = bytearray(sealed)
+            changed[place] ^= 0x80
+            with self.assertRaises(g.SealError):
+                unseal(bytes(changed))
+
+    def test_chunks_before_the_changed_one_still_come(self):
+        plain = plain_bytes(8 * CHUNK)
+        sealed = bytearray(seal(plain))
+        sealed[6 * (CHUNK + 16)] ^= 1
+        blocks = g.open_range(reader(bytes(sealed)), SECRET,
+                                [g.Sequence(len(plain), SEQUENCE)], 0,
+                                len(plain))
+        self.assertEqual(next(blocks), plain[:4 * CHUNK])
+        with self.assertRaises(g.SealError):
+            next(blocks)
+
+    def test_a_cut_at_any_place(self):
+        for length in (0, 1, 16, CHUNK, CHUNK + 16, 3 * (CHUNK + 16),
+                       len(self.sealed) - 1):
+            self.refuses(self.sealed[:length])
+
+    def test_a_cut_at_a_chunk_even_when_the_size_is_told_so(self):
+        for count in (1, 2, 3):
+            sealed = self.sealed[:count * (CHUNK + 16)]
+            with self.assertRaises(g.SealError):
+                unseal(sealed, count * CHUNK)
+            with self.assertRaises(g.SealError):
+                unseal(sealed)
+
+    def test_a_longer_one_is_no_size_or_no_sequence(self):
+        for more in (b"x", bytes(16), bytes(17), self.chunks()[0]):
+            with self.assertRaises(g.SealError):
+                unseal(self.sealed + more)
+
+    def test_chunks_in_another_order(self):
+        first, second, third, last = self.chunks()
+        self.refuses(second + first + third + last)
+        self.refuses(first + first + third + last)
+        self.refuses(first + third + last)
+
+    def test_chunks_of_another_object(self):
+        other = seal(self.plain, prefix=OTHER_SEQUENCE)
+        self.refuses(other)
+        self.refuses(other[:CHUNK + 16] + self.sealed[CHUNK + 16:])
+        self.refuses(seal(self.plain, key=OTHER_SECRET))
+
+    def test_an_empty_object_is_checked_too(self):
+        sealed = seal(b"")
+        self.assertEqual(unseal(sealed), b"")
+        with self.assertRaises(g.SealError):
+            unseal(sealed, key=OTHER_SECRET)
+        with self.assertRaises(g.SealError):
+            unseal(bytes(16))
+
+    def test_parts_in_another_order(self):
+        parts = [plain_bytes(CHUNK, 1), plain_bytes(CHUNK, 2)]
+        one, two = [seal(part, prefix=prefix) for part, prefix in zip(
+            parts, (SEQUENCE, OTHER_SEQUENCE))]
+        sequences = [g.Sequence(CHUNK, SEQUENCE),
+                     g.Sequence(CHUNK, OTHER_SEQUENCE)]
+        for sealed in (two + one, one + one, two + two):
+            with self.assertRaises(g.SealError):
+                list(g.open_range(reader(sealed), SECRET, sequences, 0,
+                                    2 * CHUNK))
+
+    def test_a_failure_leaves_nothing_for_ssl_to_stumble_over(self):
+        with self.assertRaises(g.SealError):
+            g.AesGcm(SECRET, True)._tag(0x7777, None)    # no such control
+        ctypes = g.libcrypto().ctypes
+        function = ctypes.PyDLL(next(g._crypto_paths(
+            ctypes.util))).ERR_peek_error
+        function.restype = ctypes.c_ulong
+        self.assertEqual(function(), 0)
+
+
+class LibcryptoFound(unittest.TestCase):
+
+    def test_it_is_loaded_at_the_first_use_only(self):
+        code = ("import sys; sys.path.insert(0, %r); import gos3rve; "
+                "print('ctypes' in sys.modules); gos3rve.libcrypto(); "
+                "print('ctypes' in sys.modules)" % HERE)
+        out = subprocess.run([sys.executable, "-c", code], check=True,
+                             stdout=subprocess.PIPE).stdout.split()
+        self.assertEqual(out, [b"False", b"True"])
+
+    def test_without_it_the_answer_is_501(self):
+        with mock.patch.object(g, "libcrypto", lambda: None):
+            for act in (lambda: g.Sealer(SECRET, SEQUENCE),
+                        lambda: g.wrap_key(SECRET, SECRET, []),
+                        lambda: unseal(bytes(16))):
+                with self.assertRaises(g.S3Error) as caught:
+                    act()
+                self.assertEqual(caught.exception.status, 501)
+
+    def test_what_is_no_libcrypto_is_passed_over(self):
+        found = g.libcrypto.__wrapped__
+        with mock.patch.object(g, "_crypto_paths", lambda _: [
+                "/nowhere/libcrypto.so.3", "libc.so.6"]):
+            self.assertIsNone(found())
+
+    def test_it_is_found_by_name_when_ssl_hides_its_own(self):
+        paths = list(g._crypto_paths(mock.Mock()))
+        self.assertTrue(set(g._CRYPTO_NAMES) < set(paths))
+        self.assertNotIn("libcrypto.dylib", paths)
+        with mock.patch.object(sys, "platform", "darwin"):
+            util = mock.Mock()
+            list(g._crypto_paths(util))
+            util.find_library.assert_not_called()
+
+    def test_a_library_that_computes_wrong_is_not_used(self):
+        with mock.patch.object(g, "_knows_gcm", lambda _: False):
+            self.assertIsNone(g.libcrypto.__wrapped__())
+
+    def test_threads_do_not_disturb_each_other(self):
+        plain, wrong = plain_bytes(5 * CHUNK), []
+
+        def work(number):
+            prefix = b"%08d" % number
+            for _ in range(10):
+                if unseal(seal(plain, prefix=prefix),
+                          prefix=prefix) != plain:
+                    wrong.append(number)
+        threads = [threading.Thread(target=work, args=(number,))
+                   for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(wrong, [])
+
+
+class WrappedKeys(unittest.TestCase):
+
+    def test_a_wrapped_key_unwraps(self):
+        text = g.wrap_key(SECRET, OTHER_SECRET, ["b", "k"])
+        self.assertEqual(len(text), 80)
+        self.assertEqual(g.unwrap_key(SECRET, text, ("b", "k")), OTHER_SECRET)
+        self.assertNotEqual(text, g.wrap_key(SECRET, OTHER_SECRET, ["b", "k"]))
+
+    def test_key_text_and_context_are_bound(self):
+        text = g.wrap_key(SECRET, OTHER_SECRET, ["b", "k"])
+        data = bytearray(base64.b64decode(text))
+        data[30] ^= 1
+        for master, wrapped, context in (
+                (OTHER_SECRET, text, ["b", "k"]),
+                (SECRET, base64.b64encode(data).decode(), ["b", "k"]),
+                (SECRET, text, ["b", "K"]), (SECRET, text, ["bk"]),
+                (SECRET, text, ["b"]), (SECRET, text, ["b", "k", ""]),
+                (SECRET, text, []), (SECRET, text[:-4], ["b", "k"]),
+                (SECRET, "", ["b", "k"]),
+                (SECRET, "no base64 \xe4", ["b", "k"])):
+            with self.assertRaises(g.SealError):
+                g.unwrap_key(master, wrapped, context)
+
+    def test_an_etag_is_the_keys_own(self):
+        md5 = hashlib.md5(b"x").digest()
+        etag = g.sealed_etag(SECRET, md5)
+        self.assertRegex(etag, r"\A[0-9a-f]{32}\Z")
+        self.assertEqual(etag, g.sealed_etag(SECRET, md5))
+        self.assertNotIn(etag, (md5.hex(), g.sealed_etag(OTHER_SECRET, md5)))
+
+
+class KeyFiles(unittest.TestCase):
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.join(directory.name, "new", "sse.json")
+
+    def write(self, text, mode=0o600):
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        with open(self.path, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(self.path, mode)
+
+    def test_it_is_made_once_and_loaded_ever_after(self):
+        keys, made = g.ensure_master_keys(self.path)
+        self.assertTrue(made)
+        self.assertEqual(len(keys.default), 32)
+        self.assertEqual(g.ensure_master_keys(self.path), (keys, False))
+        self.assertEqual(g.load_master_keys(self.path), keys)
+        self.assertEqual(os.listdir(os.path.dirname(self.path)),
+                         ["sse.json"])
+        if os.name != "nt":
+            self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+
+    def race(self):
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); import gos3rve;"
+                "keys, made = gos3rve.ensure_master_keys(sys.argv[2]);"
+                "print(keys.default.hex(), made)")
+        workers = [subprocess.Popen(
+            [sys.executable, "-c", code, HERE, self.path],
+            stdout=subprocess.PIPE, universal_newlines=True)
+            for _ in range(4)]
+        return [(key, made == "True") for key, made in (
+            worker.communicate(timeout=60)[0].split() for worker in workers)]
+
+    def test_processes_that_race_end_with_one_key(self):
+        results = self.race()
+        self.assertEqual(len({key for key, _ in results}), 1)
+        self.assertEqual(sum(made for _, made in results), 1)
+
+    def test_the_loser_of_a_race_takes_the_winners(self):
+        keys, _ = g.ensure_master_keys(self.path)
+        with mock.patch("os.path.lexists", lambda path: False):
+            self.assertEqual(g.ensure_master_keys(self.path),
+                             (keys, False))
+            with mock.patch("os.link", side_effect=PermissionError(1, "")):
+                self.assertEqual(g.ensure_master_keys(self.path),
+                                 (keys, False))
+
+    def test_without_hard_links(self):
+        with mock.patch("os.link", side_effect=PermissionError(1, "no")):
+            keys, made = g.ensure_master_keys(self.path)
+        self.assertTrue(made)
+        self.assertEqual(g.load_master_keys(self.path), keys)
+
+    def test_what_is_wrong_is_one_sentence(self):
+        good = base64.b64encode(SECRET).decode()
+        for text, words in (
+                ("", "no JSON"), ("{", "no JSON"), ("[]", "not an object"),
+                ("{}", '"default"'), ('{"default": 1}', '"default"'),
+                ('{"default": "c2hvcnQ="}', "32 bytes"),
+                (json.dumps({"default": good, "key": {}}), "not an object"),
+                (json.dumps({"default": good, "keys": []}), "key ids"),
+                (json.dumps({"default": good, "keys": {"": good}}),
+                 "key ids"),
+                (json.dumps({"default": good, "keys": {"a\n": good}}),
+                 "key ids"),
+                (json.dumps({"default": good, "keys": {"a": "x"}}), '"a"')):
+            self.write(text)
+            with self.subTest(text=text), self.assertRaises(
+                    ValueError) as caught:
+                g.load_master_keys(self.path)
+            self.assertIn(words, str(caught.exception))
+            self.assertIn(self.path, str(caught.exception))
+            self.assertNotIn(good, str(caught.exception))
+
+    def test_a_missing_file_is_a_sentence_too(self):
+        with self.assertRaisesRegex(ValueError, "cannot be read"):
+            g.load_master_keys(self.path)
+
+    def test_a_directory_that_is_none(self):
+        self.write("")
+        with self.assertRaisesRegex(ValueError, "cannot be made"):
+            g.ensure_master_keys(os.path.join(self.path, "below"))
+
+    @unittest.skipIf(os.name == "nt", "no modes on Windows")
+    def test_a_file_that_others_may_read_is_refused(self):
+        text = json.dumps({"default": base64.b64encode(SECRET).decode()})
+        for mode, good in ((0o600, True), (0o400, True), (0o440, True),
+                           (0o604, False), (0o620, False), (0o601, False)):
+            self.write(text, mode)
+            with self.subTest(mode=oct(mode)):
+                if good:
+                    self.assertEqual(g.load_master_keys(self.path).default,
+                                     SECRET)
+                else:
+                    with self.assertRaisesRegex(ValueError, "chmod 600"):
+                        g.load_master_keys(self.path)
+
+    def test_key_ids_and_their_arns(self):
+        arn = "arn:aws:kms:eu-west-1:111122223333:"
+        keys = g.MasterKeys(SECRET, {
+            "one": OTHER_SECRET, arn + "key/two": SECRET,
+            "alias/three": OTHER_SECRET})
+        for key_id, key in (
+                ("one", OTHER_SECRET), (arn + "key/one", OTHER_SECRET),
+                (arn + "key/two", SECRET), (arn + "alias/three", OTHER_SECRET),
+                ("alias/aws/s3", SECRET), (arn + "alias/aws/s3", SECRET)):
+            self.assertEqual(keys.find(key_id), key)
+        for key_id in ("two", "ONE", "", "three", "key/one", "arn:one",
+                       arn, "aws/s3"):
+            with self.assertRaises(g.S3Error) as caught:
+                keys.find(key_id)
+            self.assertEqual(caught.exception.code, "KMS.NotFoundException")
+            self.assertEqual(caught.exception.status, 400)
+
+
+def b64(data):
+    return base64.b64encode(data).decode()
+
+
+def md5_of(key):
+    return b64(hashlib.md5(key).digest())
+
+
+SSE = "x-amz-server-side-encryption"
+
+
+def sse_c(key=SECRET, prefix=g.CUSTOMER, **changes):
+    """SSE-C headers; None leaves one out."""
+    headers = {"algorithm": "AES256", "key": key and b64(key),
+               "key_md5": md5_of(key or SECRET)}
+    headers.update(changes)
+    return {prefix + name.replace("_", "-"): value
+            for name, value in headers.items() if value is not None}
+
+
+class EncryptionCase(unittest.TestCase):
+
+    def refuses(self, code, status, words, act, *args, **options):
+        with self.assertRaises(g.S3Error) as caught:
+            act(*args, **options)
+        error = caught.exception
+        self.assertEqual((error.code, error.status), (code, status))
+        self.assertIn(words, error.message)
+        return error
+
+
+class CustomerKeys(EncryptionCase):
+
+    def test_a_key(self):
+        self.assertIsNone(g.customer_key({"content-type": "x"}))
+        self.assertEqual(g.customer_key(sse_c()), SECRET)
+        copied = sse_c(prefix=g.COPY_CUSTOMER)
+        self.assertIsNone(g.customer_key(copied))
+        self.assertEqual(g.customer_key(copied, g.COPY_CUSTOMER), SECRET)
+
+    def test_cephs_keys_and_md5s(self):
+        """s3-tests, test_encryption_sse_c_other_key"""
+        for key, md5 in (
+                ("pO3upElrwuEXSoFwCfnZPdSsmt/xWeFa0N9KgDijwVs=",
+                 "DWygnHRtgiJ77HCm+1rvHw=="),
+                ("6b+WOZ1T3cqZMxgThRcXAQBrS5mXKdDUphvpxptl9/4=",
+                 "arxBvwY2V4SiOne6yppVPQ==")):
+            headers = dict(customer_text(key), **{
+                g.CUSTOMER + "key-md5": md5})
+            self.assertEqual(g.customer_key(headers),
+                             base64.b64decode(key))
+
+    def test_what_aws_answers(self):
+        argument, ten = "InvalidArgument", bytes(10)
+        algorithm = "InvalidEncryptionAlgorithmError"
+        for code, words, headers in (
+                (argument, "an appropriate secret key", sse_c(key=None)),
+                (argument, "an appropriate secret key",
+                 sse_c(key=None, key_md5=None)),
+                (argument, "an appropriate secret key",
+                 sse_c(key=None, algorithm=None)),
+                (argument, "a valid encryption algorithm",
+                 sse_c(algorithm=None)),
+                (argument, "a valid encryption algorithm",
+                 sse_c(algorithm=None, key_md5=None)),
+                (algorithm, "Supported value", sse_c(algorithm="KMS")),
+                (algorithm, "Supported value", sse_c(algorithm="aes256")),
+                (algorithm, "Supported value", sse_c(algorithm="")),
+                (argument, "calculated MD5 of", sse_c(key_md5=None)),
+                (argument, "did not match", sse_c(
+                    key_md5="AAAAAAAAAAAAAAAAAAAAAA==")),
+                (argument, "improperly encoded", sse_c(
+                    key_md5="not-valid-base64!!!")),
+                (argument, "did not match", customer_text(
+                    "not-valid-base64!!!")),
+                (argument, "too short", customer_text("####")),
+                (argument, "too short", customer_text("")),
+                (argument, "invalid for the specified", sse_c(ten)),
+                (argument, "invalid for the specified",
+                 sse_c(bytes(33)))):
+            with self.subTest(words=words, headers=headers):
+                error = self.refuses(code, 400, words, g.customer_key,
+                                     headers)
+                self.assertEqual(error.fields["ArgumentName"], SSE)
+                self.assertNotIn(b64(SECRET), str(error.fields))
+
+    def test_reading_asks_for_no_md5_and_a_short_key_is_a_wrong_one(self):
+        self.assertEqual(g.customer_key(sse_c(key_md5=None),
+                                          writes=False), SECRET)
+        self.refuses("AccessDenied", 403, "correct secret key",
+                     g.customer_key, sse_c(bytes(10)), writes=False)
+        self.refuses("InvalidArgument", 400, "did not match",
+                     g.customer_key, sse_c(key_md5=md5_of(b"other")),
+                     writes=False)
+
+
+def customer_text(text):
+    """SSE-C headers with a key that is no base64 of anything."""
+    return {g.CUSTOMER + "algorithm": "AES256", g.CUSTOMER + "key": text,
+            g.CUSTOMER + "key-md5": md5_of(SECRET)}
+
+
+class EncryptionOfWrites(EncryptionCase):
+
+    KMS = {SSE: "aws:kms", g.KMS_KEY_HEADER: "k1"}
+    CONTEXT = b64(b'{"a": "b"}')
+
+    def test_what_a_put_gets(self):
+        s3 = g.BucketEncryption("AES256")
+        kms = g.BucketEncryption("aws:kms", "k2", True)
+        managed = g.BucketEncryption("aws:kms")
+        for headers, default, expected in (
+                ({}, None, None),
+                ({}, g.BucketEncryption(), None),
+                ({}, g.BucketEncryption(blocked=("SSE-C",)), None),
+                ({}, s3, g.Encryption("AES256")),
+                ({}, kms, g.Encryption("aws:kms", "k2", None, True)),
+                ({}, managed, g.Encryption("aws:kms", "alias/aws/s3")),
+                ({SSE: "AES256"}, None, g.Encryption("AES256")),
+                ({SSE: "AES256"}, kms, g.Encryption("AES256")),
+                ({SSE: "AES256", g.BUCKET_KEY_HEADER: "true"}, None,
+                 g.Encryption("AES256")),
+                (self.KMS, None, g.Encryption("aws:kms", "k1")),
+                (self.KMS, kms, g.Encryption("aws:kms", "k1", None, True)),
+                (dict(self.KMS, **{g.BUCKET_KEY_HEADER: "False"}), kms,
+                 g.Encryption("aws:kms", "k1")),
+                ({g.BUCKET_KEY_HEADER: "true"}, managed,
+                 g.Encryption("aws:kms", "alias/aws/s3", None, True)),
+                ({SSE: "aws:kms"}, kms,
+                 g.Encryption("aws:kms", "alias/aws/s3", None, True)),
+                (dict(self.KMS, **{g.KMS_CONTEXT_HEADER: self.CONTEXT}),
+                 s3, g.Encryption("aws:kms", "k1", self.CONTEXT)),
+                (sse_c(), kms, g.Encryption("SSE-C", customer_key=SECRET)),
+                (sse_c(), g.BucketEncryption(blocked=("NONE",)),
+                 g.Encryption("SSE-C", customer_key=SECRET))):
+            with self.subTest(headers=headers, default=default):
+                self.assertEqual(g.put_encryption(headers, default),
+                                 expected)
+
+    def test_what_is_refused(self):
+        argument = "InvalidArgument"
+        for code, status, words, headers in (
+                (argument, 400, "is incompatible",
+                 dict(sse_c(algorithm="KMS"), **{SSE: "AES256"})),
+                (argument, 400, "is incompatible",
+                 dict(sse_c(), **self.KMS)),
+                (argument, 400, "not supported", {SSE: "aes:kms"}),
+                (argument, 400, "not supported", {SSE: ""}),
+                (argument, 400, "not supported", {SSE: "aws:fsx"}),
+                (argument, 400, "requires HTTP header",
+                 {SSE: "AES256", g.KMS_KEY_HEADER: "k1"}),
+                (argument, 400, "requires HTTP header",
+                 {g.KMS_KEY_HEADER: "k1"}),
+                (argument, 400, "requires HTTP header",
+                 {g.KMS_CONTEXT_HEADER: self.CONTEXT}),
+                (argument, 400, "not a boolean",
+                 dict(self.KMS, **{g.BUCKET_KEY_HEADER: "yes"})),
+                ("NotImplemented", 501, "dsse", {SSE: "aws:kms:dsse"})):
+            with self.subTest(headers=headers):
+                self.refuses(code, status, words, g.put_encryption,
+                             headers)
+
+    def test_a_context_is_a_map_of_texts(self):
+        for text in ("x", "", b64(b"[]"), b64(b"{"), b64(b'{"a": 1}'),
+                     b64(b'{"a": {"b": "c"}}'), b64(b"\xff"), "\xe4"):
+            self.refuses("InvalidArgument", 400, "string-string map",
+                         g.put_encryption, dict(
+                             self.KMS, **{g.KMS_CONTEXT_HEADER: text}))
+
+    def test_a_bucket_may_block_customer_keys(self):
+        self.refuses("AccessDenied", 403, "SSE-C", g.put_encryption,
+                     sse_c(), g.BucketEncryption("AES256",
+                                                  blocked=("SSE-C",)))
+
+    def test_a_copy_onto_itself_may_change_the_encryption(self):
+        self.assertTrue(g.names_encryption({SSE: "AES256"}))
+        self.assertTrue(g.names_encryption(sse_c()))
+        self.assertFalse(g.names_encryption(
+            sse_c(prefix=g.COPY_CUSTOMER)))
+
+
+class EncryptionOfReads(EncryptionCase):
+
+    def test_only_uploads_choose_an_encryption(self):
+        g.check_read_headers(sse_c())
+        for name in (SSE, g.KMS_KEY_HEADER, g.KMS_CONTEXT_HEADER,
+                     g.BUCKET_KEY_HEADER):
+            self.refuses("InvalidArgument", 400, "not supported for this",
+                         g.check_read_headers, {name: "AES256"})
+
+    def test_the_key_goes_with_the_object(self):
+        for prefix in (g.CUSTOMER, g.COPY_CUSTOMER):
+            headers = sse_c(prefix=prefix)
+            self.assertEqual(g.read_key(headers, "SSE-C", prefix), SECRET)
+            self.refuses("InvalidRequest", 400, "was stored using a form",
+                         g.read_key, {}, "SSE-C", prefix)
+            for algorithm in (None, "AES256", "aws:kms"):
+                self.assertIsNone(g.read_key({}, algorithm, prefix))
+                self.refuses("InvalidRequest", 400, "not applicable",
+                             g.read_key, headers, algorithm, prefix)
+
+    def test_parts_go_with_their_upload(self):
+        words = "Subsequent part requests must include"
+        self.assertEqual(g.part_key(sse_c(), "SSE-C"), SECRET)
+        self.assertIsNone(g.part_key({}, "SSE-C", required=False))
+        self.assertEqual(g.part_key(sse_c(), "SSE-C", required=False),
+                         SECRET)
+        self.refuses("InvalidRequest", 400, words, g.part_key, {},
+                     "SSE-C")
+        for algorithm in (None, "AES256", "aws:kms"):
+            self.assertIsNone(g.part_key({}, algorithm))
+            for required in (True, False):
+                self.refuses("InvalidRequest", 400, words, g.part_key,
+                             sse_c(), algorithm, required)
+
+    def test_what_answers_say(self):
+        kms = g.Encryption("aws:kms", "k1", "e30=", True)
+        for encryption, with_context, expected in (
+                (None, True, {}),
+                (g.Encryption("AES256"), True, {SSE: "AES256"}),
+                (kms, False, {SSE: "aws:kms", g.KMS_KEY_HEADER: "k1",
+                              g.BUCKET_KEY_HEADER: "true"}),
+                (kms, True, {SSE: "aws:kms", g.KMS_KEY_HEADER: "k1",
+                             g.BUCKET_KEY_HEADER: "true",
+                             g.KMS_CONTEXT_HEADER: "e30="}),
+                (g.Encryption("aws:kms", "k1"), True,
+                 {SSE: "aws:kms", g.KMS_KEY_HEADER: "k1"}),
+                (g.Encryption("SSE-C"), False, {}),
+                (g.Encryption("SSE-C", customer_key=SECRET), False,
+                 {g.CUSTOMER + "algorithm": "AES256",
+                  g.CUSTOMER + "key-MD5": md5_of(SECRET)})):
+            self.assertEqual(g.encryption_headers(
+                encryption, with_context), expected)
+
+
+class Envelopes(EncryptionCase):
+
+    MASTERS = g.MasterKeys(SECRET, {"k1": OTHER_SECRET})
+    CASES = (g.Encryption("AES256"), g.Encryption("aws:kms", "k1"),
+             g.Encryption("aws:kms", "k1", "e30=", True),
+             g.Encryption("aws:kms", "alias/aws/s3"),
+             g.Encryption("SSE-C", customer_key=bytes(32)))
+
+    def test_an_envelope_opens_and_tells_its_encryption(self):
+        for encryption in self.CASES:
+            key, sse = g.make_envelope(encryption, self.MASTERS, ("x",))
+            sse = json.loads(json.dumps(sse))
+            customer_key = encryption.customer_key
+            self.assertEqual(g.open_envelope(
+                sse, customer_key, self.MASTERS, ("x",)), key)
+            self.assertEqual(g.known_encryption(sse, customer_key),
+                             encryption)
+            self.assertNotIn(b64(key), json.dumps(sse))
+            self.assertNotIn(b64(bytes(32)), json.dumps(sse))
+
+    def test_every_object_has_a_key_of_its_own(self):
+        keys = {g.make_envelope(self.CASES[0], self.MASTERS)[0]
+                for _ in range(20)}
+        self.assertEqual(len(keys), 20)
+
+    def test_customer_keys_need_no_master_keys(self):
+        key, sse = g.make_envelope(self.CASES[-1], None)
+        self.assertEqual(g.open_envelope(sse, bytes(32), None), key)
+
+    def test_the_same_data_key_can_be_wrapped_again(self):
+        key, _ = g.make_envelope(self.CASES[0], self.MASTERS)
+        again, sse = g.make_envelope(self.CASES[1], self.MASTERS, (), key)
+        self.assertEqual(again, key)
+        self.assertEqual(g.open_envelope(sse, None, self.MASTERS), key)
+
+    def test_a_wrong_customer_key(self):
+        _, sse = g.make_envelope(self.CASES[-1], None)
+        self.refuses("AccessDenied", 403, "the correct secret key",
+                     g.open_envelope, sse, SECRET, None)
+        self.refuses("InvalidRequest", 400, "did not match the ones",
+                     g.open_envelope, sse, SECRET, None,
+                     wrong=g.WRONG_PART_KEY)
+
+    def test_a_key_that_the_file_has_not(self):
+        for key_id in ("testkey-not-present", "aws/s3"):
+            self.refuses("KMS.NotFoundException", 400,
+                         "Invalid keyId '%s'" % key_id, g.make_envelope,
+                         g.Encryption("aws:kms", key_id), self.MASTERS)
+
+    def test_a_changed_record_does_not_open(self):
+        _, sse = g.make_envelope(self.CASES[2], self.MASTERS, ("x",))
+        for change in ({"context": "e31="}, {"kms_key_id": "alias/aws/s3"},
+                       {"algorithm": "AES256"}, {"key": "A" * 80}):
+            with self.assertRaises(g.SealError):
+                g.open_envelope(dict(sse, **change), None, self.MASTERS,
+                                  ("x",))
+        with self.assertRaises(g.SealError):
+            g.open_envelope(sse, None, self.MASTERS, ("y",))
+
+    def test_sequences_are_kept(self):
+        for sizes in ((0,), (5,), (7, 7, 7, 3), (1, 2, 1)):
+            sequences = [g.Sequence(size, g.new_prefix()) for size in sizes]
+            dumped = json.loads(json.dumps(g.dump_sequences(sequences)))
+            self.assertEqual(g.load_sequences(dumped), sequences)
+        many = g.dump_sequences([g.Sequence(5 << 20, g.new_prefix())
+                                   for _ in range(10000)])
+        self.assertLess(len(json.dumps(many)), 110000)
+
+    def test_sequences_that_do_not_fit(self):
+        good = g.dump_sequences([g.Sequence(5, SEQUENCE)])
+        for change in ({"sizes": [[5, 2]]}, {"prefixes": ""},
+                       {"sizes": [5]}, {"prefixes": None}, {"sizes": []}):
+            with self.assertRaises(g.SealError):
+                g.load_sequences(dict(good, **change))
+        with self.assertRaises(g.SealError):
+            g.load_sequences({})
+
+
+class BucketEncryptionDocuments(EncryptionCase):
+
+    @staticmethod
+    def parse(inner):
+        return g.parse_bucket_encryption(g.parse_xml((
+            "<ServerSideEncryptionConfiguration>%s"
+            "</ServerSideEncryptionConfiguration>" % inner).encode()))
+
+    @staticmethod
+    def rule(algorithm="AES256", key_id="", more=""):
+        if key_id:
+            key_id = "<KMSMasterKeyID>%s</KMSMasterKeyID>" % key_id
+        return ("<Rule><ApplyServerSideEncryptionByDefault><SSEAlgorithm>%s"
+                "</SSEAlgorithm>%s</ApplyServerSideEncryptionByDefault>%s"
+                "</Rule>" % (algorithm, key_id, more))
+
+    BLOCKED = ("<BlockedEncryptionTypes><EncryptionType>%s</EncryptionType>"
+               "</BlockedEncryptionTypes>")
+
+    def test_good_ones_and_back_again(self):
+        bucket_key = "<BucketKeyEnabled>true</BucketKeyEnabled>"
+        for text, expected in (
+                (self.rule(), g.BucketEncryption("AES256")),
+                (self.rule("aws:kms"), g.BucketEncryption("aws:kms")),
+                (self.rule("aws:kms", "k1", bucket_key),
+                 g.BucketEncryption("aws:kms", "k1", True)),
+                (self.rule(more=self.BLOCKED % "SSE-C"),
+                 g.BucketEncryption("AES256", blocked=("SSE-C",))),
+                (self.rule(more=self.BLOCKED % "NONE"),
+                 g.BucketEncryption("AES256", blocked=("NONE",))),
+                ("<Rule>%s</Rule>" % (self.BLOCKED % "SSE-C"),
+                 g.BucketEncryption(blocked=("SSE-C",)))):
+            found = self.parse(text)
+            self.assertEqual(found, expected)
+            document = g.xml_document("ServerSideEncryptionConfiguration",
+                                    g.bucket_encryption_children(found))
+            self.assertEqual(g.parse_bucket_encryption(
+                g.parse_xml(document)), expected)
+            stored = json.loads(json.dumps(found._asdict()))
+            self.assertEqual(g.put_encryption(
+                {}, g.BucketEncryption(**stored)),
+                g.put_encryption({}, expected))
+
+    def test_bucket_key_enabled_is_always_told(self):
+        self.assertIn(b"<BucketKeyEnabled>false</BucketKeyEnabled>",
+                      g.xml_document("X", g.bucket_encryption_children(
+                          g.BucketEncryption("AES256"))))
+
+    def test_malformed_ones(self):
+        apply = ("<ApplyServerSideEncryptionByDefault>%s"
+                 "</ApplyServerSideEncryptionByDefault>")
+        algorithm = "<SSEAlgorithm>AES256</SSEAlgorithm>"
+        for text in (
+                "", "<Rule/>", "<Rules/>", self.rule() * 2,
+                self.rule("aes256"), self.rule(""), self.rule("aws:fsx"),
+                "<Rule>%s</Rule>" % apply % "",
+                "<Rule>%s</Rule>" % apply % (algorithm * 2),
+                "<Rule>%s</Rule>" % apply % (algorithm + "<Other/>"),
+                "<Rule>%s</Rule>" % (apply % algorithm * 2),
+                self.rule("<b>AES256</b>"), self.rule(more="<Other/>"),
+                self.rule(more="<BucketKeyEnabled>1</BucketKeyEnabled>"),
+                self.rule(more="<BucketKeyEnabled/>"),
+                self.rule(more=self.BLOCKED % "SSE-KMS"),
+                self.rule(more="<BlockedEncryptionTypes><Other/>"
+                               "</BlockedEncryptionTypes>"),
+                self.rule(more=self.BLOCKED % (
+                    "NONE</EncryptionType><EncryptionType>SSE-C"))):
+            with self.subTest(text=text):
+                self.refuses("MalformedXML", 400, "", self.parse, text)
+
+    def test_a_key_for_aes256_and_the_dual_layer(self):
+        error = self.refuses("InvalidArgument", 400, "is not applicable",
+                             self.parse, self.rule("AES256", "k1"))
+        self.assertEqual(error.fields["ArgumentName"],
+                         "ApplyServerSideEncryptionByDefault")
+        self.refuses("NotImplemented", 501, "dsse", self.parse,
+                     self.rule("aws:kms:dsse", "k1"))
+
+
+@unittest.skipUnless(g.libcrypto(), "no libcrypto")
+class EncryptionRequests(OperationCase):
+    """Encryption over HTTP and on the disk."""
+
+    CONTENT = plain_bytes(3 * CHUNK + 17)
+    S3_HEADERS = {SSE: "AES256"}
+    KMS_HEADERS = {SSE: "aws:kms"}
+    KINDS = ("plain", "s3", "kms", "customer")
+
+    def headers(self, kind, prefix=g.CUSTOMER):
+        """What a write of that kind sends; with prefix, what a read does.
+        """
+        if kind == "customer":
+            return sse_c(SECRET, prefix)
+        return {} if prefix != g.CUSTOMER else {
+            "plain": {}, "s3": self.S3_HEADERS,
+            "kms": self.KMS_HEADERS}[kind]
+
+    def reading(self, kind):
+        return sse_c(SECRET) if kind == "customer" else {}
+
+    def write(self, key, kind, data=None):
+        return self.ok(self.s3.put(
+            "/box/" + key, self.CONTENT if data is None else data,
+            headers=self.headers(kind)))
+
+    def sealed(self, key="k"):
+        with open(self.path(key), "rb") as file:
+            return file.read()
+
+    def test_what_is_written_is_read_and_not_on_the_disk(self):
+        for kind in self.KINDS[1:]:
+            with self.subTest(kind=kind):
+                written = self.write("k", kind).headers
+                answer = self.ok(self.s3.get("/box/k",
+                                             headers=self.reading(kind)))
+                self.assertEqual(answer.body, self.CONTENT)
+                for name in (SSE, g.CUSTOMER + "key-md5",
+                             g.KMS_KEY_HEADER):
+                    self.assertEqual(written.get(name),
+                                     answer.headers.get(name))
+                self.assertEqual(answer.headers.get(SSE), {
+                    "s3": "AES256", "kms": "aws:kms"}.get(kind))
+                sealed = self.sealed()
+                runs = {self.CONTENT[at:at + 16]
+                        for at in range(len(self.CONTENT) - 15)}
+                self.assertFalse(any(sealed[at:at + 16] in runs
+                                     for at in range(len(sealed) - 15)))
+                self.assertEqual(
+                    answer.etag.strip('"') == md5_hex(self.CONTENT),
+                    kind == "s3")
+
+    def test_sizes_are_those_of_the_content(self):
+        self.write("k", "s3")
+        size = str(len(self.CONTENT))
+        self.assertEqual(self.s3.head("/box/k").headers["content-length"],
+                         size)
+        self.assertEqual(self.s3.get("/box").one("Contents/Size"), size)
+        self.assertEqual(self.ok(self.s3.get("/box/k", {
+            "attributes": ""}, headers={"x-amz-object-attributes":
+                                        "ObjectSize"})).one("ObjectSize"),
+                         size)
+        self.write("empty", "s3", b"")
+        self.assertEqual(self.ok(self.s3.get("/box/empty")).body, b"")
+
+    def test_ranges(self):
+        self.write("k", "customer")
+        size = len(self.CONTENT)
+        for start, stop in ((0, 1), (0, CHUNK), (CHUNK - 1, CHUNK + 1),
+                            (CHUNK, 2 * CHUNK), (1, size), (size - 1, size),
+                            (3 * CHUNK, size), (100, 3 * CHUNK + 5)):
+            with self.subTest(start=start, stop=stop):
+                answer = self.ok(self.s3.get("/box/k", headers=dict(
+                    sse_c(SECRET), range="bytes=%d-%d" % (
+                        start, stop - 1))), 206)
+                self.assertEqual(answer.body, self.CONTENT[start:stop])
+        self.error(self.s3.get("/box/k", headers=dict(
+            sse_c(SECRET), range="bytes=%d-" % size)), "InvalidRange", 416)
+
+    def test_keys_that_do_not_fit(self):
+        self.write("k", "customer")
+        self.write("plain", "plain")
+        other = sse_c(OTHER_SECRET)
+        for method in ("GET", "HEAD"):
+            for path, headers, status in (
+                    ("/box/k", {}, 400), ("/box/k", other, 403),
+                    ("/box/plain", sse_c(SECRET), 400),
+                    ("/box/plain", {SSE: "AES256"}, 400)):
+                with self.subTest(method=method, path=path, status=status):
+                    self.assertEqual(self.s3.request(
+                        method, path, headers=headers).status, status)
+        self.error(self.s3.get("/box/k", {"attributes": ""}, headers={
+            "x-amz-object-attributes": "ETag"}), "InvalidRequest")
+        self.error(self.s3.put("/box/new", headers={
+            "x-amz-copy-source": "/box/k"}), "InvalidRequest")
+
+    def test_copies_between_all_kinds(self):
+        for source in self.KINDS:
+            self.write("source", source)
+            for target in self.KINDS:
+                with self.subTest(source=source, target=target):
+                    self.ok(self.s3.put("/box/target", headers=dict(
+                        self.headers(target), **dict(
+                            self.headers(source, g.COPY_CUSTOMER),
+                            **{"x-amz-copy-source": "/box/source"}))))
+                    answer = self.ok(self.s3.get(
+                        "/box/target", headers=self.reading(target)))
+                    self.assertEqual(answer.body, self.CONTENT)
+                    self.assertEqual(
+                        self.sealed("target") == self.CONTENT,
+                        target == "plain")
+
+    def test_an_object_is_encrypted_by_a_copy_to_itself(self):
+        self.write("k", "plain")
+        self.ok(self.s3.put("/box/k", headers=dict(
+            self.S3_HEADERS, **{"x-amz-copy-source": "/box/k"})))
+        self.assertNotEqual(self.sealed(), self.CONTENT)
+        self.body("k", self.CONTENT)
+
+    def parts(self, kind, datas):
+        """Upload parts and assemble them; the answer."""
+        upload = self.ok(self.s3.post("/box/k", {"uploads": ""},
+                                      headers=self.headers(kind))
+                         ).one("UploadId")
+        etags = [self.ok(self.s3.put(
+            "/box/k", data, {"uploadId": upload, "partNumber": str(number)},
+            headers=self.reading(kind))).etag
+            for number, data in enumerate(datas, 1)]
+        body = "".join("<Part><PartNumber>%d</PartNumber><ETag>%s</ETag>"
+                       "</Part>" % pair for pair in enumerate(etags, 1))
+        return self.ok(self.s3.post("/box/k", {"uploadId": upload}, (
+            "<CompleteMultipartUpload>%s</CompleteMultipartUpload>"
+            % body).encode()))
+
+    def test_parts(self):
+        datas = [plain_bytes(5 * MIB, 1), plain_bytes(CHUNK + 3, 2)]
+        for kind in self.KINDS[1:]:
+            with self.subTest(kind=kind):
+                self.parts(kind, datas)
+                reading = self.reading(kind)
+                whole = b"".join(datas)
+                self.assertEqual(self.ok(self.s3.get(
+                    "/box/k", headers=reading)).body, whole)
+                answer = self.ok(self.s3.get("/box/k", {
+                    "partNumber": "2"}, headers=reading), 206)
+                self.assertEqual(answer.body, datas[1])
+                start = 5 * MIB - 10
+                self.assertEqual(self.ok(self.s3.get(
+                    "/box/k", headers=dict(reading, range="bytes=%d-%d" % (
+                        start, start + 19))), 206).body,
+                    whole[start:start + 20])
+
+    def test_a_part_needs_the_key_of_its_upload(self):
+        upload = self.ok(self.s3.post("/box/k", {"uploads": ""},
+                                      headers=sse_c(SECRET))).one("UploadId")
+        query = {"uploadId": upload, "partNumber": "1"}
+        for headers in ({}, sse_c(OTHER_SECRET)):
+            self.error(self.s3.put("/box/k", b"x", query, headers=headers),
+                       "InvalidRequest", 400)
+        upload = self.ok(self.s3.post("/box/k", {"uploads": ""})).one(
+            "UploadId")
+        self.error(self.s3.put("/box/k", b"x", dict(
+            query, uploadId=upload), headers=sse_c(SECRET)),
+            "InvalidRequest", 400)
+
+    def test_a_damaged_file_is_an_error_and_no_wrong_data(self):
+        self.write("k", "s3")
+        sealed = self.sealed()
+        step = CHUNK + 16
+        for name, damaged in (
+                ("a byte", b"\0" + sealed[1:]
+                 if sealed[:1] != b"\0" else b"\1" + sealed[1:]),
+                ("swapped", sealed[step:2 * step] + sealed[:step]
+                 + sealed[2 * step:]),
+                ("nothing", b""), ("plain", self.CONTENT)):
+            with self.subTest(name=name):
+                with open(self.path("k"), "r+b") as file:
+                    file.truncate(0)
+                    file.write(damaged)
+                self.error(self.s3.get("/box/k"), "InternalError", 500)
+        with open(self.path("k"), "r+b") as file:
+            file.truncate(0)
+            file.write(sealed[:-1])
+        with contextlib.suppress(http.client.HTTPException, OSError):
+            answer = self.s3.get("/box/k")      # cut off at the last chunk
+            self.assertNotEqual(answer.body, self.CONTENT)
+            self.assertLess(len(answer.body), len(self.CONTENT))
+
+    def test_damaged_records_are_errors(self):
+        self.write("k", "s3")
+        for change in (
+                {"sse": {}}, {"sse": {"algorithm": "AES256"}},
+                {"sse": {"algorithm": "AES256", "key": "x", "sizes": 5,
+                         "prefixes": ""}},
+                {"sse": {"algorithm": ["x"], "key": None}},
+                {"sse": {"algorithm": "aws:kms", "key": "A" * 80,
+                         "sizes": [[1, 1]], "prefixes": "AAAA"}}):
+            with self.subTest(change=change):
+                def damage(record, change=change):
+                    record.update(change)
+                self.server.store.bucket("box").update_record(
+                    "k", None, damage)
+                for method in ("GET", "HEAD"):
+                    self.assertEqual(self.s3.request(method, "/box/k").status,
+                                     500)
+                self.assertEqual(self.s3.get("/box").status, 200)
+
+    def test_a_buckets_default(self):
+        self.addCleanup(self.s3.delete, "/box", {"encryption": ""})
+        self.error(self.s3.get("/box", {"encryption": ""}),
+                   "ServerSideEncryptionConfigurationNotFoundError", 404)
+        rule = ("<ServerSideEncryptionConfiguration><Rule>"
+                "<ApplyServerSideEncryptionByDefault><SSEAlgorithm>aws:kms"
+                "</SSEAlgorithm></ApplyServerSideEncryptionByDefault>"
+                "<BucketKeyEnabled>true</BucketKeyEnabled></Rule>"
+                "</ServerSideEncryptionConfiguration>")
+        self.ok(self.s3.put("/box", rule.encode(), {"encryption": ""}))
+        self.assertEqual(self.s3.get("/box", {"encryption": ""}).one(
+            "Rule/ApplyServerSideEncryptionByDefault/SSEAlgorithm"),
+            "aws:kms")
+        self.write("k", "plain")
+        answer = self.ok(self.s3.get("/box/k"))
+        self.assertEqual((answer.body, answer.headers[SSE]),
+                         (self.CONTENT, "aws:kms"))
+        self.assertEqual(answer.headers[g.BUCKET_KEY_HEADER], "true")
+        self.assertNotEqual(self.sealed(), self.CONTENT)
+        self.ok(self.s3.delete("/box", {"encryption": ""}), 204)
+        self.write("k", "plain")
+        self.assertEqual(self.sealed(), self.CONTENT)
+
+    def test_an_unknown_kms_key_is_refused(self):
+        self.error(self.s3.put("/box/k", b"x", headers={
+            SSE: "aws:kms", g.KMS_KEY_HEADER: "nobody"}),
+            "KMS.NotFoundException", 400)
+        self.assertEqual(self.tree(), {})
+
+    def test_the_key_file_is_made_for_us_alone(self):
+        self.write("k", "s3")
+        path = os.path.join(self.server.dir_buckets, ".gos3rve-keys.json")
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+        self.assertEqual(self.s3.get("/").all("Buckets/Bucket/Name"),
+                         ["box"])
+        self.error(self.s3.get("/.gos3rve-keys.json"), "NoSuchBucket", 404)
+
+    def test_the_encryption_of_an_object_is_updated(self):
+        self.write("k", "s3")
+        before = self.sealed()
+        body = ("<ObjectEncryption><SSE-KMS><KMSKeyArn>"
+                "arn:aws:kms:us-east-1:111122223333:%s</KMSKeyArn></SSE-KMS>"
+                "</ObjectEncryption>")
+        self.ok(self.s3.put("/box/k", (body % "alias/aws/s3").encode(),
+                            {"encryption": ""}))
+        answer = self.ok(self.s3.get("/box/k"))
+        self.assertEqual((answer.body, answer.headers[SSE]),
+                         (self.CONTENT, "aws:kms"))
+        self.assertEqual(self.sealed(), before)
+        self.error(self.s3.put("/box/k", (body % "key/none").encode(),
+                               {"encryption": ""}), "KMS.NotFoundException")
+        self.write("plain", "plain")
+        self.error(self.s3.put("/box/plain", (
+            body % "alias/aws/s3").encode(), {"encryption": ""}),
+            "InvalidRequest")
+
+    def test_tags_and_versions_of_encrypted_objects(self):
+        self.write("k", "s3")
+        self.ok(self.s3.put("/box/k", b"<Tagging><TagSet><Tag><Key>a</Key>"
+                            b"<Value>b</Value></Tag></TagSet></Tagging>",
+                            {"tagging": ""}))
+        self.body("k", self.CONTENT)
+
+    def test_without_libcrypto_nothing_is_stored(self):
+        with mock.patch.object(gos3rve, "libcrypto", lambda: None):
+            for kind in self.KINDS[1:]:
+                self.error(self.s3.put("/box/k", b"x",
+                                       headers=self.headers(kind)),
+                           "NotImplemented", 501)
+                self.error(self.s3.post("/box/k", {"uploads": ""},
+                                        headers=self.headers(kind)),
+                           "NotImplemented", 501)
+            self.write("plain", "plain")
+        self.assertEqual(list(self.tree()), ["plain"])
+
+
+@unittest.skipUnless(g.libcrypto(), "no libcrypto")
+class KeyFileServers(unittest.TestCase):
+
+    def test_a_named_key_file_is_read_and_has_its_kms_keys(self):
+        directory = temporary_directory(self)
+        path = os.path.join(directory, "keys.json")
+        with self.assertRaisesRegex(gos3rve.ConfigError, "cannot be read"):
+            gos3rve.serve(sse_key=path)
+        text = base64.b64encode(SECRET).decode()
+        with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600),
+                  "w") as file:
+            json.dump({"default": text, "keys": {"mine": text}}, file)
+        with gos3rve.serve(sse_key=path, buckets=["box"]) as server:
+            client = Client(server.url, server.key_id, server.key_val)
+            self.addCleanup(client.close)
+            self.assertEqual(client.put("/box/k", b"x", headers={
+                SSE: "aws:kms", g.KMS_KEY_HEADER: "mine"}).status, 200)
+            self.assertEqual(client.get("/box/k").body, b"x")
+            self.assertEqual(os.listdir(server.dir_buckets), ["box"])
+
+    def test_a_lost_key_file_is_an_error(self):
+        with gos3rve.serve(buckets=["box"]) as server:
+            client = Client(server.url, server.key_id, server.key_val)
+            self.addCleanup(client.close)
+            self.assertEqual(client.put("/box/k", b"x", headers={
+                SSE: "AES256"}).status, 200)
+            path = os.path.join(server.dir_buckets, ".gos3rve-keys.json")
+            os.unlink(path)
+            server.server.service.key_file._keys = None
+            self.assertEqual(client.get("/box/k").status, 500)
+            self.assertFalse(os.path.exists(path))
+
+
 # --- regions, names and addresses ---
 
 class RegionRequests(unittest.TestCase):
