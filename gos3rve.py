@@ -505,6 +505,8 @@ def _timegm(year, month, day, hour, minute, second):
     return calendar.timegm((year, month, day, hour, minute, second))
 
 
+# 9999-12-31: a date beyond it has no HTTP form
+LAST_DATE = 253402214400
 _ISO_DATE = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
     r"(?:Z|([+-])(\d\d):?(\d\d))?)?\Z", re.ASCII)
@@ -4593,6 +4595,15 @@ class Store:
                 entries.append(entry)
         return Page(entries, False)
 
+    def each_key(self, bucket):
+        """The Infos of every key, its versions and delete markers, the
+        newest first, key by key."""
+        walker = Walker(bucket, self._cache)
+        for key in walker.version_keys("", "", ""):
+            found = bucket.versions(key)
+            if found:
+                yield found
+
     def update_bucket(self, bucket, change):
         """Change bucket.json: change(config) is given a copy of it."""
         with bucket.lock_all():
@@ -7234,6 +7245,7 @@ class Service(NamedTuple):
     region: the only one that a scope or location may name, None for any.
     domains: below them a Host names a bucket.  hosts: names under which
     clients behind a proxy sign.  key_file: a KeyFile.
+    day_seconds: what lifecycle rules take for a day.
     """
     store: Store
     accounts: Accounts
@@ -7245,6 +7257,7 @@ class Service(NamedTuple):
     object_ownership: str = ENFORCED
     cors: Tuple[CorsRule, ...] = ()
     key_file: Any = None
+    day_seconds: float = 86400
 
 
 class Request:
@@ -7892,6 +7905,7 @@ MANY = 1 << 30                      # bounded by MAX_XML_BYTES
 
 # int of XML Schema; AWS: Integer
 _INT = re.compile(r"[+-]?\d{1,10}\Z", re.ASCII)
+_LONG = re.compile(r"[+-]?\d{1,19}\Z", re.ASCII)
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -7900,6 +7914,12 @@ def _read_int(text):
     if not -(1 << 31) <= value < 1 << 31:
         raise ValueError(text)
     return value
+
+
+def _read_long(text):
+    if not _LONG.match(text.strip()):
+        raise ValueError(text)
+    return int(text)
 
 
 def _read_boolean(text):
@@ -7928,6 +7948,7 @@ def _read_filled(text):
 TEXT = Leaf(str)                    # as it is: a prefix may begin with " "
 FILLED = Leaf(_read_filled)
 INT = Leaf(_read_int)
+LONG = Leaf(_read_long)
 BOOLEAN = Leaf(_read_boolean, bool)
 DATE = Leaf(_read_date, _write_date)
 
@@ -8467,6 +8488,7 @@ def put_object(request):
     headers.update(checksum_headers(record))
     headers.update(version_header(request, info))
     headers.update(encryption_headers(encryption, True))
+    headers.update(expiration_headers(request, info))
     return headers
 
 
@@ -8488,6 +8510,7 @@ def copy_object(request):
     headers = {"Content-Type": "application/xml"}
     headers.update(version_header(request, info))
     headers.update(encryption_headers(encryption, True))
+    headers.update(expiration_headers(request, info))
     headers.update(source.headers)
     return Response(200, headers, xml_document("CopyObjectResult", [
         ("LastModified", iso_date(info.mtime_ns)),
@@ -8977,6 +9000,7 @@ def object_response(request, info):
     if "lock" in info.record:
         headers.update(shown_lock(request, info.record["lock"]))
     headers.update(shown_encryption(request, info))
+    headers.update(expiration_headers(request, info))
     request_headers = request.headers
     try:
         check_read_conditions(request_headers, info.etag, info.mtime)
@@ -9196,6 +9220,8 @@ def create_multipart_upload(request):
     encryption = asked_encryption(request)
     upload_envelope(request, encryption, record)
     headers.update(encryption_headers(encryption, True))
+    headers.update(upload_abort_headers(request, request.key,
+                                        int(request.now * 1e9)))
     upload_id = request.store.create_upload(request.bucket, request.key,
                                             record)
     return Response(200, headers, xml_document(
@@ -9334,6 +9360,7 @@ def complete_multipart_upload(request):
     if "sse" in info.record:
         headers.update(encryption_headers(known_encryption(
             info.record["sse"])))
+    headers.update(expiration_headers(request, info))
     return Response(200, headers, xml_document(
         "CompleteMultipartUploadResult", [
             ("Location", location), ("Bucket", request.bucket_name),
@@ -9504,7 +9531,10 @@ def list_parts(request):
     record = upload.record
     owner = record.get("owner") or bucket_owner(request)
     initiator = record.get("initiator") or owner
-    return xml_document("ListPartsResult", [
+    headers = {"Content-Type": "application/xml"}
+    headers.update(upload_abort_headers(request, upload.key,
+                                        upload.initiated_ns))
+    return Response(200, headers, xml_document("ListPartsResult", [
         ("Bucket", request.bucket_name), ("Key", encode(upload.key)),
         ("UploadId", upload.upload_id), ("PartNumberMarker", marker),
         ("NextPartNumberMarker", shown[-1].number if shown else marker),
@@ -9519,7 +9549,7 @@ def list_parts(request):
         owner_element(request, owner),
         ("StorageClass", record.get("class", "STANDARD")),
         ("ChecksumAlgorithm", record.get("algorithm")),
-        ("ChecksumType", record.get("checksum_type"))])
+        ("ChecksumType", record.get("checksum_type"))]))
 
 
 @operation("GET", BUCKET, "uploads", action="s3:ListBucketMultipartUploads")
@@ -9894,9 +9924,24 @@ def filter_fields(*more):
 
 
 class Terms(NamedTuple):
-    """What a rule's filter asks of an object."""
+    """What a rule's filter asks of an object; None: nothing."""
     prefix: str = ""
     tags: Dict[str, str] = {}
+    larger_than: Optional[int] = None
+    smaller_than: Optional[int] = None
+
+    def hold(self, key, tags, size):
+        """True when an object with this key, tags and size is meant."""
+        return (key.startswith(self.prefix)
+                and all(tags.get(name) == value
+                        for name, value in self.tags.items())
+                and (self.larger_than is None or size > self.larger_than)
+                and (self.smaller_than is None or size < self.smaller_than))
+
+    @property
+    def sized(self):
+        """True when the filter names a size."""
+        return (self.larger_than, self.smaller_than) != (None, None)
 
 
 def filter_terms(rule):
@@ -9910,7 +9955,9 @@ def filter_terms(rule):
     tags = where.get("Tag", [])
     tags = [tags] if isinstance(tags, dict) else tags
     return Terms(where.get("Prefix", ""),
-                 {tag["Key"]: tag.get("Value", "") for tag in tags})
+                 {tag["Key"]: tag.get("Value", "") for tag in tags},
+                 where.get("ObjectSizeGreaterThan"),
+                 where.get("ObjectSizeLessThan"))
 
 
 def check_filter(rule):
@@ -11356,6 +11403,671 @@ def update_object_encryption(request):
     return version_header(request, info)
 
 
+# --- lifecycle: the document ---
+#
+# userguide/intro-lifecycle-rules.html and API_LifecycleRule.html; messages
+# as S3 has been seen to answer (LocalStack's tests recorded against S3,
+# issues of terraform-provider-aws and of noobaa-core).
+
+MAX_LIFECYCLE_RULES = 1000
+MAX_RULE_ID = 255
+MAX_OBJECT_SIZE_FILTER = 1099511627776000   # S3's message gives it
+MIN_IA_DAYS = 30
+# From warm to cold: userguide/lifecycle-transition-general-considerations
+TRANSITION_ORDER = ("STANDARD", "STANDARD_IA", "INTELLIGENT_TIERING",
+                    "ONEZONE_IA", "GLACIER_IR", "GLACIER", "DEEP_ARCHIVE")
+_IA_CLASSES = ("STANDARD_IA", "ONEZONE_IA")
+MINIMUM_SIZE_HEADER = "x-amz-transition-default-minimum-object-size"
+VARIES, ALL_128K = "varies_by_storage_class", "all_storage_classes_128K"
+
+_TRANSITION_CLASS = one_of(*TRANSITION_ORDER[1:])
+_LIFECYCLE = (many("Rule", (
+    Field("ID", TEXT),
+    Field("Prefix", TEXT),
+    Field("Filter", filter_fields(Field("ObjectSizeGreaterThan", LONG),
+                                  Field("ObjectSizeLessThan", LONG))),
+    need("Status", ON_OFF),
+    Field("Expiration", (
+        Field("Date", DATE), Field("Days", INT),
+        Field("ExpiredObjectDeleteMarker", BOOLEAN))),
+    many("Transition", (
+        Field("Date", DATE), Field("Days", INT),
+        need("StorageClass", _TRANSITION_CLASS))),
+    many("NoncurrentVersionTransition", (
+        need("NoncurrentDays", INT), Field("NewerNoncurrentVersions", INT),
+        need("StorageClass", _TRANSITION_CLASS))),
+    Field("NoncurrentVersionExpiration", (
+        need("NoncurrentDays", INT),
+        Field("NewerNoncurrentVersions", INT))),
+    Field("AbortIncompleteMultipartUpload", (
+        need("DaysAfterInitiation", INT),)),
+)),)
+_LIFECYCLE_ACTIONS = tuple(
+    field.tag for field in _LIFECYCLE[0].kind[4:])
+
+
+def new_document_id():
+    """An id for a rule that came without one.
+
+    S3's own are base64 of a UUID's text: github.com/aws/aws-sdk-go-v2
+    issue 3165.
+    """
+    return base64.b64encode(str(uuid.uuid4()).encode()).decode()
+
+
+def parse_lifecycle(element, minimum=None, new_id=new_document_id):
+    """The lifecycle in a LifecycleConfiguration Element.
+
+    API_PutBucketLifecycleConfiguration.html and the older
+    API_PutBucketLifecycle.html.  {"Rule": [...], "minimum": ...}; minimum:
+    the text of MINIMUM_SIZE_HEADER.  A rule without an id is given one.
+    MalformedXML, InvalidRequest or InvalidArgument.
+    """
+    if minimum not in (None, VARIES, ALL_128K):
+        raise S3Error("InvalidRequest", "Invalid TransitionDefaultMinimum"
+                      "ObjectSize found: " + minimum)
+    value = read_document(element, _LIFECYCLE)
+    rules = value.get("Rule", [])
+    if not rules:
+        raise S3Error("InvalidRequest", "At least one lifecycle rule must "
+                      "be specified.")
+    if len(rules) > MAX_LIFECYCLE_RULES:
+        raise S3Error("InvalidRequest", "The number of lifecycle rules must "
+                      "not exceed the allowed limit of 1000 rules.")
+    for rule in rules:
+        for check in _LIFECYCLE_CHECKS:
+            check(rule)
+    _check_rule_ids(rules)
+    _check_rule_forms(rules)
+    _check_prefix_overlap(rules)
+    for i, rule in enumerate(rules):
+        if not rule.get("ID"):
+            rules[i] = dict(rule, ID=new_id())
+    return {"Rule": rules, "minimum": minimum or ALL_128K}
+
+
+def lifecycle_children(lifecycle):
+    """The children of a LifecycleConfiguration document."""
+    return document_children(lifecycle, _LIFECYCLE)
+
+
+def lifecycle_headers(lifecycle):
+    """The headers of the answers to its PUT and GET."""
+    return {MINIMUM_SIZE_HEADER: lifecycle.get("minimum", ALL_128K)}
+
+
+def _check_rule_ids(rules):
+    seen = set()
+    for rule in rules:
+        name = rule.get("ID")
+        if name and len(name) > MAX_RULE_ID:
+            raise bad_argument("ID length should not exceed allowed limit "
+                               "of 255", "ID", name)
+        if name and name in seen:
+            raise bad_argument("Rule ID must be unique. Found same ID for "
+                               "more than one rule", "ID", name)
+        seen.add(name)
+
+
+def _check_rule_forms(rules):
+    """All rules have a Filter, or all have the old Prefix."""
+    old = "Prefix" in rules[0]
+    for rule in rules:
+        if old and "Filter" in rule:
+            raise S3Error("InvalidRequest", "Filter element can only be "
+                          "used in Lifecycle V2.")
+        if not old and "Prefix" in rule:
+            raise S3Error("InvalidRequest", "Base level prefix cannot be "
+                          "used in Lifecycle V2, prefixes are only "
+                          "supported in the Filter.")
+
+
+def _check_prefix_overlap(rules):
+    """Rules of the old form must not meet in one action."""
+    for action in _LIFECYCLE_ACTIONS:
+        last = None
+        for prefix in sorted(rule["Prefix"] for rule in rules
+                             if "Prefix" in rule and action in rule):
+            if last is not None and prefix.startswith(last):
+                raise S3Error("InvalidRequest", "Found overlapping prefixes "
+                              "'%s' and '%s' for same action type '%s'"
+                              % (last, prefix, action))
+            last = prefix
+
+
+def _check_lifecycle_rule(rule):
+    if ("Filter" in rule) == ("Prefix" in rule):
+        raise S3Error("MalformedXML")
+    if not any(action in rule for action in _LIFECYCLE_ACTIONS):
+        raise S3Error("InvalidRequest", "At least one action needs to be "
+                      "specified in a rule")
+
+
+def _check_sizes(rule):
+    terms = filter_terms(rule)
+    for name, size, low in (
+            ("ObjectSizeGreaterThan", terms.larger_than, 0),
+            ("ObjectSizeLessThan", terms.smaller_than, 1)):
+        if size is not None and not low <= size <= MAX_OBJECT_SIZE_FILTER:
+            raise S3Error("InvalidRequest", "'%s' should be between %d and "
+                          "%d." % (name, low, MAX_OBJECT_SIZE_FILTER))
+    if None not in terms[2:] and terms.larger_than >= terms.smaller_than:
+        raise S3Error("InvalidRequest", "'ObjectSizeLessThan' has to be a "
+                      "value greater than 'ObjectSizeGreaterThan'.")
+
+
+def _check_untagged(rule, action):
+    """An action that takes a prefix only."""
+    terms = filter_terms(rule)
+    for present, what in ((terms.tags, "Tags"),
+                          (terms.sized, "Object Size")):
+        if present:
+            raise S3Error("InvalidRequest", "%s cannot be specified with %s."
+                          % (action, what))
+
+
+def _check_positive(rule, action, name):
+    value = rule.get(action, {}).get(name)
+    if value is not None and value < 1:
+        raise bad_argument("'%s' for %s action must be a positive integer"
+                           % (name, action), name, value)
+
+
+def _check_midnight(value):
+    if value.get("Date", 0) % DAY_SECONDS:
+        raise bad_argument("'Date' must be at midnight GMT", "Date",
+                           _write_date(value["Date"]))
+
+
+def _check_expiration(rule):
+    expiration = rule.get("Expiration")
+    if expiration is None:
+        return
+    if len(expiration) != 1:
+        raise S3Error("MalformedXML")
+    _check_positive(rule, "Expiration", "Days")
+    _check_midnight(expiration)
+    if "ExpiredObjectDeleteMarker" in expiration:
+        _check_untagged(rule, "ExpiredObjectDeleteMarker")
+
+
+def _check_abort(rule):
+    action = "AbortIncompleteMultipartUpload"
+    if action in rule:
+        _check_positive(rule, action, "DaysAfterInitiation")
+        _check_untagged(rule, action)
+
+
+def _check_noncurrent(rule):
+    """NewerNoncurrentVersions has no upper bound: S3 takes more than the
+    100 that its pages name."""
+    action = "NoncurrentVersionExpiration"
+    for name in ("NoncurrentDays", "NewerNoncurrentVersions"):
+        _check_positive(rule, action, name)
+    for item in rule.get("NoncurrentVersionTransition", ()):
+        if item.get("NewerNoncurrentVersions", 1) < 1:
+            raise bad_argument(
+                "'NewerNoncurrentVersions' for NoncurrentVersionTransition "
+                "action must be a positive integer",
+                "NewerNoncurrentVersions", item["NewerNoncurrentVersions"])
+    if "Prefix" in rule and any(
+            "NewerNoncurrentVersions" in item for item in [
+                rule.get(action, {})]
+            + rule.get("NoncurrentVersionTransition", [])):
+        raise S3Error("InvalidRequest", "NewerNoncurrentVersions element "
+                      "can only be used in Lifecycle V2.")
+
+
+def _check_transitions(rule):
+    """Days or Date, one of each class, colder ones later, then the end."""
+    items = rule.get("Transition", ())
+    expiration = rule.get("Expiration", {})
+    for item in items:
+        if ("Days" in item) == ("Date" in item):
+            raise S3Error("MalformedXML")
+        _check_midnight(item)
+    kinds = {name for item in list(items) + [expiration]
+             for name in ("Days", "Date") if name in item}
+    if items and len(kinds) > 1:
+        raise S3Error("InvalidRequest", "Found mixed 'Date' and 'Days' "
+                      "based Expiration and Transition actions in lifecycle "
+                      "rule for filter '%s'" % _filter_text(rule))
+    for name in kinds:
+        _check_steps(rule, "Transition", name,
+                     "Expiration", expiration.get(name))
+
+
+def _check_noncurrent_transitions(rule):
+    end = "NoncurrentVersionExpiration"
+    _check_steps(rule, "NoncurrentVersionTransition", "NoncurrentDays",
+                 end, rule.get(end, {}).get("NoncurrentDays"))
+
+
+def _check_steps(rule, action, name, end_action, end):
+    """The transitions of one rule, all by `name`, and their end or None."""
+    where = _filter_text(rule)
+    items = sorted(rule.get(action, ()), key=lambda item:
+                   TRANSITION_ORDER.index(item["StorageClass"]))
+    for item in items:
+        _check_transition_days(item, action, name)
+    for last, item in zip(items, items[1:]):
+        if item["StorageClass"] == last["StorageClass"]:
+            raise S3Error("InvalidRequest", "'StorageClass' must be "
+                          "different for '%s' actions in same 'Rule' with "
+                          "filter '%s'" % (action, where))
+        _check_step(last, item, action, name, where)
+    if items and end is not None and end <= max(
+            item[name] for item in items):
+        raise bad_argument(
+            "'%s' in the %s action for filter '%s' must be greater than "
+            "'%s' in the %s action" % (name, end_action, where, name,
+                                       action), name)
+
+
+def _check_step(last, item, action, name, where):
+    """From one class to a colder one; from an infrequent access class
+    after 30 days (userguide/lifecycle-transition-general-considerations).
+    """
+    gap = MIN_IA_DAYS if last["StorageClass"] in _IA_CLASSES else 1
+    unit = DAY_SECONDS if name == "Date" else 1
+    if item[name] - last[name] < gap * unit:
+        raise bad_argument(
+            "'%s' in the %s action for StorageClass '%s' for filter '%s' "
+            "must be %s '%s' in the %s action for StorageClass '%s' for "
+            "filter '%s'" % (
+                name, action, item["StorageClass"], where,
+                "greater than" if gap == 1 else "%d days more than" % gap,
+                name, action, last["StorageClass"], where), name)
+
+
+def _check_transition_days(item, action, name):
+    """API_Transition.html: from 30 days on for infrequent access."""
+    days, storage = item.get(name), item["StorageClass"]
+    if name == "Date":
+        return
+    if days < 0:
+        raise bad_argument("'%s' in %s action must be nonnegative"
+                           % (name, action), name, days)
+    if storage in _IA_CLASSES and days < MIN_IA_DAYS:
+        raise bad_argument(
+            "'%s' in %s action must be greater than or equal to %d for "
+            "storageClass '%s'" % (name, action, MIN_IA_DAYS, storage),
+            name, days)
+
+
+def _filter_text(rule):
+    """A rule's filter as S3's messages show it."""
+    return "(prefix=%s)" % filter_terms(rule).prefix
+
+
+_LIFECYCLE_CHECKS = (
+    _check_lifecycle_rule, check_filter, _check_sizes, _check_expiration,
+    _check_abort, _check_noncurrent, _check_transitions,
+    _check_noncurrent_transitions)
+
+
+# --- lifecycle: what is due ---
+
+# userguide/lifecycle-transition-general-considerations.html
+SMALL_BYTES = 128 * KIB
+EXPIRE, REMOVE, TRANSITION = "expire", "remove", "transition"
+
+
+class Candidate(NamedTuple):
+    """A version, as lifecycle rules see it; times in seconds.
+
+    noncurrent_since: when its successor was made.  newer_count: noncurrent
+    versions newer than it.  only_version: the key has no other.
+    versioned: the bucket's versioning is or was enabled.
+    """
+    key: str
+    size: int
+    mtime: int
+    tags: Dict[str, str] = {}
+    storage_class: Optional[str] = None
+    is_latest: bool = True
+    is_delete_marker: bool = False
+    noncurrent_since: Optional[int] = None
+    newer_count: int = 0
+    only_version: bool = True
+    versioned: bool = False
+
+
+class Due(NamedTuple):
+    """An action that is due, and the rule that asks for it.
+
+    EXPIRE: delete the current object, which leaves a delete marker where
+    versions are kept.  REMOVE: delete this version for good.  TRANSITION:
+    to storage_class.
+    """
+    action: str
+    rule_id: str
+    storage_class: Optional[str] = None
+
+
+def due_time(since, days, day_seconds=DAY_SECONDS):
+    """When something is `days` old: the next midnight UTC after that.
+
+    userguide/intro-lifecycle-rules.html.  A day of another length, which
+    is for tests, is not rounded: nothing would be due before midnight.
+    """
+    due = since + days * day_seconds
+    if day_seconds == DAY_SECONDS:
+        due = int(-(-due // DAY_SECONDS)) * DAY_SECONDS
+    return min(due, LAST_DATE)
+
+
+def lifecycle_action(lifecycle, candidate, now, day_seconds=DAY_SECONDS,
+                     small_bytes=SMALL_BYTES):
+    """The Due for a Candidate at `now`, or None.
+
+    Deleting for good goes before a transition, and that before a delete
+    marker (userguide/lifecycle-conflicts.html).  What the object's lock
+    allows is for the caller to see.
+    """
+    rules = [rule for rule in lifecycle["Rule"] if rule["Status"] == ENABLED
+             and filter_terms(rule).hold(candidate.key, candidate.tags,
+                                         candidate.size)]
+    if not candidate.is_latest:
+        due = _noncurrent_due(rules, candidate, now, day_seconds)
+    elif candidate.is_delete_marker:
+        return _marker_due(rules, candidate, now, day_seconds)
+    else:
+        due = _expiration_due(rules, candidate, now, day_seconds)
+    if due and (due.action == REMOVE or not candidate.versioned):
+        return due
+    return _transition_due(rules, candidate, now, day_seconds, small_bytes,
+                           lifecycle.get("minimum")) or due
+
+
+def _expiration_time(rule, mtime, day_seconds=DAY_SECONDS):
+    """When a rule's Expiration is due, or None."""
+    expiration = rule.get("Expiration", {})
+    if "Days" in expiration:
+        return due_time(mtime, expiration["Days"], day_seconds)
+    return expiration.get("Date")
+
+
+def _expiration_due(rules, candidate, now, day_seconds):
+    for rule in rules:
+        when = _expiration_time(rule, candidate.mtime, day_seconds)
+        if when is not None and when <= now:
+            return Due(EXPIRE, rule["ID"])
+    return None
+
+
+def _marker_due(rules, candidate, now, day_seconds):
+    """A delete marker with nothing behind it goes, at once where
+    ExpiredObjectDeleteMarker says so, else at its own expiration."""
+    if not candidate.only_version:
+        return None
+    for rule in rules:
+        when = _expiration_time(rule, candidate.mtime, day_seconds)
+        at_once = rule.get("Expiration", {}).get("ExpiredObjectDeleteMarker")
+        if at_once or (when is not None and when <= now):
+            return Due(REMOVE, rule["ID"])
+    return None
+
+
+def _noncurrent_time(item, candidate, day_seconds):
+    """When a Noncurrent... action is due, or None while too few newer
+    versions stand before it."""
+    if candidate.noncurrent_since is None \
+            or candidate.newer_count < item.get("NewerNoncurrentVersions", 0):
+        return None
+    return due_time(candidate.noncurrent_since, item["NoncurrentDays"],
+                    day_seconds)
+
+
+def _noncurrent_due(rules, candidate, now, day_seconds):
+    for rule in rules:
+        item = rule.get("NoncurrentVersionExpiration")
+        when = item and _noncurrent_time(item, candidate, day_seconds)
+        if when is not None and when <= now:
+            return Due(REMOVE, rule["ID"])
+    return None
+
+
+def _transition_due(rules, candidate, now, day_seconds, small_bytes,
+                    minimum):
+    """The coldest class that is due and colder than the present one."""
+    rank = _rank(candidate.storage_class)
+    best = None
+    if candidate.is_delete_marker:
+        return None
+    for rule in rules:
+        may_be_small = filter_terms(rule).sized \
+            or candidate.size >= small_bytes
+        for item, when in _transition_times(rule, candidate, day_seconds):
+            storage = item["StorageClass"]
+            if not may_be_small and not (
+                    minimum == VARIES
+                    and storage in ("GLACIER", "DEEP_ARCHIVE")):
+                continue
+            if when is not None and when <= now and _rank(storage) > rank:
+                rank = _rank(storage)
+                best = Due(TRANSITION, rule["ID"], storage)
+    return best
+
+
+def _transition_times(rule, candidate, day_seconds):
+    """(item, time or None) of the transitions for such a version."""
+    if not candidate.is_latest:
+        for item in rule.get("NoncurrentVersionTransition", ()):
+            yield item, _noncurrent_time(item, candidate, day_seconds)
+        return
+    for item in rule.get("Transition", ()):
+        yield item, item["Date"] if "Date" in item else due_time(
+            candidate.mtime, item["Days"], day_seconds)
+
+
+def _rank(storage_class):
+    """The place of a storage class between warm and cold."""
+    if storage_class in (None, "REDUCED_REDUNDANCY"):
+        return 0
+    if storage_class not in TRANSITION_ORDER:
+        return len(TRANSITION_ORDER)            # nothing leads out of it
+    return TRANSITION_ORDER.index(storage_class)
+
+
+def expiration_header(lifecycle, key, tags, size, mtime):
+    """x-amz-expiration of a current object, or None.
+
+    API_HeadObject.html.  In days of 24 hours, whatever length a day has
+    for tests: s3-tests' test_lifecycle_expiration_header_put.
+    """
+    best = None
+    for rule in lifecycle["Rule"]:
+        when = _expiration_time(rule, mtime)
+        if rule["Status"] == ENABLED and when is not None and (
+                best is None or when < best[0]) \
+                and filter_terms(rule).hold(key, tags, size):
+            best = when, rule["ID"]
+    if best is None:
+        return None
+    return 'expiry-date="%s", rule-id="%s"' % (
+        http_date(best[0]), _header_id(best[1]))
+
+
+def _header_id(name):
+    """A rule's id for a header: as it is, as S3 sends it, when it can be."""
+    if re.match(r"[ !#-~]*\Z", name):
+        return name
+    return uri_encode(name)
+
+
+def _abort_rule(lifecycle, key, initiated, day_seconds=DAY_SECONDS):
+    """(time, rule id) of the first AbortIncompleteMultipartUpload that
+    falls due on an upload, or None."""
+    times = []
+    for rule in lifecycle["Rule"]:
+        abort = rule.get("AbortIncompleteMultipartUpload")
+        if abort and rule["Status"] == ENABLED \
+                and key.startswith(filter_terms(rule).prefix):
+            times.append((due_time(initiated, abort["DaysAfterInitiation"],
+                                   day_seconds), rule["ID"]))
+    return min(times, key=lambda pair: pair[0]) if times else None
+
+
+def upload_due(lifecycle, key, initiated, now, day_seconds=DAY_SECONDS):
+    """The id of the rule by which an upload is to be aborted, or None."""
+    due = _abort_rule(lifecycle, key, initiated, day_seconds)
+    return due[1] if due and due[0] <= now else None
+
+
+def abort_headers(lifecycle, key, initiated):
+    """x-amz-abort-date and -rule-id (API_CreateMultipartUpload.html)."""
+    due = _abort_rule(lifecycle, key, initiated)
+    if due is None:
+        return {}
+    return {"x-amz-abort-date": http_date(due[0]),
+            "x-amz-abort-rule-id": _header_id(due[1])}
+
+
+# --- lifecycle: carried out ---
+
+class Unchanged(NamedTuple):
+    """As WriteConditions: the version is still the one looked at."""
+    info: Info
+
+    def check(self, info):
+        """PreconditionFailed when it is another one, or gone."""
+        if info is None or (info.version_id, info.mtime_ns, info.size) != (
+                self.info.version_id, self.info.mtime_ns, self.info.size):
+            raise S3Error("PreconditionFailed")
+
+
+def lifecycle_pause(day_seconds):
+    """Seconds from one run of the lifecycle rules to the next."""
+    return min(3600, max(1, day_seconds / 10))
+
+
+def run_lifecycle(service, now, stopped=lambda: False):
+    """Do what is due in every bucket; how many things were done.
+
+    Several servers may do so at once: each deletion is made on the
+    condition that the version is still the one that was looked at.
+    """
+    count = 0
+    for bucket in service.store.list_buckets():
+        lifecycle = bucket.config.get("lifecycle")
+        if not lifecycle:
+            continue
+        for infos in service.store.each_key(bucket):
+            if stopped():
+                return count
+            for info, due in _due_of_key(lifecycle, infos, bucket, now,
+                                         service.day_seconds):
+                count += _carry_out(service.store, bucket, info, due)
+        count += _abort_due(service, bucket, lifecycle, now)
+    return count
+
+
+def _due_of_key(lifecycle, infos, bucket, now, day_seconds):
+    """(Info, Due) of the versions of one key, the newest first."""
+    versioned = bucket.versioning is not None
+    for index, info in enumerate(infos):
+        due = lifecycle_action(lifecycle, Candidate(
+            info.key, info.size, info.mtime, info.record.get("tags", {}),
+            info.record.get("class"), info.latest, info.marker,
+            infos[index - 1].mtime if index else None, max(0, index - 1),
+            len(infos) == 1, versioned), now, day_seconds)
+        if due:
+            yield info, due
+
+
+def _carry_out(store, bucket, info, due):
+    """One Due; True when it was done.  A version that is locked, or not
+    the same any more, is left."""
+    def unlocked(found):
+        check_unlocked(found.record.get("lock", {}), time.time())
+
+    def move(record):
+        if record.get("mtime_ns") != info.record.get("mtime_ns"):
+            raise S3Error("PreconditionFailed")
+        record["class"] = due.storage_class
+    try:
+        if due.action == TRANSITION:
+            bucket.update_record(info.key, info.version_id, move)
+        else:
+            store.delete_object(
+                bucket, info.key, Unchanged(info),
+                None if due.action == EXPIRE else info.version_id, unlocked)
+    except S3Error:
+        return False
+    except OSError as error:
+        store.report("lifecycle of %s/%s: %s" % (
+            bucket.name, uri_encode(info.key, "/-_.~"), error))
+        return False
+    return True
+
+
+def _abort_due(service, bucket, lifecycle, now):
+    """Abort the uploads that are due; how many."""
+    store, count = service.store, 0
+    for upload in store.list_uploads(bucket):
+        if upload_due(lifecycle, upload.key, upload.initiated_ns // 10 ** 9,
+                      now, service.day_seconds):
+            with contextlib.suppress(S3Error), store.locked_upload(upload):
+                store.remove_upload(upload)
+                count += 1
+    return count
+
+
+def expiration_headers(request, info):
+    """x-amz-expiration of a current version, where a rule names it."""
+    lifecycle = request.setting("lifecycle")
+    if lifecycle is None or not info.latest:
+        return {}
+    text = expiration_header(lifecycle, info.key, info.record.get(
+        "tags", {}), info.size, info.mtime)
+    return {"x-amz-expiration": text} if text else {}
+
+
+def upload_abort_headers(request, upload_key, initiated_ns):
+    """x-amz-abort-date and -rule-id of an upload."""
+    lifecycle = request.setting("lifecycle")
+    return {} if lifecycle is None else abort_headers(
+        lifecycle, upload_key, initiated_ns // 10 ** 9)
+
+
+@operation("GET", BUCKET, "lifecycle")
+def get_bucket_lifecycle_configuration(request):
+    """API_GetBucketLifecycleConfiguration."""
+    lifecycle = request.setting("lifecycle")
+    if lifecycle is None:
+        raise S3Error("NoSuchLifecycleConfiguration",
+                      BucketName=request.bucket_name)
+    headers = {"Content-Type": "application/xml"}
+    headers.update(lifecycle_headers(lifecycle))
+    return Response(200, headers, xml_document(
+        "LifecycleConfiguration", lifecycle_children(lifecycle)))
+
+
+@operation("PUT", BUCKET, "lifecycle")
+def put_bucket_lifecycle_configuration(request):
+    """API_PutBucketLifecycleConfiguration."""
+    need_digest(request)
+    lifecycle = parse_lifecycle(request.xml("LifecycleConfiguration"),
+                                request.headers.get(MINIMUM_SIZE_HEADER))
+    request.store.update_bucket(
+        request.bucket, lambda config: config.update(lifecycle=lifecycle))
+    return lifecycle_headers(lifecycle)
+
+
+@operation("DELETE", BUCKET, "lifecycle", status=204)
+def delete_bucket_lifecycle(request):
+    """API_DeleteBucketLifecycle."""
+    _forget(request, "lifecycle")
+
+
+# The names of an older version, on the same routes
+for _name, _newer in (
+        ("GetBucketLifecycle", "GetBucketLifecycleConfiguration"),
+        ("PutBucketLifecycle", "PutBucketLifecycleConfiguration")):
+    add_operation(OPERATIONS[_newer]._replace(name=_name))
+
+
 # --- what a bucket without configuration answers ---
 
 @operation("GET", BUCKET, "versioning")
@@ -11401,8 +12113,6 @@ def _probe(name, subresource, answer, when=None):
 
 
 for _row in (
-        ("GetBucketLifecycleConfiguration", "lifecycle",
-         "NoSuchLifecycleConfiguration"),
         ("GetBucketWebsite", "website", "NoSuchWebsiteConfiguration"),
         ("GetBucketNotificationConfiguration", "notification",
          "NotificationConfiguration"),
@@ -11419,10 +12129,6 @@ for _method, _level, _subresource, _name in (
         ("GET", OBJECT, "annotation", "GetObjectAnnotation"),
         ("GET", OBJECT, "annotation", "ListObjectAnnotations"),
         ("PUT", OBJECT, "annotation", "PutObjectAnnotation"),
-        ("DELETE", BUCKET, "lifecycle", "DeleteBucketLifecycle"),
-        ("GET", BUCKET, "lifecycle", "GetBucketLifecycle"),
-        ("PUT", BUCKET, "lifecycle", "PutBucketLifecycle"),
-        ("PUT", BUCKET, "lifecycle", "PutBucketLifecycleConfiguration"),
         ("PUT", BUCKET, "logging", "PutBucketLogging"),
         ("PUT", BUCKET, "metadataAnnotationTable",
          "UpdateBucketMetadataAnnotationTableConfiguration"),
@@ -12100,15 +12806,29 @@ class Server(http.server.ThreadingHTTPServer):
         wait = HOUSEKEEPING_SECONDS
         if self._upload_ttl:
             wait = max(1, min(wait, self._upload_ttl / 4))
+        pause = lifecycle_pause(self.service.day_seconds)
+        swept = ruled = -pause - wait
         while True:
-            try:
-                count = self.service.store.sweep(self._upload_ttl)
-                if count:
-                    self.report("swept %d leftovers" % count)
-            except Exception:
-                self.report("sweep: " + traceback.format_exc())
-            if self._ended.wait(wait):
+            clock = time.monotonic()
+            if clock >= swept + wait:
+                swept = clock
+                self._do("swept %d leftovers", lambda: self.service.store
+                         .sweep(self._upload_ttl))
+            if clock >= ruled + pause:
+                ruled = clock
+                self._do("lifecycle rules: %d changes", lambda: run_lifecycle(
+                    self.service, time.time(), self._ended.is_set))
+            if self._ended.wait(min(wait, pause)):
                 return
+
+    def _do(self, text, work):
+        """One round of housekeeping; never the thread's end."""
+        try:
+            count = work()
+            if count:
+                self.report(text % count)
+        except Exception:
+            self.report("housekeeping: " + traceback.format_exc())
 
     def _end_idle(self, most=None):
         """Wake connections that wait for a request: they end."""
@@ -12189,6 +12909,14 @@ def _duration(value):
         raise ValueError("is no duration like 24h or 7d")
     unit = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
     return int(match[1]) * unit
+
+
+def _day(value):
+    """A whole number of seconds, up to a real day."""
+    seconds = int(value) if re.match(r"\d{1,5}\Z", value, re.ASCII) else 0
+    if not 1 <= seconds <= 86400:
+        raise ValueError("is no number of seconds from 1 to 86400")
+    return seconds
 
 
 def _bucket(value):
@@ -12283,6 +13011,8 @@ OPTIONS = (
            "SIGHUP"),
     Option("tls_key", _filled, None, "TlsKey",
            "private key of the certificate (default: in the same file)"),
+    Option("day_seconds", _day, 86400, "DaySeconds",
+           "length of a day of lifecycle rules, for tests"),
     Option("sse_key", _filled, None, "SseKey",
            "file of the master keys of encrypted objects (default: "
            ".gos3rve-keys.json in the directory of the buckets, made when "
@@ -12554,7 +13284,8 @@ class Running:
             values["region"], tuple(values["domain"]),
             public and urllib.parse.urlsplit(public).netloc, public,
             values["readonly"], values["object_ownership"],
-            default_cors(values["cors"]), load_key_file(values, report))
+            default_cors(values["cors"]), load_key_file(values, report),
+            values["day_seconds"])
         self._make_directories(values)
         self.server = Server((values["bind"], values["p"]), service, tls,
                              access_log, report, values["upload_ttl"])

@@ -6364,7 +6364,7 @@ class BucketRequests(OperationCase):
     def test_a_query_never_lets_a_bucket_be_deleted(self):
         for query in ("anything", "prefix=x", "location", "delete", "acl",
                       "versions", "uploads", "list-type=2", "versionId=null",
-                      "lifecycle", "website", "logging", "x-amz-foo=1",
+                      "website", "logging", "x-amz-foo=1",
                       "uploadId", "force", "recursive=true", "accelerate",
                       "prefix=../../x", "partNumber=1", "%61cl", "Acl"):
             with self.subTest(query=query):
@@ -8772,8 +8772,8 @@ class RefusedRequests(OperationCase):
     # What Terraform, s3cmd and the SDKs' own tests try to set
     CHANGES = {
         "PUT bucket": (
-            "lifecycle", "logging", "notification", "website"),
-        "DELETE bucket": ("lifecycle", "website"),
+            "logging", "notification", "website"),
+        "DELETE bucket": ("website",),
         "GET object": ("torrent",),
         "POST object": ("restore", "select"),
     }
@@ -11124,6 +11124,606 @@ class ObjectLockRequests(LockCase):
         self.assertIn(200, statuses)
         self.assertEqual(self.s3.get("/box/k", {"retention": ""}).one(
             "RetainUntilDate"), "2107-01-01T00:00:00.000Z")
+
+
+# --- lifecycle: the document ---
+
+def at(text):
+    """Seconds since the epoch of `2014-01-15 10:30`."""
+    return g.parse_iso_date(re.sub(
+        r" (\d):", r" 0\1:", text).replace(" ", "T"))
+
+
+def rule(actions, where="<Filter/>", name="r", status="Enabled"):
+    return "<Rule><ID>%s</ID>%s<Status>%s</Status>%s</Rule>" % (
+        name, where, status, actions)
+
+
+def lifecycle(*rules, minimum=None):
+    return g.parse_lifecycle(
+       document_element("LifecycleConfiguration", "".join(rules)), minimum)
+
+
+DAYS = "<Expiration><Days>%d</Days></Expiration>"
+DATE = "<Expiration><Date>%s</Date></Expiration>"
+MARKER = ("<Expiration><ExpiredObjectDeleteMarker>true"
+          "</ExpiredObjectDeleteMarker></Expiration>")
+ABORT = ("<AbortIncompleteMultipartUpload><DaysAfterInitiation>%d"
+         "</DaysAfterInitiation></AbortIncompleteMultipartUpload>")
+MOVE = ("<Transition><Days>%d</Days><StorageClass>%s</StorageClass>"
+        "</Transition>")
+MOVE_AT = ("<Transition><Date>%s</Date><StorageClass>%s</StorageClass>"
+           "</Transition>")
+OLD = ("<NoncurrentVersionExpiration><NoncurrentDays>%d</NoncurrentDays>"
+       "</NoncurrentVersionExpiration>")
+KEEP = ("<NoncurrentVersionExpiration><NoncurrentDays>%d</NoncurrentDays>"
+        "<NewerNoncurrentVersions>%d</NewerNoncurrentVersions>"
+        "</NoncurrentVersionExpiration>")
+MOVE_OLD = ("<NoncurrentVersionTransition><NoncurrentDays>%d"
+            "</NoncurrentDays><StorageClass>%s</StorageClass>"
+            "</NoncurrentVersionTransition>")
+TAG = "<Tag><Key>%s</Key><Value>%s</Value></Tag>"
+LARGER = "<ObjectSizeGreaterThan>%d</ObjectSizeGreaterThan>"
+SMALLER = "<ObjectSizeLessThan>%d</ObjectSizeLessThan>"
+
+
+def where(*parts):
+    """A Filter; of several members within And."""
+    inner = "".join(parts)
+    if len(parts) > 1:
+        inner = "<And>%s</And>" % inner
+    return "<Filter>%s</Filter>" % inner
+
+
+def prefix(text):
+    return "<Prefix>%s</Prefix>" % text
+
+
+# rules, code, the beginning of the message
+BAD_LIFECYCLES = (
+    ([], "InvalidRequest", "At least one lifecycle rule"),
+    ([rule(DAYS % 1, name=str(i)) for i in range(1001)], "InvalidRequest",
+     "The number of lifecycle rules"),
+    ([rule(DAYS % 2, name="a" * 256)], "InvalidArgument",
+     "ID length should not exceed allowed limit of 255"),
+    ([rule(DAYS % 1), rule(DAYS % 2)], "InvalidArgument",
+     "Rule ID must be unique"),
+    ([rule(DAYS % 1, status="enabled")], "MalformedXML", ""),
+    ([rule(DAYS % 1, status="")], "MalformedXML", ""),
+    ([rule("")], "InvalidRequest", "At least one action needs"),
+    ([rule(DAYS % 1, "")], "MalformedXML", ""),
+    ([rule(DAYS % 1, prefix("a") + where(prefix("a")))], "MalformedXML", ""),
+    ([rule(DAYS % 1, prefix("a")), rule(DAYS % 1, name="s")],
+     "InvalidRequest", "Filter element can only be used in Lifecycle V2."),
+    ([rule(DAYS % 1), rule(DAYS % 1, prefix("a"), "s")], "InvalidRequest",
+     "Base level prefix cannot be used in Lifecycle V2"),
+    ([rule(DAYS % 1, prefix("a/b")), rule(DAYS % 2, prefix("a"), "s")],
+     "InvalidRequest", "Found overlapping prefixes 'a' and 'a/b' for same "
+     "action type 'Expiration'"),
+    # filters
+    ([rule(DAYS % 1, "<Filter>%s%s</Filter>" % (prefix("a"), LARGER % 1))],
+     "MalformedXML", ""),
+    ([rule(DAYS % 1, "<Filter><And>%s</And></Filter>" % prefix("a"))],
+     "MalformedXML", ""),
+    ([rule(DAYS % 1, "<Filter><And/></Filter>")], "MalformedXML", ""),
+    ([rule(DAYS % 1, "<Filter><And>%s</And></Filter>" % (TAG % ("k", 1)))],
+     "MalformedXML", ""),
+    ([rule(DAYS % 1, where(LARGER % (1099511627776000 + 1)))],
+     "InvalidRequest", "'ObjectSizeGreaterThan' should be between 0"),
+    ([rule("<NoncurrentVersionTransition><NoncurrentDays>1</NoncurrentDays>"
+           "<NewerNoncurrentVersions>0</NewerNoncurrentVersions>"
+           "<StorageClass>GLACIER</StorageClass>"
+           "</NoncurrentVersionTransition>")],
+     "InvalidArgument", "'NewerNoncurrentVersions' for NoncurrentVersion"
+     "Transition action must be a positive integer"),
+    ([rule(DAYS % 1, where(TAG % ("k", 1), TAG % ("k", 2)))],
+     "InvalidRequest", "Duplicate Tag Keys are not allowed."),
+    ([rule(DAYS % 1, where(TAG % ("", "v")))], "MalformedXML", ""),
+    ([rule(DAYS % 1, where(SMALLER % 0))], "InvalidRequest",
+     "'ObjectSizeLessThan' should be between 1 and 1099511627776000."),
+    ([rule(DAYS % 1, where(LARGER % -1))], "InvalidRequest",
+     "'ObjectSizeGreaterThan' should be between 0"),
+    ([rule(DAYS % 1, where(LARGER % 9, SMALLER % 9))], "InvalidRequest",
+     "'ObjectSizeLessThan' has to be a value greater"),
+    # expiration
+    ([rule("<Expiration/>")], "MalformedXML", ""),
+    ([rule(DAYS % 0)], "InvalidArgument",
+     "'Days' for Expiration action must be a positive integer"),
+    ([rule(DAYS % -1)], "InvalidArgument", "'Days' for Expiration"),
+    ([rule(DATE % "1970-08-22T19:08:21Z")], "InvalidArgument",
+     "'Date' must be at midnight GMT"),
+    ([rule(DATE % "20200101")], "MalformedXML", ""),
+    ([rule("<Expiration><Days>1</Days><ExpiredObjectDeleteMarker>false"
+           "</ExpiredObjectDeleteMarker></Expiration>")], "MalformedXML", ""),
+    ([rule("<Expiration><Days>1</Days><Date>2030-01-01</Date>"
+           "</Expiration>")], "MalformedXML", ""),
+    ([rule(MARKER, where(TAG % ("k", "v")))], "InvalidRequest",
+     "ExpiredObjectDeleteMarker cannot be specified with Tags."),
+    ([rule(MARKER, where(LARGER % 1))], "InvalidRequest",
+     "ExpiredObjectDeleteMarker cannot be specified with Object Size."),
+    # uploads
+    ([rule(ABORT % 0)], "InvalidArgument", "'DaysAfterInitiation' for Abort"
+     "IncompleteMultipartUpload action must be a positive integer"),
+    ([rule(ABORT % 1, where(TAG % ("k", "v")))], "InvalidRequest",
+     "AbortIncompleteMultipartUpload cannot be specified with Tags."),
+    ([rule(ABORT % 1, where(prefix("a"), LARGER % 1))], "InvalidRequest",
+     "AbortIncompleteMultipartUpload cannot be specified with Object Size"),
+    ([rule("<AbortIncompleteMultipartUpload/>")], "MalformedXML", ""),
+    # noncurrent versions
+    ([rule("<NoncurrentVersionExpiration/>")], "MalformedXML", ""),
+    ([rule(OLD % 0)], "InvalidArgument", "'NoncurrentDays' for Noncurrent"
+     "VersionExpiration action must be a positive integer"),
+    ([rule(KEEP % (1, 0))], "InvalidArgument", "'NewerNoncurrentVersions'"),
+    ([rule(KEEP % (1, 5), prefix("a"))], "InvalidRequest",
+     "NewerNoncurrentVersions element can only be used in Lifecycle V2."),
+    ([rule(MOVE_OLD % (9, "GLACIER") + OLD % 9)], "InvalidArgument",
+     "'NoncurrentDays' in the NoncurrentVersionExpiration action for filter "
+     "'(prefix=)' must be greater than 'NoncurrentDays' in the Noncurrent"
+     "VersionTransition action"),
+    ([rule(MOVE_OLD % (-1, "GLACIER"))], "InvalidArgument",
+     "'NoncurrentDays' in NoncurrentVersionTransition action must be non"),
+    # transitions
+    ([rule(MOVE % (1, "STANDARD"))], "MalformedXML", ""),
+    ([rule(MOVE % (1, "LUKEWARM"))], "MalformedXML", ""),
+    ([rule("<Transition><StorageClass>GLACIER</StorageClass></Transition>")],
+     "MalformedXML", ""),
+    ([rule("<Transition><Days>1</Days></Transition>")], "MalformedXML", ""),
+    ([rule(MOVE % (-1, "GLACIER"))], "InvalidArgument",
+     "'Days' in Transition action must be nonnegative"),
+    ([rule(MOVE % (29, "ONEZONE_IA"))], "InvalidArgument",
+     "'Days' in Transition action must be greater than or equal to 30 for "
+     "storageClass 'ONEZONE_IA'"),
+    ([rule(MOVE_AT % ("2022-09-27T01:00:00Z", "GLACIER"))],
+     "InvalidArgument", "'Date' must be at midnight GMT"),
+    ([rule(MOVE % (1, "GLACIER") + MOVE % (2, "GLACIER"))],
+     "InvalidRequest", "'StorageClass' must be different for 'Transition' "
+     "actions in same 'Rule' with filter '(prefix=)'"),
+    ([rule(MOVE % (1, "GLACIER") + DATE % "2030-01-01")], "InvalidRequest",
+     "Found mixed 'Date' and 'Days' based Expiration and Transition"),
+    ([rule(MOVE % (9, "GLACIER") + MOVE % (9, "DEEP_ARCHIVE"))],
+     "InvalidArgument", "'Days' in the Transition action for StorageClass "
+     "'DEEP_ARCHIVE' for filter '(prefix=)' must be greater than"),
+    ([rule(MOVE % (30, "STANDARD_IA") + MOVE % (59, "GLACIER"))],
+     "InvalidArgument", "'Days' in the Transition action for StorageClass "
+     "'GLACIER' for filter '(prefix=)' must be 30 days more than"),
+    ([rule(DAYS % 9 + MOVE % (9, "GLACIER"), where(prefix("x/")))],
+     "InvalidArgument", "'Days' in the Expiration action for filter "
+     "'(prefix=x/)' must be greater than 'Days' in the Transition action"),
+    ([rule(DATE % "2030-01-01" + MOVE_AT % ("2030-01-01", "GLACIER"))],
+     "InvalidArgument", "'Date' in the Expiration action for filter"),
+)
+
+GOOD_LIFECYCLES = (
+    [rule(DAYS % 1, prefix("test1/"), "rule1"),
+     rule(DAYS % 2, prefix("test2/"), "rule2", "Disabled")],
+    [rule(DAYS % 1, prefix("a")), rule(OLD % 1, prefix("a/b"), "s")],
+    [rule(MARKER, where(prefix("foo")))],
+    [rule(MARKER)], [rule(DATE % "2017-09-27")],
+    [rule(DAYS % 1, where(TAG % ("a", 1), TAG % ("b", 2)))],
+    [rule(DAYS % 1, where(prefix(""), SMALLER % 1))],
+    [rule(DAYS % 1, where(LARGER % 0))],
+    [rule(ABORT % 2 + DAYS % 1 + OLD % 1, where(prefix("a")))],
+    [rule(MOVE % (0, "GLACIER_IR"))],
+    [rule(MOVE_OLD % (2, "GLACIER") + MOVE_OLD % (4, "DEEP_ARCHIVE")
+          + OLD % 6, prefix("test1/"))],
+    [rule(MOVE % (30, "STANDARD_IA") + MOVE % (60, "GLACIER") + DAYS % 61)],
+    [rule(MOVE % (0, "GLACIER") + MARKER)],
+    [rule(KEEP % (1, 500))],
+    [rule(DAYS % 1, name="a" * 255)],
+    [rule(DAYS % 1, name=str(i)) for i in range(1000)],
+    [rule(DAYS % 1, where(LARGER % 1099511627776000))],
+    [rule("<NoncurrentVersionTransition><NoncurrentDays>1</NoncurrentDays>"
+          "<NewerNoncurrentVersions>1</NewerNoncurrentVersions>"
+          "<StorageClass>GLACIER</StorageClass>"
+          "</NoncurrentVersionTransition>")],
+    [rule(DATE % "2030-01-02" + MOVE_AT % ("2030-01-01", "GLACIER"))],
+)
+
+
+class LifecycleDocument(DocumentCase):
+
+    def test_what_is_refused(self):
+        for rules, code, message in BAD_LIFECYCLES:
+            with self.subTest(rules[:2]):
+                self.refused(code, message, lifecycle, *rules)
+
+    def test_what_is_taken_comes_back(self):
+        for rules in GOOD_LIFECYCLES:
+            with self.subTest(rules):
+                value = self.kept(lifecycle(*rules))
+                text = plain_xml("LifecycleConfiguration",
+                           g.lifecycle_children(value))
+                again = g.parse_lifecycle(g.parse_xml(text))
+                self.assertEqual(again, value)
+                count = sum(len(list(item.iter())) for item in map(
+                    g.parse_xml, rules))
+                self.assertEqual(len(list(g.parse_xml(text).iter())) - 1,
+                                 count)
+
+    def test_elements_are_in_s3_s_order(self):
+        value = lifecycle("<Rule><Transition><StorageClass>GLACIER_IR"
+                          "</StorageClass><Days>0</Days></Transition>"
+                          "<Status>Enabled</Status><ID>t</ID><Filter/>"
+                          "</Rule>")
+        self.assertEqual(plain_xml("L", g.lifecycle_children(value)), (
+            "<L><Rule><ID>t</ID><Filter></Filter><Status>Enabled</Status>"
+            "<Transition><Days>0</Days><StorageClass>GLACIER_IR"
+            "</StorageClass></Transition></Rule></L>"))
+
+    def test_a_rule_without_an_id_is_given_one(self):
+        bare = "<Rule>%s<Filter/><Status>Enabled</Status>%s</Rule>"
+        value = lifecycle(bare % ("", DAYS % 1), bare % ("<ID/>", OLD % 1))
+        names = [item["ID"] for item in value["Rule"]]
+        self.assertEqual([len(name) for name in names], [48, 48])
+        self.assertNotEqual(*names)
+
+    def test_the_minimum_size_has_a_default(self):
+        header = g.MINIMUM_SIZE_HEADER
+        for asked, given in ((None, g.ALL_128K), (g.VARIES, g.VARIES),
+                             (g.ALL_128K, g.ALL_128K)):
+            value = lifecycle(rule(DAYS % 1), minimum=asked)
+            self.assertEqual(g.lifecycle_headers(value), {header: given})
+        with self.assertRaises(S3Error) as caught:
+            lifecycle(rule(DAYS % 1), minimum="value")
+        self.assertEqual(caught.exception.message, "Invalid TransitionDefault"
+                         "MinimumObjectSize found: value")
+
+
+# --- lifecycle: what is due ---
+
+def candidate(**facts):
+    return g.Candidate(**dict({
+        "key": "logs/a", "size": 1 << 20, "mtime": at("2014-01-15 10:30")},
+        **facts))
+
+
+OLD_VERSION = {"is_latest": False, "only_version": False, "versioned": True,
+               "noncurrent_since": at("2014-01-15 10:30")}
+LONE_MARKER = {"is_delete_marker": True, "size": 0, "versioned": True}
+
+# rules, facts, now, the action (with the storage class) or None
+DUE = (
+    # rounded up to midnight UTC: userguide/intro-lifecycle-rules.html
+    (rule(MOVE % (3, "GLACIER")), {}, "2014-01-18 23:59", None),
+    (rule(MOVE % (3, "GLACIER")), {}, "2014-01-19", "transition GLACIER"),
+    (rule(DAYS % 1), {"mtime": at("2014-01-02 0:05")}, "2014-01-03 23:59",
+     None),
+    (rule(DAYS % 1), {"mtime": at("2014-01-02 0:05")}, "2014-01-04",
+     "expire"),
+    (rule(DAYS % 1), {"mtime": at("2014-01-02")}, "2014-01-03", "expire"),
+    # ... and from when it became noncurrent
+    (rule(OLD % 5), dict(OLD_VERSION, noncurrent_since=at(
+        "2014-01-02 11:30")), "2014-01-07 23:59", None),
+    (rule(OLD % 5), dict(OLD_VERSION, noncurrent_since=at(
+        "2014-01-02 11:30")), "2014-01-08", "remove"),
+    (rule(OLD % 1), {}, "2030-01-01", None),
+    (rule(DAYS % 1), OLD_VERSION, "2030-01-01", None),
+    (rule(OLD % 1), dict(OLD_VERSION, is_delete_marker=True, size=0),
+     "2030-01-01", "remove"),
+    (rule(OLD % 1), dict(OLD_VERSION, noncurrent_since=None), "2030-01-01",
+     None),
+    # dates
+    (rule(DATE % "2030-01-01"), {}, "2029-12-31", None),
+    (rule(DATE % "2030-01-01"), {}, "2030-01-01", "expire"),
+    (rule(DATE % "2015-01-01"), {"mtime": at("2020-01-01")}, "2020-01-02",
+     "expire"),
+    # filters
+    (rule(DAYS % 1, status="Disabled"), {}, "2030-01-01", None),
+    (rule(DAYS % 1, where(prefix("logs/"))), {}, "2030-01-01", "expire"),
+    (rule(DAYS % 1, prefix("logs/")), {}, "2030-01-01", "expire"),
+    (rule(DAYS % 1, prefix("other/")), {}, "2030-01-01", None),
+    (rule(DAYS % 1, where(TAG % ("k", "v"))), {}, "2030-01-01", None),
+    (rule(DAYS % 1, where(TAG % ("k", "v"))), {"tags": {
+        "k": "v", "l": "w"}}, "2030-01-01", "expire"),
+    (rule(DAYS % 1, where("<Tag><Key>k</Key></Tag>")), {"tags": {"k": "v"}},
+     "2030-01-01", None),
+    (rule(DAYS % 1, where("<Tag><Key>k</Key></Tag>")), {"tags": {"k": ""}},
+     "2030-01-01", "expire"),
+    (rule(DAYS % 1, where(TAG % ("k", "v"), TAG % ("l", "w"))),
+     {"tags": {"k": "v", "l": "x"}}, "2030-01-01", None),
+    (rule(DAYS % 1, where(LARGER % 2000)), {"size": 2000}, "2030-01-01",
+     None),
+    (rule(DAYS % 1, where(LARGER % 2000)), {"size": 2001}, "2030-01-01",
+     "expire"),
+    (rule(DAYS % 1, where(SMALLER % 2000)), {"size": 2000}, "2030-01-01",
+     None),
+    (rule(DAYS % 1, where(prefix("l"), SMALLER % 2000)), {"size": 1999},
+     "2030-01-01", "expire"),
+    # how many newer versions stay: s3-tests newer_noncurrent
+    (rule(KEEP % (1, 5)), dict(OLD_VERSION, newer_count=4), "2030-01-01",
+     None),
+    (rule(KEEP % (1, 5)), dict(OLD_VERSION, newer_count=5), "2030-01-01",
+     "remove"),
+    (rule(KEEP % (1, 5)), dict(OLD_VERSION, newer_count=5),
+     "2014-01-16 12:00", None),
+    # delete markers
+    (rule(MARKER), LONE_MARKER, "2014-01-15 10:31", "remove"),
+    (rule(MARKER), dict(LONE_MARKER, only_version=False), "2030-01-01",
+     None),
+    (rule(MARKER), {}, "2030-01-01", None),
+    (rule(MARKER.replace("true", "false")), LONE_MARKER, "2030-01-01", None),
+    (rule(DAYS % 5), LONE_MARKER, "2014-01-20", None),
+    (rule(DAYS % 5), LONE_MARKER, "2014-01-21", "remove"),
+    (rule(DAYS % 5), dict(LONE_MARKER, only_version=False), "2030-01-01",
+     None),
+    (rule(OLD % 1), LONE_MARKER, "2030-01-01", None),
+    # several at once: userguide/lifecycle-conflicts.html
+    (rule(DAYS % 9 + MOVE % (1, "GLACIER")), {}, "2030-01-01", "expire"),
+    (rule(DAYS % 9 + MOVE % (1, "GLACIER")), {"versioned": True},
+     "2030-01-01", "transition GLACIER"),
+    (rule(DAYS % 9 + MOVE % (1, "GLACIER")), {
+        "versioned": True, "storage_class": "GLACIER"}, "2030-01-01",
+     "expire"),
+    (rule(OLD % 9 + MOVE_OLD % (1, "GLACIER")), OLD_VERSION, "2030-01-01",
+     "remove"),
+    (rule(OLD % 9 + MOVE_OLD % (1, "GLACIER")), OLD_VERSION, "2014-01-20",
+     "transition GLACIER"),
+    # transitions
+    (rule(MOVE % (1, "GLACIER") + MOVE % (7, "DEEP_ARCHIVE")), {},
+     "2014-01-18", "transition GLACIER"),
+    (rule(MOVE % (1, "GLACIER") + MOVE % (7, "DEEP_ARCHIVE")), {},
+     "2014-01-30", "transition DEEP_ARCHIVE"),
+    (rule(MOVE % (1, "GLACIER")), {"storage_class": "DEEP_ARCHIVE"},
+     "2030-01-01", None),
+    (rule(MOVE % (1, "GLACIER")), {"storage_class": "REDUCED_REDUNDANCY"},
+     "2030-01-01", "transition GLACIER"),
+    (rule(MOVE % (30, "STANDARD_IA")), {"storage_class":
+                                        "REDUCED_REDUNDANCY"},
+     "2030-01-01", "transition STANDARD_IA"),
+    (rule(MOVE % (1, "GLACIER")), {"storage_class": "SNOW"}, "2030-01-01",
+     None),
+    (rule(MOVE_AT % ("2030-01-01", "GLACIER")), {}, "2030-01-01",
+     "transition GLACIER"),
+    (rule(MOVE % (1, "GLACIER")), OLD_VERSION, "2030-01-01", None),
+    (rule(MOVE % (1, "GLACIER")), {"size": 131071}, "2030-01-01", None),
+    (rule(MOVE % (1, "GLACIER")), {"size": 131072}, "2030-01-01",
+     "transition GLACIER"),
+    (rule(MOVE % (1, "GLACIER"), where(LARGER % 9)), {"size": 10},
+     "2030-01-01", "transition GLACIER"),
+    (rule(MOVE_OLD % (1, "GLACIER")), dict(
+        OLD_VERSION, is_delete_marker=True, size=0), "2030-01-01", None),
+)
+
+
+class LifecycleDue(DocumentCase):
+
+    def test_what_is_due(self):
+        for text, facts, now, action in DUE:
+            with self.subTest((text, facts, now)):
+                due = g.lifecycle_action(lifecycle(text), candidate(**facts),
+                                         at(now))
+                got = due and " ".join(filter(None, (due.action,
+                                                     due.storage_class)))
+                self.assertEqual(got, action)
+                if due:
+                    self.assertEqual(due.rule_id, "r")
+
+    def test_a_short_day_is_not_rounded(self):
+        value = lifecycle(rule(DAYS % 2))
+        since = candidate().mtime
+        for now, due in ((since + 19, None), (since + 19.9, None),
+                         (since + 20, g.Due("expire", "r"))):
+            self.assertEqual(g.lifecycle_action(
+                value, candidate(), now, day_seconds=10), due)
+
+    def test_small_objects_move_where_the_class_says_so(self):
+        for asked, storage, small_bytes, moves in (
+                (g.VARIES, "GLACIER", g.SMALL_BYTES, True),
+                (g.VARIES, "DEEP_ARCHIVE", g.SMALL_BYTES, True),
+                (g.VARIES, "GLACIER_IR", g.SMALL_BYTES, False),
+                (g.ALL_128K, "GLACIER", g.SMALL_BYTES, False),
+                (g.ALL_128K, "GLACIER", 0, True)):
+            value = lifecycle(rule(MOVE % (1, storage)), minimum=asked)
+            due = g.lifecycle_action(value, candidate(size=4),
+                                     at("2030-01-01"), g.DAY_SECONDS,
+                                     small_bytes)
+            self.assertEqual(due is not None, moves, (asked, storage))
+
+    def test_the_shortest_rule_that_holds_is_in_the_header(self):
+        value = lifecycle(
+            rule(DAYS % 9, name="nine"), rule(DAYS % 3, name="three"),
+            rule(DAYS % 1, where(TAG % ("k", "v")), "tag"),
+            rule(DAYS % 3, name="also three"),
+            rule(DATE % "2014-01-02", where(prefix("x")), "date"),
+            rule(MARKER, name="marker"),
+            rule(DAYS % 1, name="off", status="Disabled"))
+        mtime = at("2014-01-15 10:30")
+        for key, tags, date, name in (
+                ("a", {}, "Sun, 19 Jan 2014", "three"),
+                ("a", {"k": "v"}, "Fri, 17 Jan 2014", "tag"),
+                ("x", {}, "Thu, 02 Jan 2014", "date")):
+            self.assertEqual(
+                g.expiration_header(value, key, tags, 1, mtime),
+                'expiry-date="%s 00:00:00 GMT", rule-id="%s"' % (date, name))
+        self.assertIsNone(g.expiration_header(
+            lifecycle(rule(MARKER)), "a", {}, 1, mtime))
+
+    def test_the_header_can_be_sent_whatever_the_rule(self):
+        for name, sent in (("Rule for testfile.txt",) * 2,
+                           ("a&quot;b", "a%22b"), ("\u00e9", "%C3%A9"),
+                           ("a\nb", "a%0Ab")):
+            header = g.expiration_header(lifecycle(rule(
+                DAYS % 2147483647, name=name)), "a", {}, 1, 1 << 40)
+            self.assertEqual(header, 'expiry-date="Fri, 31 Dec 9999 00:00:00'
+                             ' GMT", rule-id="%s"' % sent)
+
+    def test_uploads(self):
+        value = lifecycle(
+            rule(ABORT % 2, where(prefix("test1/")), "two"),
+            rule(ABORT % 1, where(prefix("test1/x")), "x one"),
+            rule(ABORT % 1, where(prefix("test2/")), "off", "Disabled"))
+        since = at("2014-01-15 10:30")
+        for key, now, name in (
+                ("test1/a", "2014-01-17", None),
+                ("test1/a", "2014-01-18", "two"),
+                ("test1/x", "2014-01-17", "x one"),
+                ("test2/a", "2030-01-01", None)):
+            self.assertEqual(g.upload_due(value, key, since, at(now)), name)
+        self.assertEqual(g.upload_due(value, "test1/a", since, since + 20,
+                                      10), "two")
+        self.assertEqual(g.abort_headers(value, "test1/a", since), {
+            "x-amz-abort-date": "Sat, 18 Jan 2014 00:00:00 GMT",
+            "x-amz-abort-rule-id": "two"})
+        self.assertEqual(g.abort_headers(value, "test2/a", since), {})
+
+class LifecycleRequests(LockCase):
+    """Rules put over HTTP and carried out by run_lifecycle()."""
+
+    def setUp(self):
+        super().setUp()
+        self.unlock_tree()              # no versions, unless a test asks
+
+    def put_rules(self, *rules):
+        return self.document("/box", "lifecycle", "".join(rules),
+                             "LifecycleConfiguration")
+
+    def run_rules(self, days, day_seconds=86400):
+        """Do what is due in so many days; how many things were done."""
+        service = self.server.server.service._replace(
+            day_seconds=day_seconds)
+        return gos3rve.run_lifecycle(service, time.time()
+                                     + days * day_seconds)
+
+    def listed(self):
+        answer = self.ok(self.s3.get("/box", {"versions": ""}))
+        return [(e.tag, e.findtext("Key")) for e in answer.xml()
+                if e.tag in ("Version", "DeleteMarker")]
+
+    def test_rules_come_and_go(self):
+        self.error(self.s3.get("/box", {"lifecycle": ""}),
+                   "NoSuchLifecycleConfiguration", 404)
+        text = rule(DAYS % 3, where(prefix("a/")))
+        self.assertEqual(self.ok(self.put_rules(text)).headers[
+            g.MINIMUM_SIZE_HEADER], "all_storage_classes_128K")
+        answer = self.ok(self.s3.get("/box", {"lifecycle": ""}))
+        self.assertEqual(answer.one("Rule/Expiration/Days"), "3")
+        self.ok(self.s3.delete("/box", {"lifecycle": ""}), 204)
+        self.error(self.s3.get("/box", {"lifecycle": ""}),
+                   "NoSuchLifecycleConfiguration", 404)
+        self.error(self.s3.put("/box", b"<LifecycleConfiguration/>",
+                               {"lifecycle": ""}), "InvalidRequest")
+
+    def test_objects_expire_and_files_by_hand_do_too(self):
+        self.fill("a/old", "b/old")
+        self.by_hand("a/by-hand")
+        self.ok(self.put_rules(rule(DAYS % 3, where(prefix("a/")))))
+        self.assertEqual(self.run_rules(2), 0)
+        self.assertEqual(self.run_rules(4.1), 2)
+        self.assertEqual(self.s3.keys("box"), ["b/old"])
+        self.assertEqual(list(self.tree()), ["b/old"])
+
+    def test_a_disabled_rule_does_nothing(self):
+        self.fill("k")
+        self.ok(self.put_rules(rule(DAYS % 1, status="Disabled")))
+        self.assertEqual(self.run_rules(9), 0)
+
+    def test_tags_and_sizes_choose(self):
+        self.ok(self.s3.put("/box/tagged", b"x", headers={
+            "x-amz-tagging": "t=v"}))
+        self.ok(self.s3.put("/box/large", b"x" * 100))
+        self.fill("small")
+        self.ok(self.put_rules(
+            rule(DAYS % 1, where(TAG % ("t", "v")), "tags"),
+            rule(DAYS % 1, where(LARGER % 50), "sizes")))
+        self.run_rules(3)
+        self.assertEqual(self.s3.keys("box"), ["small"])
+
+    def test_with_versions_a_marker_comes_first(self):
+        self.switch_versions()
+        self.fill("k", "k")
+        self.ok(self.put_rules(
+            rule(DAYS % 1, name="now"), rule(OLD % 1, name="old"),
+            rule(MARKER, name="marker")))
+        self.assertEqual(self.run_rules(2.1), 2)        # one old, a marker
+        self.assertEqual(self.listed(), [("DeleteMarker", "k"),
+                                         ("Version", "k")])
+        self.assertEqual(self.run_rules(4.1), 1)
+        self.assertEqual(self.run_rules(4.1), 1)        # the lone marker
+        self.assertEqual(self.listed(), [])
+
+    def test_newer_noncurrent_versions_are_kept(self):
+        self.switch_versions()
+        for number in range(5):
+            self.ok(self.s3.put("/box/k", b"%d" % number))
+        self.ok(self.put_rules(rule(KEEP % (1, 2))))
+        self.assertEqual(self.run_rules(3), 2)
+        self.assertEqual(len(self.listed()), 3)
+        self.body("k", b"4")
+
+    def test_a_locked_version_stays(self):
+        self.switch_versions()
+        self.ok(self.put_lock(
+            "<ObjectLockEnabled>Enabled</ObjectLockEnabled>"))
+        locked = self.put_version(legal_hold="ON")
+        self.put_version()
+        self.put_version()
+        self.ok(self.put_rules(rule(OLD % 1)))
+        self.assertEqual(self.run_rules(3), 1)
+        self.assertEqual(self.ok(self.s3.get("/box/k", {
+            "versionId": locked})).body, b"x")
+
+    def test_what_changed_meanwhile_is_left(self):
+        self.fill("k")
+        store = self.server.store
+        bucket = store.bucket("box")
+        info = bucket.find("k")
+        self.ok(self.s3.put("/box/k", b"new"))
+        self.assertFalse(gos3rve._carry_out(
+            store, bucket, info, gos3rve.Due("expire", "r")))
+        self.assertFalse(gos3rve._carry_out(
+            store, bucket, info, gos3rve.Due("transition", "r", "GLACIER")))
+        self.body("k", b"new")
+        self.assertNotIn("x-amz-storage-class",
+                         self.s3.head("/box/k").headers)
+
+    def test_uploads_are_aborted(self):
+        upload = self.ok(self.s3.post("/box/k", {"uploads": ""})).one(
+            "UploadId")
+        self.ok(self.put_rules(rule(ABORT % 2)))
+        answer = self.ok(self.s3.get("/box/k", {"uploadId": upload}))
+        self.assertEqual(answer.headers["x-amz-abort-rule-id"], "r")
+        self.assertIn("x-amz-abort-date", self.ok(self.s3.post(
+            "/box/other", {"uploads": ""})).headers)
+        self.assertEqual(self.run_rules(1), 0)
+        self.assertEqual(self.run_rules(3.1), 2)
+        self.error(self.s3.get("/box/k", {"uploadId": upload}),
+                   "NoSuchUpload")
+
+    def test_a_transition_changes_the_class_and_no_byte(self):
+        self.ok(self.s3.put("/box/k", b"x" * 200000))
+        self.fill("small")
+        self.ok(self.put_rules(rule(MOVE % (1, "GLACIER_IR"))))
+        self.assertEqual(self.run_rules(3), 1)
+        answer = self.ok(self.s3.get("/box/k"))
+        self.assertEqual(answer.headers["x-amz-storage-class"], "GLACIER_IR")
+        self.assertEqual(answer.body, b"x" * 200000)
+        self.assertEqual(self.run_rules(3), 0)
+
+    def test_answers_name_the_expiration(self):
+        self.ok(self.put_rules(rule(DAYS % 1, where(prefix("a")), "one")))
+        for answer in (self.s3.put("/box/a", b"x"), self.s3.get("/box/a"),
+                       self.s3.head("/box/a"),
+                       self.s3.put("/box/ab", headers={
+                           "x-amz-copy-source": "/box/a"})):
+            self.assertRegex(self.ok(answer).headers["x-amz-expiration"],
+                             r'expiry-date=".* GMT", rule-id="one"\Z')
+        self.assertNotIn("x-amz-expiration",
+                         self.ok(self.s3.put("/box/b", b"x")).headers)
+
+    def test_a_server_does_it_by_itself(self):
+        with gos3rve.serve(buckets=["box"], day_seconds=1) as server:
+            client = Client(server.url, server.key_id, server.key_val)
+            self.addCleanup(client.close)
+            body = ("<LifecycleConfiguration>%s</LifecycleConfiguration>"
+                    % rule(DAYS % 1)).encode()
+            self.assertEqual(client.put("/box", body, {
+                "lifecycle": ""}, headers={
+                    "content-md5": digest64("md5", body)}).status, 200)
+            client.put("/box/k", b"x")
+            deadline = time.monotonic() + 20
+            while client.keys("box") and time.monotonic() < deadline:
+                time.sleep(0.1)
+            self.assertEqual(client.keys("box"), [])
 
 
 # --- encryption ---
@@ -14280,6 +14880,7 @@ SAMPLES = {
     "public_url": ("https://s3.example.com", "https://s3.example.com"),
     "tls_cert": ("cert.pem", "cert.pem"),
     "tls_key": ("key.pem", "key.pem"),
+    "day_seconds": ("10", 10),
     "sse_key": ("keys.json", "keys.json"),
     "sync": ("true", True),
     "readonly": ("true", True),
