@@ -10356,7 +10356,8 @@ for _subresource, _row in _KEPT_MANY.items():
 # hold (ON or OFF); {} when it has none.  Messages: LocalStack's tests
 # recorded against S3, issues 1733 to 1775 of versity/versitygw.
 
-GOVERNANCE, COMPLIANCE = LOCK_MODES = ("GOVERNANCE", "COMPLIANCE")
+GOVERNANCE = "GOVERNANCE"
+LOCK_MODES = (GOVERNANCE, "COMPLIANCE")
 HOLDS = ("ON", "OFF")
 MAX_LOCK_DAYS, MAX_LOCK_YEARS = 36500, 100
 DAY_SECONDS = 86400
