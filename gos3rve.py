@@ -37,6 +37,7 @@ import functools
 import hashlib
 import heapq
 import hmac
+import html
 import http.server
 import ipaddress
 import itertools
@@ -7267,7 +7268,8 @@ class Request:
     __slots__ = ("service", "method", "raw_path", "pairs", "query",
                  "headers", "host", "host_bucket", "bucket_name", "key",
                  "frame", "now", "request_id", "operation", "identity",
-                 "bucket", "body", "scheme", "client", "caller", "_guards")
+                 "bucket", "body", "scheme", "client", "caller", "is_site",
+                 "_guards")
 
     def __init__(self, service, method, target, headers, frame, now,
                  request_id, scheme="http", client=None):
@@ -7282,6 +7284,11 @@ class Request:
         self.host = headers.get("host", "")
         self.bucket_name = self.key = ""
         self.host_bucket = host_bucket(self.host, service.domains)
+        self.is_site = False
+        if ".s3-website" in self.host_bucket:
+            site = _SITE.match(self.host_bucket)
+            if site:
+                self.host_bucket, self.is_site = site[1], True
         if self.host_bucket:
             self.bucket_name = self.host_bucket
             self.key = checked_key(uri_decode(self.raw_path[1:]))
@@ -9719,16 +9726,18 @@ def cors_rules(request):
 
 
 def answer(request):
-    """respond(), and what CORS adds to its answer, to errors too."""
+    """respond() or serve_site(), and what CORS adds to the answer, to
+    errors too."""
+    respond_to = serve_site if request.is_site else respond
     if request.method == "OPTIONS":     # no signature, no key looked up
         return Response(200, preflight(cors_rules(request), request.headers,
                                        request.level.upper()))
     if "origin" not in request.headers:
-        return respond(request)
+        return respond_to(request)
     headers = actual_cors(cors_rules(request), request.method,
                           request.headers)
     try:
-        response = respond(request)
+        response = respond_to(request)
     except S3Error as error:
         error.headers.update(headers)
         raise
@@ -12069,6 +12078,324 @@ for _name, _newer in (
     add_operation(OPERATIONS[_newer]._replace(name=_name))
 
 
+# --- websites ---
+#
+# userguide/WebsiteHosting.html, how-to-page-redirect.html and
+# IndexDocumentSupport.html; messages: LocalStack's tests recorded against
+# S3, and Ceph's rgw, which copies them.
+
+MAX_ROUTING_RULES = 50
+
+_WEBSITE = (
+    Field("RedirectAllRequestsTo", (
+        need("HostName", TEXT), Field("Protocol", TEXT))),
+    Field("IndexDocument", (need("Suffix", TEXT),)),
+    Field("ErrorDocument", (need("Key", TEXT),)),
+    Field("RoutingRules", (many("RoutingRule", (
+        Field("Condition", (Field("KeyPrefixEquals", TEXT),
+                            Field("HttpErrorCodeReturnedEquals", INT))),
+        need("Redirect", (
+            Field("Protocol", TEXT), Field("HostName", FILLED),
+            Field("ReplaceKeyPrefixWith", TEXT),
+            Field("ReplaceKeyWith", TEXT),
+            Field("HttpRedirectCode", INT))),
+    ), 1),)),
+)
+
+
+def parse_website(element):
+    """The value of a WebsiteConfiguration Element.
+
+    API_PutBucketWebsite.html.  MalformedXML, InvalidArgument or
+    InvalidRequest.
+    """
+    website = read_document(element, _WEBSITE)
+    everything = website.get("RedirectAllRequestsTo")
+    if everything is not None:
+        if len(website) > 1:
+            raise bad_argument("RedirectAllRequestsTo cannot be provided in "
+                               "conjunction with other Routing Rules.",
+                               "RedirectAllRequestsTo", "not null")
+        _check_redirect_host(everything)
+        return website
+    _check_site_documents(website)
+    rules = _routing_rules(website)
+    if len(rules) > MAX_ROUTING_RULES:
+        raise S3Error("InvalidRequest", "%d routing rules provided, the "
+                      "number of routing rules in a website configuration "
+                      "is limited to 50." % len(rules))
+    for rule in rules:
+        _check_routing_rule(rule)
+    return website
+
+
+def website_children(website):
+    """The children of a WebsiteConfiguration document."""
+    return document_children(website, _WEBSITE)
+
+
+def _routing_rules(website):
+    return website.get("RoutingRules", {}).get("RoutingRule", ())
+
+
+def _check_protocol(redirect):
+    if redirect.get("Protocol", "http") not in ("http", "https"):
+        raise S3Error("InvalidRequest", "Invalid protocol, protocol can be "
+                      "http or https. If not defined the protocol will be "
+                      "selected automatically.")
+
+
+def _check_redirect_host(redirect):
+    _check_protocol(redirect)
+    if not redirect["HostName"].strip():
+        raise S3Error("InvalidRequest", "A host name must be provided to "
+                      "redirect all requests (e.g. \"example.com\").")
+
+
+def _check_site_documents(website):
+    index = website.get("IndexDocument")
+    if index is None:
+        raise bad_argument("A value for IndexDocument Suffix must be "
+                           "provided if RedirectAllRequestsTo is empty",
+                           "IndexDocument", "null")
+    if not index["Suffix"] or "/" in index["Suffix"]:
+        raise bad_argument("The IndexDocument Suffix is not well formed",
+                           "IndexDocument", index["Suffix"])
+    if "ErrorDocument" in website and not website["ErrorDocument"]["Key"]:
+        raise bad_argument("The ErrorDocument Key is not well formed",
+                           "ErrorDocument", "")
+
+
+def _check_routing_rule(rule):
+    redirect, condition = rule["Redirect"], rule.get("Condition")
+    if not redirect:
+        raise S3Error("MalformedXML")
+    if condition == {}:
+        raise S3Error("InvalidRequest", "Condition cannot be empty. To "
+                      "redirect all requests without a condition, the "
+                      "condition element shouldn't be present.")
+    if "ReplaceKeyWith" in redirect and "ReplaceKeyPrefixWith" in redirect:
+        raise S3Error("InvalidRequest", "You can only define "
+                      "ReplaceKeyPrefix or ReplaceKey but not both.")
+    _check_protocol(redirect)
+    code = (condition or {}).get("HttpErrorCodeReturnedEquals", 404)
+    if not 400 <= code <= 599:
+        raise S3Error("InvalidRequest", "The provided HTTP error code (%d) "
+                      "is not valid. Valid codes are 4XX or 5XX." % code)
+    code = redirect.get("HttpRedirectCode", 301)
+    if not 301 <= code <= 399:
+        raise S3Error("InvalidRequest", "The provided HTTP redirect code "
+                      "(%d) is not valid. Valid codes are 3XX except 300."
+                      % code)
+
+
+class SitePage(NamedTuple):
+    """What a website does: serve the object at `key` with `status`, or
+    send `location` with it; with neither, an error page of its own."""
+    status: int
+    key: Optional[str] = None
+    location: Optional[str] = None
+
+
+def website_page(website, key, scheme, host):
+    """The SitePage for a request for `key`, before anything is looked up.
+
+    Its key is the object to look up, with the index document's name after
+    "" and "/".
+    """
+    everything = website.get("RedirectAllRequestsTo")
+    if everything is not None:
+        return SitePage(301, None, _location(everything, key, scheme, host))
+    page = _routed(website, key, None, scheme, host)
+    if page is None:
+        page = SitePage(200, key)
+        if not key or key.endswith("/"):
+            page = SitePage(200, key + website["IndexDocument"]["Suffix"])
+    return page
+
+
+def website_index(website, key):
+    """The key whose existence turns a miss of `key` into a redirect."""
+    return key + "/" + website["IndexDocument"]["Suffix"]
+
+
+def website_error_page(website, key, status, scheme, host, has_index=False):
+    """The SitePage when looking up what website_page() named gave an error.
+
+    key: of the request; status: 403, 404, ...; has_index: website_index()
+    exists.  A routing rule goes first, then the folder's index document
+    (302, userguide/IndexDocumentSupport.html), then the error document,
+    which is for 4xx only.
+    """
+    page = _routed(website, key, status, scheme, host)
+    if page is not None:
+        return page
+    if has_index and status in (403, 404) and key and key[-1] != "/":
+        return SitePage(302, None, _location({}, key + "/", scheme, host))
+    if "ErrorDocument" in website and 400 <= status <= 499:
+        return SitePage(status, website["ErrorDocument"]["Key"])
+    return SitePage(status)
+
+
+def _routed(website, key, status, scheme, host):
+    """The SitePage of the first routing rule that holds; status None:
+    before the look-up, when rules for an error code do not."""
+    for rule in _routing_rules(website):
+        condition, redirect = rule.get("Condition", {}), rule["Redirect"]
+        prefix = condition.get("KeyPrefixEquals", "")
+        if condition.get("HttpErrorCodeReturnedEquals") != status \
+                or not key.startswith(prefix):
+            continue
+        new_key = None
+        if "ReplaceKeyWith" in redirect:
+            new_key = _encode_replacement(redirect["ReplaceKeyWith"])
+        elif "ReplaceKeyPrefixWith" in redirect:
+            new_key = _encode_replacement(redirect["ReplaceKeyPrefixWith"]) \
+                + uri_encode(key[len(prefix):], "/-_.~")
+        return SitePage(redirect.get("HttpRedirectCode", 301),
+                    location=_location(redirect, key, scheme, host, new_key))
+    return None
+
+
+def _encode_replacement(text):
+    """A replacement for a Location: `#!/` and `?` keep their meaning,
+    which is what single-page sites use them for; no line ends."""
+    return uri_encode(text, "!#$%&'()*+,/:;=?@[]-_.~")
+
+
+def _location(redirect, key, scheme, host, encoded=None):
+    """An absolute URL, of the request's scheme and host where `redirect`
+    names none; encoded: the path, when it is not that of `key`."""
+    if encoded is None:
+        encoded = uri_encode(key, "/-_.~")
+    return "%s://%s/%s" % (redirect.get("Protocol") or scheme,
+                           redirect.get("HostName") or host, encoded)
+
+
+@operation("GET", BUCKET, "website")
+def get_bucket_website(request):
+    """API_GetBucketWebsite."""
+    website = request.setting("website")
+    if website is None:
+        raise S3Error("NoSuchWebsiteConfiguration",
+                      BucketName=request.bucket_name)
+    return xml_document("WebsiteConfiguration", website_children(website))
+
+
+@operation("PUT", BUCKET, "website")
+def put_bucket_website(request):
+    """API_PutBucketWebsite."""
+    website = parse_website(request.xml("WebsiteConfiguration"))
+    request.store.update_bucket(
+        request.bucket, lambda config: config.update(website=website))
+
+
+@operation("DELETE", BUCKET, "website", status=204)
+def delete_bucket_website(request):
+    """API_DeleteBucketWebsite."""
+    _forget(request, "website")
+
+
+# --- websites: the endpoint ---
+
+# What a Host names below a domain: <bucket>.s3-website, with or without a
+# region (userguide/WebsiteEndpoints.html)
+_SITE = re.compile(r"(.+)\.s3-website(?:[.-][a-z0-9-]+)?\Z")
+
+
+def serve_site(request):
+    """Answer a request to a bucket's website endpoint.
+
+    Everybody is anonymous there, errors are HTML, the query says nothing:
+    userguide/WebsiteEndpoints.html.
+    """
+    request.operation = OPERATIONS["GetObject"]
+    request.query, request.pairs = {}, []
+    try:
+        if request.method not in ("GET", "HEAD"):
+            raise S3Error("MethodNotAllowed", Method=request.method,
+                          ResourceType=OBJECT, headers={"Allow": "GET, HEAD"})
+        return _site_response(request)
+    except S3Error as error:
+        if error.status == 304:
+            raise
+        return _site_error_response(request, error)
+
+
+def _site_response(request):
+    """The page, redirect or error document that is asked for."""
+    request.bucket = request.find_bucket(request.bucket_name)
+    _check_payer(request)
+    website, key = request.setting("website"), request.key
+    if website is None:
+        raise S3Error("NoSuchWebsiteConfiguration",
+                      BucketName=request.bucket_name)
+    try:
+        return _site_page(request, website_page(
+            website, key, request.scheme, request.host))
+    except S3Error as error:
+        if not 400 <= error.status <= 599 or error.status == 412:
+            raise
+        page = website_error_page(
+            website, key, error.status, request.scheme, request.host,
+            _has_index(request, website, key))
+        if not (page.key or page.location):
+            raise
+        request.headers = {"host": request.host}    # for all of it
+        try:
+            return _site_page(request, page)
+        except S3Error:
+            raise error from None
+
+
+def _site_page(request, page):
+    """The Response for a SitePage that names a key or a location."""
+    if page.location:
+        return Response(page.status, {"Location": page.location})
+    request.key = checked_key(page.key)
+    request.allow_object("s3:GetObject", request.key)
+    try:
+        response = get_object(request)
+    except S3Error as error:
+        if error.code == "NoSuchKey":
+            _hide_missing(request)
+        raise
+    target = response.headers.get("x-amz-website-redirect-location")
+    if target:
+        os.close(response.file)
+        return Response(301, {"Location": target})
+    if page.status != 200:
+        response.status = page.status
+    return response
+
+
+def _has_index(request, website, key):
+    """True when the index document of the folder `key` can be read."""
+    if not key or key.endswith("/") or "IndexDocument" not in website:
+        return False
+    index = website_index(website, key)
+    return request.allowed("s3:GetObject", index) \
+        and request.bucket.find(index) is not None
+
+
+def _site_error_response(request, error):
+    """An S3Error as the HTML that the website endpoint sends."""
+    phrase = "%d %s" % (error.status, http.HTTPStatus(error.status).phrase)
+    items = [("Code", error.code), ("Message", error.message)]
+    items += list(error.fields.items())
+    items += [("RequestId", request.request_id),
+              ("HostId", request.request_id)]
+    text = "<html>\n<head><title>%s</title></head>\n<body>\n<h1>%s</h1>\n" \
+        "<ul>\n%s</ul>\n<hr/>\n</body>\n</html>\n" % (
+            phrase, phrase, "".join("<li>%s: %s</li>\n" % (
+                name, html.escape(str(value))) for name, value in items))
+    headers = {"x-amz-error-code": error.code,
+               "x-amz-error-message": " ".join(error.message.split()),
+               "Content-Type": "text/html; charset=utf-8"}
+    headers.update(error.headers)
+    return Response(error.status, headers, text.encode("utf-8", "replace"))
+
+
 # --- what a bucket without configuration answers ---
 
 @operation("GET", BUCKET, "versioning")
@@ -12114,7 +12441,6 @@ def _probe(name, subresource, answer, when=None):
 
 
 for _row in (
-        ("GetBucketWebsite", "website", "NoSuchWebsiteConfiguration"),
         ("GetBucketNotificationConfiguration", "notification",
          "NotificationConfiguration"),
         ("GetBucketLogging", "logging", "BucketLoggingStatus")):
@@ -12157,8 +12483,6 @@ for _method, _level, _subresource, _name in (
         ("POST", OBJECT, "select", "SelectObjectContent"),
         ("GET", BUCKET, "session", "CreateSession"),
         ("GET", OBJECT, "torrent", "GetObjectTorrent"),
-        ("DELETE", BUCKET, "website", "DeleteBucketWebsite"),
-        ("PUT", BUCKET, "website", "PutBucketWebsite"),
         ("POST", BUCKET, "WriteGetObjectResponse",
          "WriteGetObjectResponse"),
         ("GET", SERVICE, "directory-buckets", "ListDirectoryBuckets")):

@@ -6364,7 +6364,7 @@ class BucketRequests(OperationCase):
     def test_a_query_never_lets_a_bucket_be_deleted(self):
         for query in ("anything", "prefix=x", "location", "delete", "acl",
                       "versions", "uploads", "list-type=2", "versionId=null",
-                      "website", "logging", "x-amz-foo=1",
+                      "logging", "x-amz-foo=1",
                       "uploadId", "force", "recursive=true", "accelerate",
                       "prefix=../../x", "partNumber=1", "%61cl", "Acl"):
             with self.subTest(query=query):
@@ -8772,8 +8772,7 @@ class RefusedRequests(OperationCase):
     # What Terraform, s3cmd and the SDKs' own tests try to set
     CHANGES = {
         "PUT bucket": (
-            "logging", "notification", "website"),
-        "DELETE bucket": ("website",),
+            "logging", "notification"),
         "GET object": ("torrent",),
         "POST object": ("restore", "select"),
     }
@@ -11724,6 +11723,303 @@ class LifecycleRequests(LockCase):
             while client.keys("box") and time.monotonic() < deadline:
                 time.sleep(0.1)
             self.assertEqual(client.keys("box"), [])
+
+
+# --- websites ---
+
+INDEX = "<IndexDocument><Suffix>index.html</Suffix></IndexDocument>"
+ERROR = "<ErrorDocument><Key>error.html</Key></ErrorDocument>"
+ALL = ("<RedirectAllRequestsTo><HostName>example.com</HostName>%s"
+       "</RedirectAllRequestsTo>")
+
+
+def routing(*rules):
+    return "<RoutingRules>%s</RoutingRules>" % "".join(
+        "<RoutingRule>%s<Redirect>%s</Redirect></RoutingRule>" % (
+            condition and "<Condition>%s</Condition>" % condition, redirect)
+        for condition, redirect in rules)
+
+
+def tags(**elements):
+    return "".join("<%s>%s</%s>" % (tag, value, tag)
+                   for tag, value in elements.items())
+
+
+def website(inner):
+    return g.parse_website(document_element("WebsiteConfiguration", inner))
+
+
+class WebsiteDocuments(DocumentCase):
+
+    def test_what_is_taken_comes_back(self):
+        for inner in (
+                INDEX, INDEX + ERROR, ALL % "",
+                ALL % "<Protocol>https</Protocol>",
+                INDEX + ERROR + routing(
+                    (tags(KeyPrefixEquals="docs/"),
+                     tags(ReplaceKeyPrefixWith="documents/")),
+                    (tags(HttpErrorCodeReturnedEquals=404),
+                     tags(Protocol="https", HostName="h",
+                          ReplaceKeyWith="x", HttpRedirectCode=302)),
+                    ("", tags(HostName="h")))):
+            with self.subTest(inner):
+                value = self.kept(website(inner))
+                self.assertEqual(plain_xml("X", g.website_children(value)),
+                                 "<X>%s</X>" % inner)
+
+    def test_what_is_refused(self):
+        one = tags(HostName="h")
+        for inner, code, message in (
+                ("", "InvalidArgument", "A value for IndexDocument Suffix"),
+                (ERROR, "InvalidArgument", "A value for IndexDocument"),
+                (INDEX.replace("index.html", ""), "InvalidArgument",
+                 "The IndexDocument Suffix is not well formed"),
+                (INDEX.replace("index", "a/index"), "InvalidArgument",
+                 "The IndexDocument Suffix is not well formed"),
+                (INDEX + "<ErrorDocument/>", "MalformedXML", ""),
+                (INDEX + ERROR.replace("error.html", ""), "InvalidArgument",
+                 "The ErrorDocument Key is not well formed"),
+                (ALL % "" + INDEX, "InvalidArgument",
+                 "RedirectAllRequestsTo cannot be provided in conjunction"),
+                (ALL.replace("example.com", "") % "", "InvalidRequest",
+                 "A host name must be provided"),
+                ("<RedirectAllRequestsTo/>", "MalformedXML", ""),
+                (ALL % "<Protocol>ftp</Protocol>", "InvalidRequest",
+                 "Invalid protocol, protocol can be http or https."),
+                (INDEX + "<RoutingRules/>", "MalformedXML", ""),
+                (INDEX + routing(("", "")), "MalformedXML", ""),
+                (INDEX + routing((" ", one)), "InvalidRequest",
+                 "Condition cannot be empty."),
+                (INDEX + routing(("", tags(ReplaceKeyWith="a",
+                                           ReplaceKeyPrefixWith="b"))),
+                 "InvalidRequest", "You can only define ReplaceKeyPrefix or"),
+                (INDEX + routing(("", tags(Protocol="x"))), "InvalidRequest",
+                 "Invalid protocol"),
+                (INDEX + routing((tags(HttpErrorCodeReturnedEquals=200),
+                                  one)), "InvalidRequest",
+                 "The provided HTTP error code (200) is not valid. Valid "
+                 "codes are 4XX or 5XX."),
+                (INDEX + routing(("", tags(HttpRedirectCode=300))),
+                 "InvalidRequest", "The provided HTTP redirect code (300) is "
+                 "not valid. Valid codes are 3XX except 300."),
+                (INDEX + routing(*[("", one)] * 51), "InvalidRequest",
+                 "51 routing rules provided, the number of routing rules")):
+            with self.subTest(inner):
+                self.refused(code, message, website, inner)
+
+    def test_the_codes_that_a_rule_may_name(self):
+        for tag, code, taken in (
+                ("HttpErrorCodeReturnedEquals", 399, False),
+                ("HttpErrorCodeReturnedEquals", 400, True),
+                ("HttpErrorCodeReturnedEquals", 599, True),
+                ("HttpErrorCodeReturnedEquals", 600, False),
+                ("HttpRedirectCode", 300, False),
+                ("HttpRedirectCode", 301, True),
+                ("HttpRedirectCode", 399, True),
+                ("HttpRedirectCode", 400, False)):
+            pair = [tags(KeyPrefixEquals="a"), tags(HostName="h")]
+            pair[tag == "HttpRedirectCode"] += tags(**{tag: code})
+            inner = INDEX + routing(*[pair] * 50)
+            with self.subTest((tag, code)):
+                if taken:
+                    website(inner)
+                else:
+                    self.refused("InvalidRequest", "The provided HTTP",
+                                 website, inner)
+
+    def page(self, inner, key, status=None, has_index=False):
+        value = website(inner)
+        if status is None:
+            return g.website_page(value, key, "http", "site")
+        return g.website_error_page(value, key, status, "http", "site",
+                                    has_index)
+
+    def test_what_is_looked_up(self):
+        for key, found in (("", "index.html"), ("a/", "a/index.html"),
+                           ("a", "a"), ("a/b.html", "a/b.html")):
+            self.assertEqual(self.page(INDEX, key), (200, found, None))
+        self.assertEqual(g.website_index(website(INDEX), "a"),
+                         "a/index.html")
+
+    def test_what_follows_a_miss(self):
+        site = "http://site/"
+        for inner, key, status, has_index, page in (
+                (INDEX, "a", 404, False, (404, None, None)),
+                (INDEX + ERROR, "a", 404, False, (404, "error.html", None)),
+                (INDEX + ERROR, "a", 403, False, (403, "error.html", None)),
+                (INDEX + ERROR, "a", 400, False, (400, "error.html", None)),
+                (INDEX + ERROR, "a", 499, False, (499, "error.html", None)),
+                (INDEX + ERROR, "a", 500, False, (500, None, None)),
+                (INDEX + ERROR, "a", 304, False, (304, None, None)),
+                (INDEX, "a", 405, True, (405, None, None)),
+                (INDEX + ERROR, "a b", 404, True,
+                 (302, None, site + "a%20b/")),
+                (INDEX, "a", 403, True, (302, None, site + "a/")),
+                (INDEX, "a/", 404, True, (404, None, None)),
+                (INDEX, "", 404, True, (404, None, None))):
+            with self.subTest((inner, key, status)):
+                self.assertEqual(self.page(inner, key, status, has_index),
+                                 page)
+
+    def test_redirects(self):
+        error = tags(HttpErrorCodeReturnedEquals=404)
+        docs = tags(KeyPrefixEquals="docs/")
+        for inner, key, status, page in (
+                (ALL % "", "a/b c?", None,
+                 (301, None, "http://example.com/a/b%20c%3F")),
+                (ALL % "<Protocol>https</Protocol>", "", None,
+                 (301, None, "https://example.com/")),
+                # userguide/how-to-page-redirect.html, examples 1 to 3
+                (INDEX + routing((docs, tags(
+                    ReplaceKeyPrefixWith="documents/"))), "docs/a b", None,
+                 (301, None, "http://site/documents/a%20b")),
+                (INDEX + routing((tags(KeyPrefixEquals="images/"), tags(
+                    ReplaceKeyWith="folderdeleted.html"))), "images/x", None,
+                 (301, None, "http://site/folderdeleted.html")),
+                (INDEX + routing((error, tags(
+                    HostName="ec2.example.com",
+                    ReplaceKeyPrefixWith="report-404/"))), "Page.html", 404,
+                 (301, None, "http://ec2.example.com/report-404/Page.html")),
+                (INDEX + routing((error, tags(HostName="h"))), "a", None,
+                 (200, "a", None)),
+                (INDEX + routing((error, tags(HostName="h"))), "a", 403,
+                 (403, None, None)),
+                (INDEX + routing((docs, tags(HostName="h"))), "a", None,
+                 (200, "a", None)),
+                (INDEX + routing((docs + error, tags(
+                    HostName="h", HttpRedirectCode=307))), "docs/a", 404,
+                 (307, None, "http://h/docs/a")),
+                (INDEX + routing((docs + error, tags(HostName="h"))), "a",
+                 404, (404, None, None)),
+                (INDEX + routing((error, tags(ReplaceKeyPrefixWith="#!/"))),
+                 "about", 404, (301, None, "http://site/#!/about")),
+                (INDEX + routing(("", tags(Protocol="https"))), "a", None,
+                 (301, None, "https://site/a")),
+                (INDEX + routing((error, tags(ReplaceKeyWith="a&#13;&#10;b"))),
+                 "x", 404, (301, None, "http://site/a%0D%0Ab"))):
+            with self.subTest((inner, key, status)):
+                self.assertEqual(self.page(inner, key, status), page)
+
+class SiteRequests(OperationCase):
+    """The website endpoint, by its host name, without a signature."""
+
+    POLICY = {"Version": "2012-10-17", "Statement": [{
+        "Effect": "Allow", "Principal": "*", "Action": "s3:GetObject",
+        "Resource": "arn:aws:s3:::box/*"}]}
+
+    def setUp(self):
+        super().setUp()
+        shutil.rmtree(self.path(gos3rve.STATE), ignore_errors=True)
+        self.put_site(INDEX + ERROR)
+        self.ok(self.s3.put("/box", json.dumps(self.POLICY).encode(),
+                            {"policy": ""}), 204)
+        for key in ("index.html", "dir/index.html", "error.html", "a.html"):
+            self.ok(self.s3.put("/box/" + key, key.encode(), headers={
+                "content-type": "text/html"}))
+
+    def put_site(self, inner):
+        return self.ok(self.s3.put("/box", (
+            "<WebsiteConfiguration>%s</WebsiteConfiguration>"
+            % inner).encode(), {"website": ""}))
+
+    def site(self, path, method="GET", host="box.s3-website.localhost",
+             **headers):
+        path, _, query = path.partition("?")
+        return self.s3.request(method, path, [
+            (query.partition("=")[0], query.partition("=")[2])]
+            if query else (), signed=False, headers=dict(
+                {name.replace("_", "-"): v for name, v in headers.items()},
+                host=host))
+
+    def test_configuration_comes_and_goes(self):
+        answer = self.ok(self.s3.get("/box", {"website": ""}))
+        self.assertEqual(answer.one("IndexDocument/Suffix"), "index.html")
+        self.ok(self.s3.delete("/box", {"website": ""}), 204)
+        self.error(self.s3.get("/box", {"website": ""}),
+                   "NoSuchWebsiteConfiguration", 404)
+        self.assertEqual(self.site("/").status, 404)
+
+    def test_pages_and_index_documents(self):
+        for path, body in (("/", b"index.html"), ("/a.html", b"a.html"),
+                           ("/dir/", b"dir/index.html")):
+            answer = self.ok(self.site(path))
+            self.assertEqual(answer.body, body)
+            self.assertEqual(answer.headers["content-type"], "text/html")
+        self.assertEqual(self.ok(self.site("/", "HEAD")).headers[
+            "content-length"], "10")
+
+    def test_each_form_of_the_host_name(self):
+        for host in ("box.s3-website.localhost:1234",
+                     "box.s3-website-eu-west-1.localhost",
+                     "box.s3-website.us-east-1.localhost"):
+            self.assertEqual(self.ok(self.site("/", host=host)).body,
+                             b"index.html")
+
+    def test_a_folder_without_its_slash_is_sent_there(self):
+        answer = self.site("/dir")
+        self.assertEqual((answer.status, answer.headers["location"]), (
+            302, "http://box.s3-website.localhost/dir/"))
+
+    def test_errors_are_the_error_document_or_html(self):
+        answer = self.site("/none")
+        self.assertEqual((answer.status, answer.body),
+                         (403, b"error.html"))       # nobody may list
+        self.put_site(INDEX)
+        answer = self.site("/none<&>")
+        self.assertEqual(answer.status, 403)
+        self.assertIn(b"<li>Code: AccessDenied</li>", answer.body)
+        self.assertEqual(answer.headers["x-amz-error-code"], "AccessDenied")
+        self.assertNotIn(b"<&>", answer.body)
+        self.assertIn(b"NoSuchBucket", self.site(
+            "/", host="nobody.s3-website.localhost").body)
+
+    def test_who_may_not_read_an_object_gets_403(self):
+        self.ok(self.s3.delete("/box", {"policy": ""}), 204)
+        self.assertEqual(self.site("/a.html").status, 403)
+
+    def test_only_get_and_head(self):
+        for method in ("PUT", "POST", "DELETE"):
+            self.assertEqual(self.site("/a.html", method).status, 405)
+        self.assertEqual(len(self.tree()), 4)
+
+    def test_the_query_says_nothing(self):
+        for query in ("?acl", "?delete", "?response-content-type=a",
+                      "?versionId=x"):
+            self.assertEqual(self.ok(self.site("/a.html" + query)).body,
+                             b"a.html")
+
+    def test_ranges_and_conditions(self):
+        self.assertEqual(self.ok(self.site(
+            "/a.html", range="bytes=0-0"), 206).body, b"a")
+        etag = self.site("/a.html").headers["etag"]
+        self.assertEqual(self.site("/a.html", if_none_match=etag).status,
+                         304)
+        self.assertEqual(self.site("/none", range="bytes=2-3").body,
+                         b"error.html")
+
+    def test_redirects(self):
+        self.ok(self.s3.put("/box/old", headers={
+            "x-amz-website-redirect-location": "/a.html"}))
+        answer = self.site("/old")
+        self.assertEqual((answer.status, answer.headers["location"]),
+                         (301, "/a.html"))
+        self.put_site(INDEX + routing((
+            tags(KeyPrefixEquals="docs/"),
+            tags(ReplaceKeyPrefixWith="new/"))))
+        answer = self.site("/docs/x")
+        self.assertEqual((answer.status, answer.headers["location"]), (
+            301, "http://box.s3-website.localhost/new/x"))
+        self.put_site(ALL % "<Protocol>https</Protocol>")
+        answer = self.site("/x")
+        self.assertEqual((answer.status, answer.headers["location"]),
+                         (301, "https://example.com/x"))
+
+    def test_a_requester_who_pays_cannot_be_anonymous(self):
+        self.ok(self.s3.put("/box", b"<RequestPaymentConfiguration><Payer>"
+                            b"Requester</Payer>"
+                            b"</RequestPaymentConfiguration>",
+                            {"requestPayment": ""}))
+        self.assertEqual(self.site("/a.html").status, 403)
 
 
 # --- encryption ---
