@@ -231,6 +231,8 @@ ERRORS = {
         400, "Your POST request fields preceeding the upload file was too "
              "large."),
     "MaxMessageLengthExceeded": (400, "Your request was too large."),
+    "MetadataConfigurationNotFound": (
+        404, "The metadata configuration does not exist."),
     "MetadataTooLarge": (
         400, "Your metadata headers exceed the maximum allowed metadata "
              "size."),
@@ -10179,6 +10181,39 @@ class Configuration(NamedTuple):
     mismatch: Optional[str] = None
 
 
+_UPPER = one_of("ENABLED", "DISABLED")
+_TABLE_KEY = Field("EncryptionConfiguration", (
+    need("SseAlgorithm", one_of("aws:kms", "AES256")),
+    Field("KmsKeyArn", FILLED)))
+_JOURNAL_TABLE = (need("RecordExpiration", (
+    need("Expiration", _UPPER), Field("Days", INT))),)
+_INVENTORY_TABLE = (need("ConfigurationState", _UPPER), _TABLE_KEY)
+_ANNOTATION_TABLE = _INVENTORY_TABLE + (Field("Role", FILLED),)
+_METADATA = (
+    need("JournalTableConfiguration", _JOURNAL_TABLE + (_TABLE_KEY,)),
+    Field("InventoryTableConfiguration", _INVENTORY_TABLE),
+    Field("AnnotationTableConfiguration", _ANNOTATION_TABLE))
+
+
+def _check_metadata(value):
+    for table in value.values():
+        key = table.get("EncryptionConfiguration", {})
+        if key and (key["SseAlgorithm"] == "aws:kms") != (
+                "KmsKeyArn" in key):
+            raise S3Error("MalformedXML")
+    _check_journal(value["JournalTableConfiguration"])
+
+
+def _check_journal(value):
+    """API_RecordExpiration.html: 7 days at least, only when enabled."""
+    expiration = value["RecordExpiration"]
+    if (expiration["Expiration"] == "ENABLED") != ("Days" in expiration):
+        raise S3Error("MalformedXML")
+    if expiration.get("Days", 7) < 7:
+        raise bad_argument("Days must be at least 7", "Days",
+                           expiration["Days"])
+
+
 CONFIGURATIONS = {
     "requestPayment": Configuration("RequestPaymentConfiguration", (
         need("Payer", one_of("Requester", "BucketOwner")),)),
@@ -10198,6 +10233,17 @@ CONFIGURATIONS = {
     "intelligent-tiering": Configuration(
         "IntelligentTieringConfiguration", _TIERING, _check_tiering,
         "MalformedXML"),
+    "metadataConfiguration": Configuration(
+        "MetadataConfiguration", _METADATA, _check_metadata),
+    "metadataTable": Configuration("MetadataTableConfiguration", (
+        need("S3TablesDestination", (need("TableBucketArn", FILLED),
+                                     need("TableName", FILLED))),)),
+    "metadataJournalTable": Configuration(
+        "JournalTableConfiguration", _JOURNAL_TABLE, _check_journal),
+    "metadataInventoryTable": Configuration(
+        "InventoryTableConfiguration", _INVENTORY_TABLE),
+    "metadataAnnotationTable": Configuration(
+        "AnnotationTableConfiguration", _ANNOTATION_TABLE),
 }
 
 
@@ -10356,6 +10402,107 @@ for _subresource, _row in _KEPT_ONE.items():
     _keep_one(_subresource, *_row)
 for _subresource, _row in _KEPT_MANY.items():
     _keep_many(_subresource, *_row)
+
+
+# --- metadata tables: kept and given back ---
+
+# Further tables of a metadataConfiguration: subresource -> its member there
+_METADATA_TABLES = {"metadataInventoryTable": "InventoryTableConfiguration",
+                    "metadataJournalTable": "JournalTableConfiguration",
+                    "metadataAnnotationTable": "AnnotationTableConfiguration"}
+
+
+_TABLE_ERROR = [("ErrorCode", "NotImplemented"),
+                ("ErrorMessage", "This server keeps the configuration and "
+                                 "makes no table.")]
+
+
+def metadata_children(name, value):
+    """The children of a GetBucketMetadata...ConfigurationResult, for
+    `metadataConfiguration` or `metadataTable`.
+
+    No table is made here, and the status says so: FAILED.
+    """
+    if name == "metadataTable":
+        target = value["S3TablesDestination"]
+        arn = target["TableBucketArn"]
+        return [("MetadataTableConfigurationResult", [
+            ("S3TablesDestinationResult", [
+                ("TableBucketArn", arn), ("TableName", target["TableName"]),
+                ("TableArn", "%s/table/%s" % (arn, target["TableName"])),
+                ("TableNamespace", "aws_s3_metadata")])]),
+            ("Status", "FAILED"), ("Error", _TABLE_ERROR)]
+    tables = []
+    for kind in ("Journal", "Inventory", "Annotation"):
+        table = value.get(kind + "TableConfiguration")
+        if table is not None:
+            tables.append((kind + "TableConfigurationResult",
+                           _table_result(kind.lower(), table)))
+    return [("MetadataConfigurationResult", [
+        ("DestinationResult", [("TableBucketType", "aws")])] + tables)]
+
+
+def _table_result(name, table):
+    expiration = table.get("RecordExpiration")
+    return [
+        ("ConfigurationState", table.get("ConfigurationState")),
+        ("TableStatus", "FAILED"), ("Error", _TABLE_ERROR),
+        ("TableName", name),
+        ("RecordExpiration", expiration and list(expiration.items())),
+        ("Role", table.get("Role"))]
+
+
+def _keep_metadata(subresource, name):
+    """The rows of a configuration that is made once, read and deleted."""
+    row = CONFIGURATIONS[subresource]
+
+    def create(request):
+        need_digest(request)
+        value = parse_configuration(subresource, request.xml(row.root))
+
+        def change(config):
+            if subresource in config:
+                raise S3Error("InvalidBucketState", "The bucket has a "
+                              "metadata configuration already")
+            config[subresource] = value
+        request.store.update_bucket(request.bucket, change)
+
+    def get(request):
+        return xml_document(
+            "GetBucket%sResult" % name,
+            metadata_children(subresource, _kept_metadata(
+                request.bucket.config, subresource)))
+    _kept_row("CreateBucket" + name, "POST", subresource, create)
+    _kept_row("GetBucket" + name, "GET", subresource, get)
+    _kept_row("DeleteBucket" + name, "DELETE", subresource,
+              lambda request: _forget(request, subresource), 204)
+
+
+def _kept_metadata(config, subresource):
+    """The configuration in bucket.json, or MetadataConfigurationNotFound.
+    """
+    if subresource not in config:
+        raise S3Error("MetadataConfigurationNotFound")
+    return config[subresource]
+
+
+def _keep_metadata_table(subresource, tag):
+    """The row that changes one table of a metadataConfiguration."""
+    def put(request):
+        need_digest(request)
+        value = parse_configuration(subresource, request.xml(tag))
+
+        def change(config):
+            kept = _kept_metadata(config, "metadataConfiguration")
+            kept[tag] = dict(kept.get(tag, {}), **value)
+        request.store.update_bucket(request.bucket, change)
+    _kept_row("UpdateBucketMetadata" + tag, "PUT", subresource, put)
+
+
+_keep_metadata("metadataConfiguration", "MetadataConfiguration")
+_keep_metadata("metadataTable", "MetadataTableConfiguration")
+for _subresource, _tag in _METADATA_TABLES.items():
+    _keep_metadata_table(_subresource, _tag)
 
 
 # --- object lock ---
@@ -12457,24 +12604,6 @@ for _method, _level, _subresource, _name in (
         ("GET", OBJECT, "annotation", "ListObjectAnnotations"),
         ("PUT", OBJECT, "annotation", "PutObjectAnnotation"),
         ("PUT", BUCKET, "logging", "PutBucketLogging"),
-        ("PUT", BUCKET, "metadataAnnotationTable",
-         "UpdateBucketMetadataAnnotationTableConfiguration"),
-        ("DELETE", BUCKET, "metadataConfiguration",
-         "DeleteBucketMetadataConfiguration"),
-        ("GET", BUCKET, "metadataConfiguration",
-         "GetBucketMetadataConfiguration"),
-        ("POST", BUCKET, "metadataConfiguration",
-         "CreateBucketMetadataConfiguration"),
-        ("PUT", BUCKET, "metadataInventoryTable",
-         "UpdateBucketMetadataInventoryTableConfiguration"),
-        ("PUT", BUCKET, "metadataJournalTable",
-         "UpdateBucketMetadataJournalTableConfiguration"),
-        ("DELETE", BUCKET, "metadataTable",
-         "DeleteBucketMetadataTableConfiguration"),
-        ("GET", BUCKET, "metadataTable",
-         "GetBucketMetadataTableConfiguration"),
-        ("POST", BUCKET, "metadataTable",
-         "CreateBucketMetadataTableConfiguration"),
         ("GET", BUCKET, "notification", "GetBucketNotification"),
         ("PUT", BUCKET, "notification", "PutBucketNotification"),
         ("PUT", BUCKET, "notification",

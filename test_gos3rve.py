@@ -10924,6 +10924,65 @@ class LockCase(OperationCase):
             if bypass else {})
 
 
+class MetadataTableRequests(LockCase):
+    """Kept and given back; no table is made, and the status says so."""
+
+    ENABLED = ("<RecordExpiration><Expiration>ENABLED</Expiration>"
+               "<Days>%d</Days></RecordExpiration>")
+
+    def create(self, inner, name="metadataConfiguration",
+               root="MetadataConfiguration", method="POST"):
+        body = ("<%s>%s</%s>" % (root, inner, root)).encode()
+        return self.s3.request(method, "/box", {name: ""}, body, headers={
+            "content-md5": digest64("md5", body)})
+
+    def test_it_is_made_read_changed_and_deleted(self):
+        query = {"metadataConfiguration": ""}
+        self.error(self.s3.get("/box", query),
+                   "MetadataConfigurationNotFound", 404)
+        journal = "<JournalTableConfiguration>%s" \
+            "</JournalTableConfiguration>" % self.ENABLED
+        self.ok(self.create(journal % 7))
+        self.error(self.create(journal % 7), "InvalidBucketState", 409)
+        table = "MetadataConfigurationResult/JournalTableConfigurationResult/"
+        answer = self.ok(self.s3.get("/box", query))
+        self.assertEqual(answer.one(table + "TableStatus"), "FAILED")
+        self.assertEqual(answer.one(table + "RecordExpiration/Days"), "7")
+        self.ok(self.create(self.ENABLED % 30, "metadataJournalTable",
+                            "JournalTableConfiguration", "PUT"))
+        self.ok(self.create("<ConfigurationState>ENABLED"
+                            "</ConfigurationState>",
+                            "metadataInventoryTable",
+                            "InventoryTableConfiguration", "PUT"))
+        answer = self.ok(self.s3.get("/box", query))
+        self.assertEqual(answer.one(table + "RecordExpiration/Days"), "30")
+        self.assertEqual(answer.one(
+            "MetadataConfigurationResult/InventoryTableConfigurationResult/"
+            "ConfigurationState"), "ENABLED")
+        self.ok(self.s3.delete("/box", query), 204)
+        self.error(self.s3.get("/box", query),
+                   "MetadataConfigurationNotFound")
+
+    def test_bad_ones_are_refused(self):
+        self.error(self.create(""), "MalformedXML")
+        self.error(self.create("<JournalTableConfiguration>%s"
+                               "</JournalTableConfiguration>"
+                               % self.ENABLED % 3), "InvalidArgument")
+        self.error(self.create(self.ENABLED % 30, "metadataJournalTable",
+                               "JournalTableConfiguration", "PUT"),
+                   "MetadataConfigurationNotFound")
+
+    def test_the_older_form(self):
+        self.ok(self.create(
+            "<S3TablesDestination><TableBucketArn>arn:aws:s3tables:x:1:"
+            "bucket/b</TableBucketArn><TableName>t</TableName>"
+            "</S3TablesDestination>", "metadataTable",
+            "MetadataTableConfiguration"))
+        answer = self.ok(self.s3.get("/box", {"metadataTable": ""}))
+        self.assertEqual(answer.one("Status"), "FAILED")
+        self.ok(self.s3.delete("/box", {"metadataTable": ""}), 204)
+
+
 class ObjectLockRequests(LockCase):
 
     def test_configuration_needs_versions_and_stays(self):
