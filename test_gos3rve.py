@@ -14733,13 +14733,14 @@ class ServerConnections(HttpCase):
         peers = [Peer(server.port) for _ in range(3)]
         for peer in peers:
             self.addCleanup(peer.close)
-            peer.send(HEALTH)
-        self.ok(peers[0].answer())
-        self.ok(peers[1].answer())
-        peers[2].sock.settimeout(0.2)
+        for peer in peers[:2]:          # busy until their bodies have come
+            peer.send(b"PUT /box/k HTTP/1.1\r\nHost: x\r\n"
+                      b"Content-Length: 5\r\n\r\n")
+        peers[2].send(HEALTH)
+        peers[2].sock.settimeout(0.5)
         with self.assertRaises(socket.timeout):
-            peers[2].sock.recv(1)       # while the other two are open
-        peers[0].close()
+            peers[2].sock.recv(1)
+        peers[0].send(b"hello")         # refused, and idle from then on
         peers[2].sock.settimeout(20)
         self.assertEqual(peers[2].sock.recv(12), b"HTTP/1.1 200")
 
