@@ -12592,6 +12592,8 @@ for _row in (
          "NotificationConfiguration"),
         ("GetBucketLogging", "logging", "BucketLoggingStatus")):
     _probe(*_row)
+add_operation(OPERATIONS["GetBucketNotificationConfiguration"]._replace(
+    name="GetBucketNotification"))      # its older name, on the same route
 
 
 # --- what is refused by name ---
@@ -12604,7 +12606,6 @@ for _method, _level, _subresource, _name in (
         ("GET", OBJECT, "annotation", "ListObjectAnnotations"),
         ("PUT", OBJECT, "annotation", "PutObjectAnnotation"),
         ("PUT", BUCKET, "logging", "PutBucketLogging"),
-        ("GET", BUCKET, "notification", "GetBucketNotification"),
         ("PUT", BUCKET, "notification", "PutBucketNotification"),
         ("PUT", BUCKET, "notification",
          "PutBucketNotificationConfiguration"),

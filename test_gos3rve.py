@@ -16342,6 +16342,89 @@ TORTURE_KEYS = (
     "~tilde", "x=y;z,w:v@u!$()'")
 
 
+class EveryOperation(unittest.TestCase):
+    """Every operation of botocore's model, called through boto3."""
+
+    VALUES = {"Bucket": "box", "Key": "k", "UploadId": "none", "Id": "one",
+              "CopySource": "box/k", "RenameSource": "box/k",
+              "KMSKeyArn": "arn:aws:kms:us-east-1:111122223333:key/k",
+              "Policy": "{}", "RequestRoute": "route", "PartNumber": 1,
+              "Suffix": "index.html", "VersioningConfiguration": {
+                  "Status": "Enabled"}}
+    # On one route, told apart by version only
+    SAME = {"GetBucketNotification": "GetBucketNotificationConfiguration",
+            "PutBucketNotification": "PutBucketNotificationConfiguration",
+            "GetBucketLifecycle": "GetBucketLifecycleConfiguration",
+            "PutBucketLifecycle": "PutBucketLifecycleConfiguration",
+            "ListObjectAnnotations": "GetObjectAnnotation"}
+    # SDKs sign them for s3express and s3-object-lambda, which is refused
+    FOREIGN = ("ListDirectoryBuckets", "WriteGetObjectResponse")
+
+    def value(self, name, shape):
+        """The least that the model takes for a member."""
+        if name in self.VALUES:
+            return self.VALUES[name]
+        if shape.type_name == "structure":
+            return {name: self.value(name, shape.members[name])
+                    for name in shape.required_members}
+        if shape.type_name == "list":
+            return [self.value("", shape.member)]
+        if shape.type_name == "string":
+            return shape.enum[0] if shape.enum else "text"
+        return {"integer": 1, "long": 1, "boolean": True, "map": {},
+                "timestamp": 2000000000, "blob": b"x"}[shape.type_name]
+
+    def test_each_answers_what_operations_says(self):
+        need_client(self, "boto3")
+        import boto3
+        import botocore.config
+        import botocore.exceptions
+        asked, find = [], gos3rve.find_operation
+
+        def find_and_note(request):
+            asked.append(find(request).name)
+            return find(request)
+        with gos3rve.serve() as server, mock.patch.object(
+                gos3rve, "find_operation", find_and_note):
+            s3 = boto3.client(
+                "s3", endpoint_url=server.url, region_name="us-east-1",
+                aws_access_key_id=server.key_id,
+                aws_secret_access_key=server.key_val,
+                config=botocore.config.Config(
+                    retries={"total_max_attempts": 1},
+                    inject_host_prefix=False, parameter_validation=False,
+                    s3={"addressing_style": "path"}))
+            model = s3.meta.service_model
+            self.assertGreater(len(model.operation_names), 100)
+            for name in model.operation_names:
+                with self.subTest(operation=name):
+                    self.call(s3, model.operation_model(name), asked,
+                              botocore.exceptions.ClientError)
+
+    def call(self, s3, operation, asked, refusal):
+        """Call one in a bucket that holds `k`; the state must be kept."""
+        s3.create_bucket(Bucket="box")
+        s3.put_object(Bucket="box", Key="k", Body=b"x")
+        values = self.value("", operation.input_shape) \
+            if operation.input_shape else {}
+        del asked[:]
+        status, message = 200, ""
+        try:
+            s3._make_api_call(operation.name, values)
+        except refusal as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            message = str(error)
+        state = gos3rve.OPERATIONS[operation.name].state
+        if operation.name in self.FOREIGN:
+            self.assertEqual(state, gos3rve.REFUSED)
+            self.assertIn("AuthorizationHeaderMalformed", message)
+            return
+        self.assertEqual(status == 501, state == gos3rve.REFUSED, message)
+        self.assertTrue(status < 500 or status == 501, message)
+        self.assertEqual(self.SAME.get(asked[-1], asked[-1]),
+                         self.SAME.get(operation.name, operation.name))
+
+
 class TortureKeys(ClientCase):
     """All of them at once, in either order of arrival: each is put,
     listed, read, copied, moved and deleted, and no other changes."""
