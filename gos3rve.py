@@ -6738,26 +6738,31 @@ def authorize_write(headers, caller, resource, access, context):
 
 # --- ownership of what is written ---
 
+_OWNERS_ACL = "bucket-owner-full-control"
+
+
 def new_object_acl(headers, caller, access, accounts):
     """The (owner's user id, grants) of an object that a Caller writes.
 
-    AccessControlListNotSupported where ACLs are off and one is asked for
-    that gives others anything; AccessDenied for a public one, where
-    blocked.  about-object-ownership.html
+    AccessControlListNotSupported where ACLs are off and another is asked
+    for than full control of the bucket's owner, `private` included;
+    AccessDenied for a public one, where blocked.
+    userguide/object-ownership-error-responses.html
     """
     bucket_owner = access.owner_id
     writer = caller.user_id or (bucket_owner if caller.service
                                 else ANONYMOUS_ID)
     if access.ownership == ENFORCED or (
             access.ownership == PREFERRED
-            and headers.get("x-amz-acl") == "bucket-owner-full-control"):
+            and headers.get("x-amz-acl") == _OWNERS_ACL):
         writer = bucket_owner
     grants = headers_acl(headers, writer, accounts, bucket_owner)
     if grants is None:
         return writer, private_acl(writer)
-    if access.ownership == ENFORCED and any(
-            grant != Grant("FULL_CONTROL", bucket_owner)
-            for grant in grants):
+    if access.ownership == ENFORCED and (
+            headers.get("x-amz-acl", _OWNERS_ACL) != _OWNERS_ACL
+            or any(grant != Grant("FULL_CONTROL", bucket_owner)
+                   for grant in grants)):
         raise S3Error("AccessControlListNotSupported")
     access.block.check_acl(grants)
     return writer, grants

@@ -5545,6 +5545,7 @@ class OwnershipOfWrites(AccessCase):
     def test_acls_off(self):
         for headers in ({"x_amz_acl": "public-read"},
                         {"x_amz_acl": "aws-exec-read"},
+                        {"x_amz_acl": "private"},
                         {"x_amz_grant_read": "id=" + ALT.user_id}):
             self.refuses("AccessControlListNotSupported",
                          lambda: self.new("main", "E", **headers))
@@ -7016,7 +7017,7 @@ class ObjectRequests(OperationCase):
                     name: value}), "NotImplemented", 501)
         self.assertEqual(self.s3.keys("box"), [])
         self.ok(self.s3.put("/box/k", b"x", headers={
-            "x-amz-acl": "private"}))
+            "x-amz-acl": "bucket-owner-full-control"}))
 
     def test_unknown_parameters_do_not_matter(self):
         self.ok(self.s3.put("/box/k", b"x", {"x-id": "PutObject"}))
@@ -10406,9 +10407,10 @@ class EnforcedOwnerRequests(AclRequests):
 
     def test_acls_are_refused(self):
         for path, query in (("/box", {"acl": ""}), ("/box/k", {})):
-            self.assertEqual(self.alice.put(path, b"", query, headers={
-                "x-amz-acl": "public-read"}).code,
-                "AccessControlListNotSupported")
+            for acl in ("public-read", "private"):
+                self.assertEqual(self.alice.put(path, b"", query, headers={
+                    "x-amz-acl": acl}).code,
+                    "AccessControlListNotSupported")
         self.assertEqual(self.alice.put("/box/k", b"", headers={
             "x-amz-acl": "bucket-owner-full-control"}).status, 200)
         self.assertEqual(self.alice.put("/open", headers={
