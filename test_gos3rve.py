@@ -19,26 +19,39 @@ those of gos3rve.py, under the same banners:
     11. Configuration and command line
     12. Real clients
     13. House
+    14. Benchmark
+
+`python3 test_gos3rve.py bench` measures instead.
 """
 
+import argparse
+import array
 import ast
 import base64
 import calendar
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import hashlib
 import hmac
 import http.client
 import io
+import itertools
 import json
+import math
+import multiprocessing
 import os
+import platform
 import random
 import re
+import selectors
+import shlex
 import shutil
 import signal
 import socket
 import ssl
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,6 +64,7 @@ import urllib.parse
 import urllib.request
 import xml.etree.ElementTree as ElementTree
 import zlib
+from typing import Callable, NamedTuple, Optional, Tuple
 from unittest import mock
 
 import gos3rve
@@ -16934,5 +16948,1419 @@ class HouseTables(unittest.TestCase):
             self.assertRegex(row.action, r"\As3:[A-Z]\w+\Z")
 
 
+###############################################################################
+# 14. Benchmark
+###############################################################################
+#
+# `python3 test_gos3rve.py bench [URL KEY SECRET]`: the load, for this server
+# or any other S3 endpoint.  Requests are signed before the clock starts, and
+# sent from processes of their own over raw keep-alive sockets, so that the
+# server is what is measured: in the same run the load measures itself
+# against a server that does nothing, and the machine its hashes and files.
+# An answer that is not what it has to be fails its case.
+#
+# The parent decides and counts; a Crew of processes carries a load out (a
+# Requests or a Streams), each its share.
+
+SAMPLE = 16             # one answer in so many is compared as a whole
+SILENT_SECONDS = 60     # without any answer: the server hangs
+RECEIVE_BYTES = 96 * KIB            # a range of 64 KiB, and its head
+PART_BYTES = 16 * MIB
+PUT_KEYS = 4000
+LIST_PAGE = 1000
+TREE_FILES = 100                    # keys a directory in --growth's tree
+GROWTH_KEYS = 1000000
+NULL_PATH = "/null/%d"              # answered with so many bytes
+
+
+class BenchError(Exception):
+    """What fails a case, in words."""
+
+
+@functools.lru_cache(maxsize=1)
+def pattern():
+    """Noise that large bodies repeat.  Its length is a prime, so that no
+    two blocks, parts or ranges that a server might mix up are alike."""
+    size = 1048573
+    return random.Random(4).getrandbits(8 * size).to_bytes(size, "big")
+
+
+def content(offset, size):
+    """Bytes of the endless repetition of pattern()."""
+    start = offset % len(pattern())
+    repeats = (start + size) // len(pattern()) + 1
+    return (pattern() * repeats)[start:start + size]
+
+
+def pattern_blocks(size):
+    """content(0, size) in views of at most pattern()'s length."""
+    view = memoryview(pattern())
+    for start in range(0, size, len(view)):
+        yield view[:size - start]
+
+
+@functools.lru_cache(maxsize=8)
+def pattern_digest(name, size):
+    """The hexadecimal digest of content(0, size)."""
+    digest = hashlib.new(name)
+    for block in pattern_blocks(size):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class Endpoint(NamedTuple):
+    """Where the server is, and the keys to sign with."""
+    url: str
+    key_id: str
+    secret: str
+    region: str = "us-east-1"
+
+
+class Ask(NamedTuple):
+    """A small request, and what its answer has to be: length is that of
+    the body (of HEAD: the header), content the body, keys the number of
+    its <Key>.  The headers are not signed."""
+    method: str
+    path: str
+    query: Tuple[Tuple[str, str], ...] = ()
+    headers: Tuple[Tuple[str, str], ...] = ()
+    body: bytes = b""
+    status: int = 200
+    length: Optional[int] = None
+    content: Optional[bytes] = None
+    keys: Optional[int] = None
+
+
+class Stream(NamedTuple):
+    """A large body to PUT, or to GET: content(0, size); md5: its digest
+    where what comes is to be compared."""
+    method: str
+    path: str
+    size: int
+    query: Tuple[Tuple[str, str], ...] = ()
+    payload: str = "UNSIGNED-PAYLOAD"
+    md5: Optional[str] = None
+
+
+def request_bytes(client, ask):
+    """The signed request of an Ask."""
+    raw_path = quote(ask.path, "/-_.~")
+    headers = client.sign(ask.method, raw_path, ask.query, {},
+                          "UNSIGNED-PAYLOAD")
+    headers.update(ask.headers)
+    if ask.body or ask.method in ("PUT", "POST"):
+        headers["content-length"] = len(ask.body)
+    target = raw_path
+    if ask.query:
+        target += "?" + "&".join("%s=%s" % (quote(n), quote(v))
+                                 for n, v in ask.query)
+    return ("%s %s HTTP/1.1\r\n%s\r\n" % (
+        ask.method, target, "".join("%s: %s\r\n" % pair for pair in
+                                    headers.items()))).encode() + ask.body
+
+
+# --- answers ---
+
+class Reply:
+    """An answer in the making: feed() it until that is True."""
+
+    def __init__(self, method):
+        self._method, self._data = method, b""
+        self._start = self._next = 0    # of the body, of the next chunk
+        self.status, self.headers, self.body = 0, {}, b""
+
+    def feed(self, data):
+        """Take bytes, b"" for the connection's end; True when the answer
+        is whole.  BenchError when it cannot be one."""
+        self._data += data
+        if not self._start and not self._read_head():
+            whole = False
+        elif self._method == "HEAD" or self.status in (204, 304):
+            return True
+        elif "chunked" in self.headers.get("transfer-encoding", ""):
+            whole = self._read_chunks()
+        elif "content-length" in self.headers:
+            self.body = self._data[self._start:]
+            whole = len(self.body) >= int(self.headers["content-length"])
+        else:
+            self.body, whole = self._data[self._start:], not data
+        if not whole and not data:
+            raise BenchError("the connection ended within an answer: %r"
+                             % self._data[:300])
+        return whole
+
+    def _read_head(self):
+        """Status and headers, once they are there; False until then."""
+        end = self._data.find(b"\r\n\r\n")
+        if end < 0:
+            return False
+        self._start = self._next = end + 4
+        first, *lines = self._data[:end].decode("latin-1").split("\r\n")
+        match = re.match(r"HTTP/1\.[01] (\d{3})", first)
+        if not match:
+            raise BenchError("not an HTTP answer: %r" % first)
+        self.status = int(match.group(1))
+        for line in lines:
+            name, _, value = line.partition(":")
+            self.headers[name.lower()] = value.strip()
+        return True
+
+    def _read_chunks(self):
+        """Move whole chunks into body; True behind the last one."""
+        while True:
+            end = self._data.find(b"\r\n", self._next)
+            if end < 0:
+                return False
+            size = int(self._data[self._next:end].partition(b";")[0], 16)
+            if not size:                # and trailers
+                return self._data.find(b"\r\n\r\n", end) >= 0
+            if len(self._data) < end + size + 4:
+                return False
+            self.body += self._data[end + 2:end + 2 + size]
+            self._next = end + size + 4
+
+    def check(self, ask):
+        """BenchError unless this is the answer that an Ask has to get."""
+        length = len(self.body) if ask.method != "HEAD" \
+            else int(self.headers.get("content-length", 0))
+        for name, got, due in (
+                ("status", self.status, ask.status),
+                ("length", length, ask.length),
+                ("number of keys", ask.keys is not None
+                 and self.body.count(b"<Key>"), ask.keys)):
+            if due is not None and got != due:
+                raise BenchError("%s %s: %s %s, not %s: %r" % (
+                    ask.method, ask.path, name, got, due, self.body[:300]))
+        if ask.content not in (None, self.body):
+            raise BenchError("%s %s: another content" % (ask.method,
+                                                         ask.path))
+
+
+class Link:
+    """A connection that has one request under way: ask(), then take()
+    whenever it is readable, until that is True.
+
+    usual: method -> length of the latest answer, shared by a load's links.
+    """
+
+    def __init__(self, url, usual):
+        self._url, self._usual = urllib.parse.urlsplit(url), usual
+        self._reply, self._count = None, 0
+        self.socket = None
+        self.connect()
+
+    def connect(self):
+        """Connect, again if need be."""
+        self.close()
+        secure = self._url.scheme == "https"
+        self.socket = socket.create_connection(
+            (self._url.hostname, self._url.port or (443 if secure else 80)),
+            SILENT_SECONDS)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._receive = self.socket.recv
+        if secure:
+            self.socket = ssl.create_default_context().wrap_socket(
+                self.socket, server_hostname=self._url.hostname)
+            self._receive = self._receive_decrypted
+        self.fresh = True
+
+    def close(self):
+        """Close the connection."""
+        if self.socket is not None:
+            self.socket.close()
+
+    def _receive_decrypted(self, size):
+        """What has come, all of it: select() does not see the rest."""
+        data = self.socket.recv(size)
+        while self.socket.pending():
+            data += self.socket.recv(size)
+        return data
+
+    def ask(self, data, ask):
+        """Send a request."""
+        self._data, self._ask, self._reply = data, ask, None
+        self.sent = time.perf_counter()
+        try:
+            self.socket.sendall(data)
+        except ConnectionError:
+            if self.fresh:
+                raise
+            self.connect()              # it had ended between requests
+            self.socket.sendall(data)
+
+    def take(self):
+        """Read what has come; True when the answer is whole, and right.
+
+        Most answers are one piece, as long as the last one: of those only
+        the status is looked at.  A load in Python has to be this lazy: to
+        parse each one costs as much as to send and to receive it.
+        """
+        try:
+            data = self._receive(RECEIVE_BYTES)
+        except ConnectionError:
+            data = b""
+        self._count += 1
+        if self._reply is None and self._count % SAMPLE \
+                and len(data) == self._usual.get(self._ask.method) \
+                and data[9:12] == b"%d" % self._ask.status:
+            self.fresh = False
+            return True
+        return self._take_whole(data)
+
+    def _take_whole(self, data):
+        """The slow and thorough part of take()."""
+        if not data and self._reply is None and not self.fresh:
+            self.connect()              # the same, seen only now
+            self.ask(self._data, self._ask)
+            return False
+        if self._reply is None:
+            self._reply, self._pieces = Reply(self._ask.method), 0
+        self._pieces += 1
+        if not self._reply.feed(data):
+            return False
+        self._reply.check(self._ask)
+        if self._pieces == 1:
+            self._usual[self._ask.method] = len(data)
+        self.fresh = False
+        if not data or "close" in self._reply.headers.get("connection", ""):
+            self.connect()
+        return True
+
+
+# --- loads ---
+
+class Requests:
+    """Small requests over `connections` links, each with one under way."""
+
+    def __init__(self, endpoint, asks, connections):
+        client, usual = Client(*endpoint), {}
+        self._asks = [(request_bytes(client, ask), ask) for ask in asks]
+        self._links = [Link(endpoint.url, usual)
+                       for _ in range(min(connections, len(asks)))]
+
+    def run(self, seconds):
+        """Go round the requests for so long, or, None, send each once.
+
+        (number of answers, seconds, seconds of CPU, [seconds an answer
+        took]).
+        """
+        asks = iter(self._asks) if seconds is None \
+            else itertools.cycle(self._asks)
+        taken, cpu = array.array("d"), time.process_time()
+        start = time.perf_counter()
+        try:
+            with selectors.DefaultSelector() as selector:
+                for link in self._links:
+                    selector.register(link.socket, selectors.EVENT_READ,
+                                      link)
+                    link.ask(*next(asks))
+                end = self._rotate(selector, asks, taken,
+                                   start + (seconds or math.inf))
+        finally:
+            for link in self._links:
+                link.close()
+        return (len(taken), end - start, time.process_time() - cpu, taken)
+
+    def _rotate(self, selector, asks, taken, deadline):
+        """Take answers and send the next requests up to a perf_counter();
+        that of the last answer."""
+        now = 0
+        while selector.get_map():
+            ready = selector.select(SILENT_SECONDS)
+            if not ready:
+                raise BenchError("no answer in %d s" % SILENT_SECONDS)
+            for key, _ in ready:
+                link, pair = key.data, ()
+                if link.take():
+                    now = time.perf_counter()
+                    taken.append(now - link.sent)
+                    pair = next(asks, None) if now < deadline else None
+                    if pair is not None:
+                        link.ask(*pair)
+                if pair is None or link.socket is not key.fileobj:
+                    selector.unregister(key.fileobj)
+                if pair is not None and link.socket is not key.fileobj:
+                    selector.register(link.socket, selectors.EVENT_READ,
+                                      link)
+        return now
+
+
+class Streams:
+    """Large bodies; queues: a list of Streams for each connection."""
+
+    def __init__(self, endpoint, queues):
+        self._client, self._queues = Client(*endpoint), queues
+
+    def run(self, _):
+        """(seconds, [ETags of a queue's answers, for each queue])."""
+        start = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(
+                len(self._queues)) as pool:
+            etags = list(pool.map(self._run_queue, self._queues))
+        return time.perf_counter() - start, etags
+
+    def _run_queue(self, queue):
+        with contextlib.closing(self._client.connect()) as connection:
+            connection.connect()
+            connection.sock.setsockopt(socket.IPPROTO_TCP,
+                                       socket.TCP_NODELAY, 1)
+            return [self._transfer(connection, stream) for stream in queue]
+
+    def _transfer(self, connection, stream):
+        """Send and receive; the answer's ETag."""
+        raw_path = quote(stream.path, "/-_.~")
+        headers = self._client.sign(stream.method, raw_path, stream.query,
+                                    {}, stream.payload)
+        query = urllib.parse.urlencode(stream.query)
+        connection.putrequest(
+            stream.method, raw_path + ("?" + query if query else ""),
+            skip_host=True, skip_accept_encoding=True)
+        if stream.method == "PUT":
+            headers["content-length"] = str(stream.size)
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        if stream.method == "PUT":
+            for block in pattern_blocks(stream.size):
+                connection.sock.sendall(block)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise BenchError("%s %s: %d %r" % (
+                stream.method, stream.path, response.status,
+                response.read(300)))
+        self._receive(response, stream)
+        return response.headers.get("ETag", "")
+
+    @staticmethod
+    def _receive(response, stream):
+        """Read an answer's body away; that of a GET has to be right."""
+        digest = hashlib.md5() if stream.md5 else None
+        view, got = memoryview(bytearray(MIB)), 0
+        while True:
+            count = response.readinto(view)
+            if not count:
+                break
+            got += count
+            if digest is not None:
+                digest.update(view[:count])
+        if stream.method == "GET" and got != stream.size:
+            raise BenchError("GET %s: %d bytes, not %d" % (
+                stream.path, got, stream.size))
+        if digest is not None and digest.hexdigest() != stream.md5:
+            raise BenchError("GET %s: another content" % stream.path)
+
+
+class NullServer:
+    """Answers GET /null/N with N bytes, and PUT once the body is there,
+    without a further look: what is left is the load's own cost."""
+
+    def __init__(self):
+        self._listener = socket.create_server(("127.0.0.1", 0),
+                                              backlog=1024)
+        self.url = "http://127.0.0.1:%d" % self._listener.getsockname()[1]
+        self._answers, self._buffer = {}, bytearray(MIB)
+
+    def run(self, _):
+        """Serve until the process ends."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    self._turn(selector, key.fileobj)
+
+    def _turn(self, selector, ready):
+        """Accept, or answer, or see a client off."""
+        if ready is self._listener:
+            connection, _ = ready.accept()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            selector.register(connection, selectors.EVENT_READ)
+            return
+        try:
+            data = ready.recv(RECEIVE_BYTES)
+            if data:
+                self._answer(ready, data)
+                return
+        except OSError:
+            pass
+        selector.unregister(ready)
+        ready.close()
+
+    def _answer(self, connection, data):
+        method, target, _ = data.split(b" ", 2)
+        if method == b"PUT":
+            head, _, body = data.partition(b"\r\n\r\n")
+            left = int(re.search(rb"content-length: (\d+)", head).group(1)
+                       ) - len(body)
+            while left > 0:
+                left -= connection.recv_into(self._buffer)
+        answer = self._answers.get(target)
+        if answer is None:
+            size = int(target.rpartition(b"/")[2])
+            answer = self._answers[target] = [(
+                "HTTP/1.1 200 OK\r\nServer: null\r\nContent-Type: binary/"
+                "octet-stream\r\nx-amz-request-id: 0123456789ABCDEF\r\n"
+                "ETag: \"%s\"\r\nContent-Length: %d\r\n\r\n"
+                % ("0" * 32, size)).encode()]
+            if size <= MIB:
+                answer[0] += content(0, size)
+            else:
+                answer.extend(pattern_blocks(size))
+        for block in answer:
+            connection.sendall(block)
+
+
+def load_process(pipe):
+    """One process of a crew: makes the load it is sent, says so, runs it
+    when told to and sends what came of it.  Ends with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        while not pipe.poll(1):
+            if not multiprocessing.parent_process().is_alive():
+                return
+        try:
+            load, arguments = pipe.recv()
+            load = load(*arguments)
+            pipe.send(getattr(load, "url", None))
+            result = load.run(pipe.recv())
+        except EOFError:
+            return
+        except (BenchError, OSError, http.client.HTTPException) as error:
+            result = error if isinstance(error, BenchError) else BenchError(
+                "%s: %s" % (type(error).__name__, error))
+        pipe.send(result)
+
+
+class Crew:
+    """Processes that carry out loads at the same time."""
+
+    def __init__(self, count):
+        # what forks is at once there, and finds this module's classes
+        context = multiprocessing.get_context(
+            "fork" if sys.platform == "linux" else "spawn")
+        self._members = []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=load_process, args=(theirs,),
+                                      daemon=True)
+            process.start()
+            theirs.close()
+            self._members.append((process, ours))
+
+    def __len__(self):
+        return len(self._members)
+
+    def prepare(self, load, shares):
+        """Make a load (a class) in as many processes as there are shares,
+        each a tuple of arguments; the URLs of those that are servers."""
+        self._running = [pipe for _, pipe in self._members[:len(shares)]]
+        for pipe, share in zip(self._running, shares):
+            pipe.send((load, share))
+        return self._results()
+
+    def start(self, seconds=None):
+        """Let it run."""
+        for pipe in self._running:
+            pipe.send(seconds)
+
+    def go(self, seconds=None):
+        """Let it run to its end; the list of results."""
+        self.start(seconds)
+        return self._results()
+
+    def _results(self):
+        """One message of each process; a BenchError among them is raised,
+        once nobody is at work any more."""
+        try:
+            results = [pipe.recv() for pipe in self._running]
+        except EOFError:
+            raise BenchError("a process of the load is gone") from None
+        failed = [result for result in results
+                  if isinstance(result, BenchError)]
+        if failed and len(failed) < len(results):
+            self._calm(results)
+        if failed:
+            raise failed[0]
+        return results
+
+    def _calm(self, results):
+        """Where some processes failed to prepare, the others wait for the
+        word: let them run for nothing."""
+        for pipe, result in zip(self._running, results):
+            if result is None:
+                pipe.send(0.001)
+                pipe.recv()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process, pipe in self._members:
+            process.terminate()
+            process.join()
+            pipe.close()
+
+
+# --- cases ---
+
+class Case(NamedTuple):
+    """A row of the table: run(bench) is one round of it, a dict of numbers
+    with its "rate"."""
+    name: str
+    title: str
+    unit: str
+    run: Callable
+
+
+class Bench:
+    """The cases, against one server.
+
+    options: those of the command line.  place: the directory of a server
+    of our own, None where it is another's.  started: a function that
+    starts one more server of our own, or None.
+    """
+
+    def __init__(self, endpoint, crew, options, place=None, start=None):
+        self.endpoint, self.crew, self.options = endpoint, crew, options
+        self.place, self.start = place, start
+        self.client = Client(*endpoint)
+        self.bucket = options.bucket or "bench-%d" % (time.time() % 1e6)
+        self.large_bytes = options.large * MIB
+        self._made, self._buckets = set(), []
+        self._deleted = 0
+
+    # what the cases need
+
+    def _first(self, what):
+        """True the first time that this is asked."""
+        fresh = what not in self._made
+        self._made.add(what)
+        return fresh
+
+    def expect(self, answer, status=200):
+        """BenchError unless an Answer has the status; the answer."""
+        if answer.status != status:
+            raise BenchError("%d, not %d: %r" % (
+                answer.status, status, answer.body[:300]))
+        return answer
+
+    def need_bucket(self, name=None):
+        """Make a bucket, unless it is one that --bucket brought."""
+        name = name or self.bucket
+        if self._first(("bucket", name)) and name != self.options.bucket:
+            self.expect(self.client.put("/" + name))
+            self._buckets.append(name)
+
+    def has(self, ask):
+        """True where --bucket brought the object of a GET."""
+        if not self.options.bucket:
+            return False
+        answer = self.client.head(ask.path)
+        return answer.status == 200 and answer.headers.get(
+            "content-length") == str(ask.length)
+
+    def requests(self, asks, seconds=None):
+        """A round of requests: rate, p50_ms and p99_ms of an answer's
+        time, client_us of CPU that the load took for each.  seconds None:
+        each request once."""
+        wanted = self.options.connections
+        count = min(len(self.crew), wanted, len(asks))
+        self.crew.prepare(Requests, [
+            (self.endpoint, asks[turn::count],
+             wanted * (turn + 1) // count - wanted * turn // count)
+            for turn in range(count)])
+        results = self.crew.go(seconds)
+        times = sorted(t for result in results for t in result[3])
+        total = len(times)
+        if seconds is None:
+            rate = total / max(result[1] for result in results)
+        else:
+            rate = sum(result[0] / result[1] for result in results)
+        return {"rate": rate, "answers": total,
+                "p50_ms": times[total // 2] * 1e3,
+                "p99_ms": times[total * 99 // 100] * 1e3,
+                "client_us": sum(r[2] for r in results) / total * 1e6}
+
+    def streams(self, streams, connections):
+        """Large bodies over some connections: (seconds, [ETag])."""
+        queues = [streams[turn::connections] for turn in range(connections)]
+        count = min(len(self.crew), connections)
+        self.crew.prepare(Streams, [
+            (self.endpoint, queues[turn::count])
+            for turn in range(count)])
+        results = self.crew.go()
+        etags = [None] * len(streams)
+        for turn, (_, found) in enumerate(results):
+            for number, tags in enumerate(found):
+                etags[turn + number * count::connections] = tags
+        return max(result[0] for result in results), etags
+
+    def gets(self):
+        """The Asks of the small objects, which are there then."""
+        asks = [Ask("GET", "/%s/get/o%05d" % (self.bucket, number),
+                    length=KIB, content=content(number * KIB, KIB))
+                for number in range(self.options.objects)]
+        self.need_bucket()
+        if self._first("gets") and not self.has(asks[-1]):
+            self.requests([Ask("PUT", ask.path, body=ask.content)
+                           for ask in asks])
+        return asks
+
+    def puts(self, name, count=PUT_KEYS):
+        """The Asks that write `count` small objects."""
+        self.need_bucket()
+        return [Ask("PUT", "/%s/%s/o%06d" % (self.bucket, name, number),
+                    body=content(number * KIB, KIB))
+                for number in range(count)]
+
+    def large(self):
+        """The path of the large object, which is there, and right."""
+        path = "/%s/large" % self.bucket
+        self.need_bucket()
+        if self._first("large"):
+            size = self.large_bytes
+            if not self.has(Ask("GET", path, length=size)):
+                self.streams([Stream("PUT", path, size)], 1)
+            self.streams([Stream("GET", path, size, md5=pattern_digest(
+                "md5", size))], 1)
+        return path
+
+    # small objects
+
+    def get(self):
+        return self.requests(self.gets(), self.options.seconds)
+
+    def head(self):
+        return self.requests([
+            Ask("HEAD", ask.path, length=KIB) for ask in self.gets()],
+            self.options.seconds)
+
+    def put(self):
+        """Over PUT_KEYS keys again and again; the first ones, which have
+        been sent for certain, are then read back."""
+        asks = self.puts("put")
+        figures = self.requests(asks, self.options.seconds)
+        self.requests([Ask("GET", ask.path, length=KIB, content=ask.body)
+                       for ask in asks[:self.options.connections]])
+        return figures
+
+    def mixed(self):
+        asks = self.gets()
+        asks += self.puts("mixed", len(asks) // 4)
+        random.Random(4).shuffle(asks)
+        return self.requests(asks, self.options.seconds)
+
+    def delete(self):
+        """Of as many new objects as are written in the time of a round;
+        after that they are not there."""
+        name = "delete-%d" % self._deleted
+        self._deleted += 1
+        rate = self.requests(self.puts(name, 100))["rate"]
+        asks = self.puts(name, 101 + int(rate * self.options.seconds))
+        self.requests(asks[100:])
+        figures = self.requests([Ask("DELETE", ask.path, status=204)
+                                 for ask in asks])
+        self.requests([Ask("HEAD", ask.path, status=404)
+                       for ask in asks[::len(asks) // 8]])
+        return figures
+
+    def range(self):
+        size = self.large_bytes
+        asks, path = [], self.large()
+        for number in range(1000):
+            start = number * 7919 % max(1, size // (64 * KIB)) * 64 * KIB
+            asks.append(Ask(
+                "GET", path, headers=(("range", "bytes=%d-%d" % (
+                    start, start + 64 * KIB - 1)),), status=206,
+                length=64 * KIB, content=content(start, 64 * KIB)))
+        return self.requests(asks, self.options.seconds)
+
+    def list(self):
+        """Pages of LIST_PAGE keys, from places all over the bucket."""
+        bucket, keys = self.bucket + "-list", self.options.keys
+        self.need_bucket(bucket)
+        if self._first("list"):
+            names = ["k%07d" % number for number in range(keys)]
+            self.requests([Ask("PUT", "/%s/%s" % (bucket, name), body=b"x")
+                           for name in names])
+            if self.client.keys(bucket) != names:
+                raise BenchError("the pages are not all keys in order")
+        starts = (number * 997 % max(1, keys - LIST_PAGE)
+                  for number in range(200))
+        return self.requests([self.page(bucket, "k%07d" % start, min(
+            LIST_PAGE, keys - 1 - start)) for start in starts],
+            self.options.seconds)
+
+    @staticmethod
+    def page(bucket, after, keys=LIST_PAGE):
+        """The Ask of a page of a listing."""
+        return Ask("GET", "/" + bucket, (
+            ("list-type", "2"), ("max-keys", str(LIST_PAGE)))
+            + ((("start-after", after),) if after else ()), keys=keys)
+
+    # large objects
+
+    def _large_round(self, streams, connections):
+        seconds, _ = self.streams(streams, connections)
+        return {"rate": sum(stream.size for stream in streams)
+                / MIB / seconds}
+
+    def put_large(self):
+        return self._large_round([Stream(
+            "PUT", self.large(), self.large_bytes)], 1)
+
+    def put_signed(self):
+        """The payload's SHA-256 is in the signature, so has to be found
+        right, too."""
+        return self._large_round([Stream(
+            "PUT", self.large(), self.large_bytes, payload=pattern_digest(
+                "sha256", self.large_bytes))], 1)
+
+    def get_large(self):
+        return self._large_round([Stream(
+            "GET", self.large(), self.large_bytes)], 1)
+
+    def put_large_4(self):
+        self.need_bucket()
+        return self._large_round([Stream(
+            "PUT", "/%s/large-%d" % (self.bucket, turn),
+            self.large_bytes // 4) for turn in range(4)], 4)
+
+    def get_large_4(self):
+        return self._large_round([Stream(
+            "GET", self.large(), self.large_bytes)] * 4, 4)
+
+    def multipart(self):
+        """Parts over four connections, and Complete."""
+        path = "/%s/parts" % self.bucket
+        self.need_bucket()
+        upload = self.expect(self.client.post(path, [("uploads", "")])
+                             ).one("UploadId")
+        sizes = [min(PART_BYTES, self.large_bytes - start) for start in
+                 range(0, self.large_bytes, PART_BYTES)]
+        seconds, etags = self.streams([Stream(
+            "PUT", path, size, (("partNumber", str(number)),
+                                ("uploadId", upload)))
+            for number, size in enumerate(sizes, 1)], 4)
+        document = "".join(
+            "<Part><PartNumber>%d</PartNumber><ETag>%s</ETag></Part>"
+            % (number, etag) for number, etag in enumerate(etags, 1))
+        start = time.perf_counter()
+        done = self.expect(self.client.post(path, [("uploadId", upload)], (
+            "<CompleteMultipartUpload>%s</CompleteMultipartUpload>"
+            % document).encode()))
+        complete = time.perf_counter() - start
+        if done.xml().tag != "CompleteMultipartUploadResult":
+            raise BenchError("Complete: %r" % done.body[:300])
+        size = sum(sizes)
+        self.streams([Stream("GET", path, size)], 1)
+        return {"rate": size / MIB / (seconds + complete),
+                "complete_s": complete}
+
+    # the server as a process
+
+    def cold(self):
+        """From the command to the first answer."""
+        began = time.perf_counter()
+        with self.start() as server:
+            self.expect(server.client().get("/"))
+            return {"rate": time.perf_counter() - began}
+
+    # the end
+
+    def remove(self):
+        """Delete the buckets that this made, but for --keep."""
+        if self.place is not None or self.options.keep:
+            return
+        for bucket in self._buckets:
+            keys = self.client.keys(bucket)
+            self.requests([Ask("DELETE", "/%s/%s" % (bucket, key),
+                               status=204) for key in keys])
+            self.expect(self.client.delete("/" + bucket), 204)
+
+
+CASES = (
+    Case("get", "GET 1 KiB", "requests/s", Bench.get),
+    Case("head", "HEAD 1 KiB", "requests/s", Bench.head),
+    Case("put", "PUT 1 KiB", "requests/s", Bench.put),
+    Case("mixed", "GET 80 %, PUT 20 %", "requests/s", Bench.mixed),
+    Case("delete", "DELETE 1 KiB", "requests/s", Bench.delete),
+    Case("range", "GET ranges of 64 KiB", "requests/s", Bench.range),
+    Case("list", "LIST, 1,000 keys a page", "pages/s", Bench.list),
+    Case("put_large", "PUT large", "MiB/s", Bench.put_large),
+    Case("put_signed", "PUT large, signed", "MiB/s", Bench.put_signed),
+    Case("put_large_4", "PUT large, 4 at once", "MiB/s",
+         Bench.put_large_4),
+    Case("get_large", "GET large", "MiB/s", Bench.get_large),
+    Case("get_large_4", "GET large, 4 at once", "MiB/s",
+         Bench.get_large_4),
+    Case("multipart", "multipart, 4 at once", "MiB/s", Bench.multipart),
+    Case("cold", "start to first answer", "s", Bench.cold),
+)
+
+
+# --- what surrounds it ---
+
+def per_second(call, seconds=0.2):
+    """How often a second a function can be called."""
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        call()
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def floors(directory):
+    """What one core makes of hashes (MiB/s), and of files of 1 KiB in a
+    directory: written, with an attribute, and renamed; read, with it."""
+    found = {}
+    for name in ("md5", "sha256"):
+        digest = hashlib.new(name)
+        found[name + "_mib_s"] = per_second(
+            lambda: digest.update(pattern())) * len(pattern()) / MIB
+    path, data = os.path.join(directory, "floor"), content(0, KIB)
+
+    def write():
+        fd = os.open(path + ".new", os.O_CREAT | os.O_WRONLY)
+        os.write(fd, data)
+        os.setxattr(fd, "user.floor", data[:200])
+        os.close(fd)
+        os.rename(path + ".new", path)
+
+    def read():
+        fd = os.open(path, os.O_RDONLY)
+        size = os.fstat(fd).st_size
+        os.getxattr(fd, "user.floor")
+        os.read(fd, size)
+        os.close(fd)
+    with contextlib.suppress(OSError, AttributeError):
+        found["file_writes_s"] = per_second(write)
+        found["file_reads_s"] = per_second(read)
+    return found
+
+
+def ceiling(crew, options):
+    """What the load itself can do, against a server of one process that
+    does nothing: requests a second, CPU of the load for each, MiB/s."""
+    with Crew(1) as null:
+        url, = null.prepare(NullServer, [()])
+        null.start()
+        bench = Bench(Endpoint(url, "KEY", "SECRET"), crew, options)
+        small = bench.requests([Ask("GET", NULL_PATH % KIB, length=KIB)]
+                               * options.connections, options.seconds)
+        found = {"requests_s": small["rate"],
+                 "client_us": small["client_us"]}
+        for method in ("GET", "PUT"):
+            size = bench.large_bytes if method == "GET" else 0
+            seconds, _ = bench.streams([Stream(
+                method, NULL_PATH % size, bench.large_bytes)], 1)
+            found[method.lower() + "_mib_s"] = options.large / seconds
+    return found
+
+
+def family(pid):
+    """The ids of a process and all its live descendants (Linux)."""
+    found = [pid]
+    for parent in found:
+        with contextlib.suppress(OSError):
+            for task in os.listdir("/proc/%d/task" % parent):
+                with open("/proc/%d/task/%s/children" % (parent,
+                                                         task)) as file:
+                    found += map(int, file.read().split())
+    return found
+
+
+def peak_memory(pid):
+    """[peak resident MiB of each process of a family]; [] where /proc
+    does not tell."""
+    peaks = []
+    for one in family(pid):
+        with contextlib.suppress(OSError):
+            match = re.search(r"VmHWM:\s+(\d+)", read_text(
+                "/proc/%d/status" % one))
+            if match:
+                peaks.append(int(match.group(1)) / KIB)
+    return peaks
+
+
+def growth(bench):
+    """Listing pages of a bucket with very many keys, for two shapes of
+    it: one directory, and a tree.  For each: what the directories' own
+    names cost to read and to sort, the first page ever, then pages a
+    second at the start and at other places."""
+    total, found = bench.options.growth, {}
+    for shape, name in (("flat", "k%07d"), ("tree", "d%05d/k%02d")):
+        bucket = "bench-" + shape
+        root = os.path.join(bench.place, "buckets", bucket)
+
+        def key(number, shape=shape, name=name):
+            return name % (number if shape == "flat"
+                           else divmod(number, TREE_FILES))
+        bench.need_bucket(bucket)
+        for number in range(0, total, TREE_FILES):
+            os.makedirs(os.path.dirname(os.path.join(root, key(number))),
+                        exist_ok=True)
+            for turn in range(number, min(total, number + TREE_FILES)):
+                os.close(os.open(os.path.join(root, key(turn)),
+                                 os.O_CREAT | os.O_WRONLY))
+        start = time.perf_counter()
+        for _, directories, files in os.walk(root):
+            directories.sort()
+            files.sort()
+        walked = time.perf_counter()
+        bench.expect(bench.client.get("/" + bucket, [("list-type", "2")]))
+        row = {"walk_s": walked - start,
+               "cold_s": time.perf_counter() - walked}
+        for place, after in (("first", -1), ("middle", total // 2),
+                             ("last", total - LIST_PAGE - 1)):
+            ask = bench.page(bucket, key(after) if after >= 0 else "",
+                             min(LIST_PAGE, total - 1 - max(after, -1)))
+            asks = [ask] * bench.options.connections
+            bench.requests(asks)        # every process of the server
+            row[place + "_pages_s"] = bench.requests(
+                asks, bench.options.seconds)["rate"]
+        found[shape] = row
+    return found
+
+
+# --- the command ---
+
+def bench_options(argv):
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="test_gos3rve.py bench", description="Measure an S3 server: "
+        "this one, started for it with its data in /dev/shm when there is "
+        "one, or the one at URL.")
+    add = parser.add_argument
+    add("endpoint", nargs="*", metavar="URL KEY SECRET")
+    add("--cases", default=",".join(case.name for case in CASES),
+        help="which of %(default)s")
+    add("--rounds", type=int, default=3)
+    add("--seconds", type=float, default=2, help="of a case in a round")
+    add("--connections", type=int, default=16)
+    add("--processes", type=int, default=2, help="that send requests")
+    add("--large", type=int, default=256, help="size, in MiB")
+    add("--objects", type=int, default=1000, help="to GET, of 1 KiB")
+    add("--keys", type=int, default=10000, help="in the bucket of LIST")
+    add("--growth", type=int, nargs="?", const=GROWTH_KEYS, help="list "
+        "buckets of so many keys, too (%d; takes minutes)" % GROWTH_KEYS)
+    add("--region", default="us-east-1")
+    add("--bucket", help="use this bucket, with what is in it from a run "
+        "with --keep, and leave it there")
+    add("--keep", action="store_true", help="leave the buckets there")
+    add("--pid", type=int, help="process of the server, for its memory")
+    add("--server", default="", help="more options for this server, as "
+        "one word: \"-sync -p 8080\"")
+    add("--python", default=sys.executable, help="interpreter for it")
+    add("--json", help="write the figures into this file, too")
+    options = parser.parse_args(argv)
+    if len(options.endpoint) not in (0, 3):
+        parser.error("URL, KEY and SECRET go together")
+    if options.endpoint and options.growth:
+        parser.error("--growth makes its files by hand: not with URL")
+    options.cases = options.cases.split(",")
+    unknown = set(options.cases) - {case.name for case in CASES}
+    if unknown:
+        parser.error("no case " + ", ".join(sorted(unknown)))
+    if options.endpoint:
+        options.cases = [name for name in options.cases if name != "cold"]
+    return options
+
+
+@contextlib.contextmanager
+def measured_server(options):
+    """The server to measure: (Endpoint, pid or None, directory or None,
+    function that starts another one or None)."""
+    if options.endpoint:
+        yield (Endpoint(*options.endpoint, options.region), options.pid,
+               None, None)
+        return
+    memory = "/dev/shm"
+    parent = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="gos3rve-bench-",
+                                     dir=parent) as place:
+        def start(name="cold"):
+            directory = os.path.join(place, name)
+            os.makedirs(directory, exist_ok=True)
+            return ServerProcess(
+                directory, "-log", "text", *shlex.split(options.server),
+                interpreter=options.python)
+        with start("data") as server:
+            yield (Endpoint(server.url, "KEY", "SECRET"),
+                   server.process.pid, server.directory, start)
+            server.process.terminate()
+            server.process.wait(SILENT_SECONDS)
+
+
+def run_rounds(bench, say):
+    """name -> list of rounds, or the text of what failed.
+
+    A round of every case, then the next: what else the machine does then
+    meets all of them."""
+    found = {}
+    for turn in range(bench.options.rounds):
+        for case in CASES:
+            rounds = found.setdefault(case.name, [])
+            if case.name not in bench.options.cases \
+                    or isinstance(rounds, str):
+                continue
+            try:
+                rounds.append(case.run(bench))
+                text = "%.5g %s" % (rounds[-1]["rate"], case.unit)
+            except (BenchError, OSError, http.client.HTTPException,
+                    ElementTree.ParseError, AssertionError) as error:
+                found[case.name] = text = "failed: %s" % error
+            say("%d/%d %-24s %s" % (turn + 1, bench.options.rounds,
+                                    case.title, text))
+    return {name: rounds for name, rounds in found.items() if rounds}
+
+
+def summary(case, rounds):
+    """The figures of a case: median, min, max and the single rounds of
+    its rate, the median of the others; or its failure."""
+    row = {"title": case.title, "unit": case.unit}
+    if isinstance(rounds, str):
+        return dict(row, failed=rounds.partition(": ")[2])
+    rates = [figures["rate"] for figures in rounds]
+    row.update(median=statistics.median(rates), min=min(rates),
+               max=max(rates), rounds=rates)
+    for name in sorted(set(rounds[0]) - {"rate"}):
+        row[name] = statistics.median(figures[name] for figures in rounds)
+    return row
+
+
+def machine():
+    """What it ran on, in one line."""
+    model = ""
+    with contextlib.suppress(OSError):
+        match = re.search(r"model name\s*: (.+)", read_text("/proc/cpuinfo"))
+        model = match.group(1) + ", " if match else ""
+    return "%s%d cores, %s, Python %s" % (
+        model, os.cpu_count(), platform.platform(terse=True),
+        platform.python_version())
+
+
+def number(value):
+    """A figure to read: three digits that tell, and no more than it has."""
+    if value >= 100:
+        return "{:,.0f}".format(value)
+    return "%.3g" % value if value >= 1 else "%.3f" % value
+
+
+FLOORS = (("md5_mib_s", "MD5 MiB/s"), ("sha256_mib_s", "SHA-256 MiB/s"),
+          ("file_writes_s", "files written a second"),
+          ("file_reads_s", "files read a second"))
+
+
+def bench_table(report):
+    """A report as text."""
+    settings, lines = report["settings"], [report["machine"]]
+    lines.append("%(connections)d connections of %(processes)d processes, "
+                 "%(rounds)d rounds of %(seconds)g s, large: %(large)d MiB"
+                 % settings)
+    lines += ["", "%-24s %9s %9s %9s  %-11s %s" % (
+        "", "median", "min", "max", "", "also")]
+    for row in report["cases"].values():
+        if "failed" in row:
+            lines.append("%-24s failed: %s" % (row["title"], row["failed"]))
+            continue
+        also = ", ".join(text % number(row[name]) for name, text in (
+            ("p99_ms", "p99 %s ms"), ("complete_s", "Complete %s s"))
+            if name in row)
+        lines.append(("%-24s %9s %9s %9s  %-11s %s" % (
+            row["title"], number(row["median"]), number(row["min"]),
+            number(row["max"]), row["unit"], also)).rstrip())
+    lines.append("")
+    if report["memory_mib"]:
+        lines.append("peak memory, MiB a process: " + ", ".join(
+            map(number, report["memory_mib"])))
+    load = report["load"]
+    lines.append(
+        "the load itself: %s requests/s, %s us of CPU each; GET %s, PUT %s "
+        "MiB/s" % tuple(number(load[name]) for name in (
+            "requests_s", "client_us", "get_mib_s", "put_mib_s")))
+    lines.append("floors, one core: " + ", ".join(
+        "%s %s" % (title, number(report["floors"][name]))
+        for name, title in FLOORS if name in report["floors"]))
+    for shape, row in report.get("growth", {}).items():
+        lines.append("%s keys, %s: %s" % (
+            "{:,}".format(settings["growth"]), shape, ", ".join(
+                "%s %s" % (name, number(value))
+                for name, value in row.items())))
+    return "\n".join(lines)
+
+
+def bench(argv):
+    """The command: print the table, and write the JSON; the exit status,
+    1 when a case failed.
+
+    {"machine", "server", "settings": {option: value}, "floors", "load",
+    "memory_mib": [a process], "cases": {name: {"title", "unit", "median",
+    "min", "max", "rounds", "answers", "p50_ms", "p99_ms", "client_us",
+    "complete_s"}, or {"title", "unit", "failed"}}, "growth": {shape: ...}}
+    """
+    options = bench_options(argv)
+
+    def say(text):
+        print(text, file=sys.stderr, flush=True)
+    with contextlib.ExitStack() as stack:
+        crew = stack.enter_context(Crew(options.processes))
+        endpoint, pid, place, start = stack.enter_context(
+            measured_server(options))
+        report = {"machine": machine(), "server": endpoint.url,
+                  "settings": dict(vars(options))}
+        del report["settings"]["endpoint"]      # it has the secret
+        report["floors"] = floors(place or tempfile.gettempdir())
+        report["load"] = ceiling(crew, options)
+        bench = Bench(endpoint, crew, options, place, start)
+        stack.callback(bench.client.close)
+        rounds = run_rounds(bench, say)
+        if options.growth:
+            report["growth"] = growth(bench)
+        report["memory_mib"] = peak_memory(pid) if pid else []
+        bench.remove()
+    report["cases"] = {case.name: summary(case, rounds[case.name])
+                       for case in CASES if case.name in rounds}
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+    print(bench_table(report))
+    return any("failed" in row for row in report["cases"].values())
+
+
+# --- tests of it ---
+
+class BenchReplies(unittest.TestCase):
+    """What the load takes for an answer, and what for the right one."""
+
+    HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"
+    CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+    def fed(self, data, method="GET", step=1, end=False):
+        """The Reply that some bytes make; it is whole at the last one."""
+        reply = Reply(method)
+        pieces = [data[start:start + step]
+                  for start in range(0, len(data), step)]
+        pieces += [b""] * end
+        self.assertEqual([reply.feed(piece) for piece in pieces],
+                         [False] * (len(pieces) - 1) + [True])
+        return reply
+
+    def test_an_answer_is_whole_when_its_framing_says_so(self):
+        for data, method, end, status, body in (
+                (self.HEAD + b"hello", "GET", False, 200, b"hello"),
+                (self.HEAD, "HEAD", False, 200, b""),
+                (b"HTTP/1.1 204 No Content\r\n\r\n", "DELETE", False, 204,
+                 b""),
+                (b"HTTP/1.0 404 No\r\n\r\nhello", "GET", True, 404,
+                 b"hello"),
+                (self.CHUNKED + b"3\r\nhel\r\n2;a=b\r\nlo\r\n0\r\n\r\n",
+                 "GET", False, 200, b"hello"),
+                (self.CHUNKED + b"5\r\nhello\r\n0\r\na: b\r\n\r\n",
+                 "GET", False, 200, b"hello")):
+            for step in (1, 7, len(data)):
+                reply = self.fed(data, method, step, end)
+                self.assertEqual((reply.status, reply.body), (status, body))
+
+    def test_an_answer_that_is_cut_short_or_none_is_an_error(self):
+        for data in (self.HEAD + b"hell", self.HEAD[:20], b"",
+                     self.CHUNKED + b"5\r\nhel", b"SSH-2.0\r\n\r\n"):
+            reply = Reply("GET")
+            with self.assertRaises(BenchError, msg=data):
+                reply.feed(data)
+                reply.feed(b"")
+
+    def test_an_answer_has_to_be_the_one_that_is_due(self):
+        reply = self.fed(self.HEAD + b"<Key>")
+        due = Ask("GET", "/b/k", length=5, content=b"<Key>", keys=1)
+        reply.check(due)
+        for change in ({"status": 206}, {"length": 4}, {"keys": 2},
+                       {"content": b"<kEy>"}):
+            with self.assertRaises(BenchError, msg=change):
+                reply.check(due._replace(**change))
+        reply = self.fed(self.HEAD, "HEAD")
+        reply.check(Ask("HEAD", "/b/k", length=5))
+        with self.assertRaises(BenchError):
+            reply.check(Ask("HEAD", "/b/k", length=0))
+
+    def test_the_pattern_has_no_two_ranges_alike(self):
+        size = 3 * MIB + 7
+        whole = b"".join(pattern_blocks(size))
+        self.assertEqual(whole, content(0, size))
+        self.assertEqual(len(whole), size)
+        self.assertEqual(content(MIB + 5, 999), whole[MIB + 5:][:999])
+        pieces = [whole[start:start + KIB] for start in range(0, size, KIB)]
+        self.assertEqual(len(set(pieces)), len(pieces))
+        self.assertEqual(pattern_digest("md5", size), md5_hex(whole))
+
+
+class BenchLoads(unittest.TestCase):
+    """A load counts what was answered, and fails for what was not."""
+
+    def serving(self, answer, once=False):
+        """An Endpoint at which every request is answered with some bytes;
+        once: after which the connection ends.  self.seen has them."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        self.seen = []
+
+        def one(connection):
+            with connection, contextlib.suppress(OSError):
+                while True:
+                    data = connection.recv(65536)
+                    if not data:
+                        return
+                    self.seen.append(data)
+                    connection.sendall(answer)
+                    if once:
+                        return
+
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=one, daemon=True, args=(
+                        listener.accept()[0],)).start()
+        threading.Thread(target=accept, daemon=True).start()
+        return Endpoint("http://127.0.0.1:%d" % listener.getsockname()[1],
+                        "KEY", "SECRET")
+
+    ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+
+    def test_each_request_once_is_each_request_once(self):
+        asks = [Ask("GET", "/box/%02d" % number, length=3, content=b"abc")
+                for number in range(50)]
+        for once in (False, True):
+            endpoint = self.serving(self.ANSWER, once)
+            count, seconds, _, taken = Requests(endpoint, asks, 4).run(None)
+            self.assertEqual((count, len(taken)), (50, 50))
+            self.assertGreater(seconds, 0)
+            self.assertEqual(sorted(data.split()[1] for data in self.seen),
+                             [ask.path.encode() for ask in asks])
+
+    def test_an_answer_that_is_not_due_fails_the_load(self):
+        ask = Ask("GET", "/box/key", length=3, content=b"abc")
+        answer = self.ANSWER
+        for wrong in (answer.replace(b"200", b"404"), answer[:-1] + b"d",
+                      answer.replace(b"3", b"2")[:-1], b"NO\r\n\r\n"):
+            endpoint = self.serving(wrong)
+            with self.assertRaises(BenchError, msg=wrong):
+                Requests(endpoint, [ask] * 40, 2).run(None)
+
+    def test_a_failure_in_the_midst_of_equal_answers_is_seen(self):
+        for wrong in (b"HTTP/1.1 500 No\r\nContent-Length: 3\r\n\r\nabc",
+                      self.ANSWER + b"d"):
+            endpoint = self.serving(self.ANSWER)
+            load = Requests(endpoint, [Ask("GET", "/", length=3)] * 9, 1)
+            link = load._links[0]
+            link._usual["GET"] = len(self.ANSWER)
+            link._ask, link._receive = load._asks[0][1], lambda _: wrong
+            with self.assertRaises(BenchError):
+                link.take()
+            link.close()
+
+    def test_streams_send_and_check_whole_bodies(self):
+        size = 2 * MIB + 3
+        with gos3rve.serve(buckets=["box"]) as server:
+            endpoint = Endpoint(server.url, server.key_id, server.key_val)
+            digest = pattern_digest("md5", size)
+            put, get = (Stream(method, "/box/key", size)
+                        for method in ("PUT", "GET"))
+            _, etags = Streams(endpoint, [[put, put], [put]]).run(None)
+            self.assertEqual(etags, [['"%s"' % digest] * 2,
+                                     ['"%s"' % digest]])
+            Streams(endpoint, [[get._replace(md5=digest)]]).run(None)
+            for wrong in (get._replace(size=5), get._replace(md5="0" * 32),
+                          get._replace(path="/box/none"),
+                          put._replace(payload="0" * 64)):
+                with self.assertRaises(BenchError, msg=wrong):
+                    Streams(endpoint, [[wrong]]).run(None)
+
+
+class BenchRuns(unittest.TestCase):
+    """The command itself, for moments; how fast it was is not asked."""
+
+    SMALL = ("get", "head", "put", "mixed", "delete", "range", "list")
+
+    def run_bench(self, *arguments, status=0):
+        """The table and the report of a run."""
+        path = os.path.join(temporary_directory(self), "report")
+        done = subprocess.run(
+            [sys.executable, os.path.abspath(__file__), "bench",
+             "--seconds", "0.2", "--large", "1", "--connections", "4",
+             "--objects", "60", "--json", path] + list(arguments),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            universal_newlines=True, env=clean_environment(), timeout=200)
+        self.assertEqual(done.returncode, status, done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+        return done.stdout, json.loads(read_text(path))
+
+    def test_every_case_runs_against_this_server(self):
+        text, report = self.run_bench("--rounds", "1", "--keys", "1050",
+                                      "--growth", "1100")
+        self.assertEqual(list(report["cases"]),
+                         [case.name for case in CASES])
+        for name, row in report["cases"].items():
+            self.assertNotIn("failed", row)
+            self.assertEqual(row["rounds"], [row["median"]])
+            self.assertLess(0, row["min"])
+            self.assertLessEqual(row["min"], row["median"])
+            self.assertLessEqual(row["median"], row["max"])
+            self.assertIn(row["title"], text)
+            if name in self.SMALL:
+                self.assertGreaterEqual(row["answers"], 4)
+                self.assertLessEqual(row["p50_ms"], row["p99_ms"])
+        self.assertGreater(report["cases"]["multipart"]["complete_s"], 0)
+        self.assertEqual(set(report["growth"]), {"flat", "tree"})
+        for row in report["growth"].values():
+            self.assertGreater(min(row.values()), 0)
+        self.assertGreater(report["floors"]["md5_mib_s"], 0)
+        self.assertGreater(min(report["load"].values()), 0)
+        if sys.platform == "linux":
+            self.assertGreater(min(report["memory_mib"]), 1)
+
+    def test_another_endpoint_is_left_as_it_was(self):
+        lines = []
+        with gos3rve.serve() as server:
+            server.server.access_log = lines.append
+            where = [server.url, server.key_id, server.key_val,
+                     "--rounds", "1", "--cases"]
+            _, report = self.run_bench(*where, "get,mixed,cold")
+            self.assertEqual(list(report["cases"]), ["get", "mixed"])
+            self.assertNotIn(server.key_val, json.dumps(report))
+            self.assertEqual(os.listdir(server.dir_buckets), [])
+            reads = sum(line["operation"] == "GetObject"
+                        and line["status"] == 200 for line in lines)
+            self.assertGreater(reads, report["cases"]["get"]["answers"])
+            writes = sum(line["operation"] == "PutObject" for line in lines)
+            self.assertGreaterEqual(writes, 60)
+            self.assertEqual(len(lines), sum(
+                line["status"] < 300 for line in lines), "no 404 of a HEAD")
+
+    def test_a_bucket_with_the_objects_is_used_as_it_is(self):
+        lines = []
+        with gos3rve.serve(buckets=["mine"]) as server:
+            for number in range(60):
+                by_hand(os.path.join(
+                    server.dir_buckets, "mine", "get", "o%05d" % number),
+                    content(number * KIB, KIB))
+            server.server.access_log = lines.append
+            self.run_bench(
+                server.url, server.key_id, server.key_val, "--rounds", "1",
+                "--bucket", "mine", "--cases", "get")
+        self.assertEqual({line["operation"] for line in lines},
+                         {"HeadObject", "GetObject"})
+
+    def test_a_refusal_is_a_failed_case_and_not_a_figure(self):
+        with gos3rve.serve() as server:
+            text, report = self.run_bench(
+                server.url, server.key_id, "another", "--rounds", "2",
+                "--cases", "get,list", status=1)
+        for row in report["cases"].values():
+            self.assertIn("SignatureDoesNotMatch", row["failed"])
+            self.assertNotIn("median", row)
+        self.assertEqual(text.count("failed: "), 2)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["bench"]:
+        sys.exit(bench(sys.argv[2:]))
     unittest.main()
