@@ -164,6 +164,7 @@ ERRORS = {
     "EntityTooSmall": (
         400, "Your proposed upload is smaller than the minimum allowed "
              "object size."),
+    "ExpiredToken": (400, "The provided token has expired."),
     "IllegalLocationConstraintException": (
         400, "The specified location constraint is incompatible with the "
              "region specific endpoint this request was sent to."),
@@ -197,6 +198,10 @@ ERRORS = {
              "value: AES256."),
     "InvalidLocationConstraint": (
         400, "The specified location (Region) constraint is not valid."),
+    "InvalidAction": (
+        400, "Could not find operation for the version requested"),
+    "InvalidParameterValue": (
+        400, "A value that you provided is out of its range."),
     "InvalidPart": (
         400, "One or more of the specified parts could not be found. The "
              "part might not have been uploaded, or the specified entity "
@@ -250,6 +255,10 @@ ERRORS = {
              "or did not conform to our published schema."),
     "MethodNotAllowed": (
         405, "The specified method is not allowed against this resource."),
+    "MissingAction": (
+        400, "The request is missing an action or a required parameter"),
+    "MissingAuthenticationToken": (
+        403, "Request is missing Authentication Token"),
     "MissingContentLength": (
         411, "You must provide the Content-Length HTTP header."),
     "MissingSecurityHeader": (
@@ -286,6 +295,8 @@ ERRORS = {
              "against this resource. Try again."),
     "OwnershipControlsNotFoundError": (
         404, "The bucket ownership controls were not found"),
+    "PackedPolicyTooLarge": (
+        400, "Packed size of session tags and policy is too large."),
     "PreconditionFailed": (
         412, "At least one of the pre-conditions you specified did not "
              "hold"),
@@ -315,6 +326,8 @@ ERRORS = {
     "UnresolvableGrantByEmailAddress": (
         400, "The email address you provided does not match any account on "
              "record."),
+    "ValidationError": (
+        400, "The input fails to satisfy the constraints of the service."),
     "XAmzContentSHA256Mismatch": (
         400, "The provided 'x-amz-content-sha256' header does not match "
              "what was computed."),
@@ -927,13 +940,31 @@ _V2_SIGNED = frozenset((
     "versions", "website"))
 
 
+class Session(NamedTuple):
+    """What temporary credentials stand for.
+
+    issued, expires: seconds since the epoch.  role: the path and name of
+    the role that was assumed, "" where the account acts as itself; name:
+    the role session's.  policy: the text of a session policy, or "".
+    tags: the session's, (key, value) pairs.
+    """
+    issued: int
+    expires: int
+    role: str = ""
+    name: str = ""
+    policy: str = ""
+    tags: Tuple[Tuple[str, str], ...] = ()
+
+
 class Account(NamedTuple):
-    """Somebody with a key pair.  `user_id` is the canonical user id."""
+    """Somebody with a key pair.  `user_id` is the canonical user id;
+    session: None for a key pair that lasts."""
     key_id: str
     secret: str
     user_id: str
     user_name: str
     email: str = ""
+    session: Optional[Session] = None
 
 
 class Identity(NamedTuple):
@@ -946,6 +977,17 @@ class Identity(NamedTuple):
     account: Optional[Account]
     payload: str = UNSIGNED
     chain: Any = None
+
+
+class Expected(NamedTuple):
+    """What signatures must agree with; authenticate() says of each what
+    it is."""
+    accounts: Dict[str, Account]
+    now: float
+    region: Optional[str]
+    hosts: Tuple[str, ...]
+    service: str
+    payload: Optional[str]
 
 
 class Scope(NamedTuple):
@@ -1037,44 +1079,131 @@ def _ascii(text):
     return text if text.isascii() else ""
 
 
-def authenticate(request, accounts, now, region=None, hosts=()):
+def authenticate(request, accounts, now, region=None, hosts=(),
+                 service="s3", payload=None):
     """The Identity behind a request, or the S3Error that AWS would give.
 
     accounts: key id -> Account.  now: seconds since the epoch.  region:
     the only one a scope may name, None for any.  hosts: further names
-    under which a client may have signed (behind a proxy).
+    under which a client may have signed (behind a proxy).  service: the
+    one that a scope must name; others than S3 have SigV4 alone, and sign
+    the SHA-256 of the body, in hex, as `payload`.
     """
+    expected = Expected(accounts, now, region, tuple(hosts), service,
+                        payload)
     authorization = request.headers.get("authorization")
-    query = request.query
+    query, is_s3 = request.query, service == "s3"
     if authorization is not None:
-        if "X-Amz-Signature" in query or "Signature" in query:
+        if "X-Amz-Signature" in query or is_s3 and "Signature" in query:
             raise S3Error("InvalidArgument",
                           "Only one auth mechanism allowed; only the "
                           "X-Amz-Algorithm query parameter, Signature "
                           "query string parameter or the Authorization "
                           "header should be specified")
         if authorization.startswith(V4):
-            return _v4_header(request, accounts, now, region, hosts)
-        if authorization.startswith("AWS "):
+            return _v4_header(request, expected)
+        if authorization.startswith("AWS ") and is_s3:
             return _v2_header(request, accounts, now)
         raise S3Error("InvalidArgument", "Unsupported Authorization Type",
                       ArgumentName="Authorization")
     if "X-Amz-Signature" in query or "X-Amz-Algorithm" in query:
-        return _v4_query(request, accounts, now, region, hosts)
-    if "Signature" in query and "AWSAccessKeyId" in query:
+        return _v4_query(request, expected)
+    if "Signature" in query and "AWSAccessKeyId" in query and is_s3:
         return _v2_query(request, accounts, now)
     payload = request.headers.get("x-amz-content-sha256", UNSIGNED)
     return Identity(None, _checked_payload(payload))
 
 
+# --- temporary credentials ---
+
+# Nothing of a session is stored.  Its token says all of it, under an HMAC
+# keyed by the secret of the account that asked for it, and its secret key
+# is another HMAC of the same: any process that knows the account can check
+# both, and nobody else can make or change either.
+
+TEMPORARY = "ASIA"                  # how the key ids of sessions begin
+# Ours.  AWS has such a limit, and does not say which: a token has to go
+# into a header or a URL.
+MAX_PACKED_BYTES = 4 * KIB
+
+
+def _session_hmac(account, purpose, data):
+    """An HMAC under a key of the account's for this purpose alone."""
+    key = hmac_sha256(account.secret.encode(),
+                      "gos3rve session 1 " + purpose)
+    return hmac.digest(key, data, "sha256")
+
+
+def _temporary(account, key_id, session, data):
+    """The Account that acts with a session's key pair."""
+    secret = base64.b64encode(
+        _session_hmac(account, "secret", data)[:30]).decode()
+    return account._replace(key_id=key_id, secret=secret, session=session)
+
+
+def issue_session(account, session):
+    """New credentials of an Account for a Session: (Account, token, the
+    share of MAX_PACKED_BYTES that the token takes, in percent);
+    PackedPolicyTooLarge when that is over 100."""
+    key_id = TEMPORARY + base64.b32encode(secrets.token_bytes(10)).decode()
+    packed = zlib.compress(json.dumps((key_id,) + session).encode(), 9)
+    percent = -(-100 * len(packed) // MAX_PACKED_BYTES)
+    if percent > 100:
+        raise S3Error("PackedPolicyTooLarge", "Packed size of session tags "
+                      "consumes %d%% of allotted space." % percent)
+    data = account.key_id.encode() + b"\0" + packed
+    token = base64.urlsafe_b64encode(
+        _session_hmac(account, "token", data) + data).decode()
+    return _temporary(account, key_id, session, data), token, percent
+
+
+def open_session(token, key_id, accounts, now):
+    """The Account that a token and the key id with it stand for;
+    InvalidToken, or ExpiredToken."""
+    invalid = S3Error("InvalidToken", **{"Token-0": token})
+    try:
+        sealed = base64.b64decode(token.encode("ascii"), b"-_",
+                                  validate=True)
+    except ValueError:
+        raise invalid from None
+    mac, data = sealed[:32], sealed[32:]
+    issuer, _, packed = data.partition(b"\0")
+    account = accounts.get(issuer.decode("utf-8", "replace"))
+    if account is None or not hmac.compare_digest(
+            mac, _session_hmac(account, "token", data)):
+        raise invalid
+    # ours from here on: neither a bomb nor malformed
+    own_key_id, *fields, tags = json.loads(zlib.decompress(packed).decode())
+    session = Session(*fields, tuple(map(tuple, tags)))
+    if own_key_id != key_id:
+        raise invalid
+    if now >= session.expires:
+        raise S3Error("ExpiredToken", **{"Token-0": token})
+    return _temporary(account, key_id, session, data)
+
+
+def _credentials(accounts, key_id, token, now):
+    """The Account of a key id, and of the session token that came with it
+    (None or "" for none): a lasting key pair has none, a session's is
+    nothing without its own."""
+    account = accounts.get(key_id)
+    if account is None and token and key_id.startswith(TEMPORARY):
+        return open_session(token, key_id, accounts, now)
+    if account is None:
+        raise S3Error("InvalidAccessKeyId", AWSAccessKeyId=key_id)
+    if token:
+        raise S3Error("InvalidToken", **{"Token-0": token})
+    return account
+
+
 # --- SigV4 ---
 
-def _v4_header(request, accounts, now, region, hosts):
+def _v4_header(request, expected):
     """SigV4 in the Authorization header."""
     headers = request.headers
     scope, signed_headers, signature = _v4_authorization(
         headers["authorization"])
-    payload = headers.get("x-amz-content-sha256")
+    payload = expected.payload or headers.get("x-amz-content-sha256")
     if payload is None:
         raise S3Error("InvalidRequest", "Missing required header for this "
                       "request: x-amz-content-sha256")
@@ -1085,13 +1214,15 @@ def _v4_header(request, accounts, now, region, hosts):
     if then is None:
         raise S3Error("AccessDenied", "AWS authentication requires a valid "
                       "Date or x-amz-date header")
-    _check_scope(scope, amz_date, region, "AuthorizationHeaderMalformed",
+    _check_scope(scope, amz_date, expected.region, expected.service,
+                 "AuthorizationHeaderMalformed",
                  "The authorization header is malformed; ")
-    account = _account(accounts, scope.key_id)
-    _check_skew(then, now, amz_date)
-    _check_token(headers.get("x-amz-security-token"))
+    account = _credentials(
+        expected.accounts, scope.key_id,
+        headers.get("x-amz-security-token"), expected.now)
+    _check_skew(then, expected.now, amz_date)
     return _v4_verify(request, account, scope, signed_headers, signature,
-                      amz_date, _checked_payload(payload), hosts)
+                      amz_date, _checked_payload(payload), expected.hosts)
 
 
 def _amz_date(date):
@@ -1130,11 +1261,12 @@ def _scope(credential, code, prefix):
     return Scope(*parts[:4])
 
 
-def _check_scope(scope, amz_date, region, code, prefix):
+def _check_scope(scope, amz_date, region, service, code, prefix):
     """Raise `code` when day, region or service are not the right ones."""
-    if scope.service != "s3":
+    if scope.service != service:
         raise S3Error(code, prefix + "incorrect service \"%s\". This "
-                      "endpoint belongs to \"s3\"." % scope.service)
+                      "endpoint belongs to \"%s\"."
+                      % (scope.service, service))
     if region is not None and scope.region != region:
         raise S3Error(code, prefix + "the region '%s' is wrong; expecting "
                       "'%s'" % (scope.region, region), Region=region)
@@ -1142,19 +1274,6 @@ def _check_scope(scope, amz_date, region, code, prefix):
         raise S3Error(code, prefix + "Invalid credential date \"%s\". This "
                       "date is not the same as X-Amz-Date: \"%s\"."
                       % (scope.date, amz_date[:8]))
-
-
-def _account(accounts, key_id):
-    account = accounts.get(key_id)
-    if account is None:
-        raise S3Error("InvalidAccessKeyId", AWSAccessKeyId=key_id)
-    return account
-
-
-def _check_token(token):
-    """No key pair here has a session token."""
-    if token:
-        raise S3Error("InvalidToken", **{"Token-0": token})
 
 
 def _check_skew(then, now, text):
@@ -1225,7 +1344,7 @@ def _check_signed_headers(headers, signed_headers):
                       HeadersNotSigned=", ".join(unsigned))
 
 
-def _v4_query(request, accounts, now, region, hosts):
+def _v4_query(request, expected):
     """A URL presigned with SigV4."""
     code, query = "AuthorizationQueryParametersError", request.query
     for name in ("X-Amz-Algorithm", "X-Amz-Credential", "X-Amz-Signature",
@@ -1245,16 +1364,19 @@ def _v4_query(request, accounts, now, region, hosts):
     if then is None:
         raise S3Error(code, "X-Amz-Date must be in the ISO8601 Long Format "
                       "\"yyyyMMdd'T'HHmmss'Z'\"")
-    _check_scope(scope, amz_date, region, code, prefix)
-    account = _account(accounts, scope.key_id)
-    _check_expiry(query["X-Amz-Expires"], then, now, code)
-    _check_token(query.get("X-Amz-Security-Token"))
-    payload = (query.get("X-Amz-Content-Sha256")
+    _check_scope(scope, amz_date, expected.region, expected.service, code,
+                 prefix)
+    account = _credentials(
+        expected.accounts, scope.key_id,
+        query.get("X-Amz-Security-Token") or request.headers.get(
+            "x-amz-security-token"), expected.now)
+    _check_expiry(query["X-Amz-Expires"], then, expected.now, code)
+    payload = (expected.payload or query.get("X-Amz-Content-Sha256")
                or request.headers.get("x-amz-content-sha256") or UNSIGNED)
     return _v4_verify(
         request, account, scope, query["X-Amz-SignedHeaders"].split(";"),
         query["X-Amz-Signature"], amz_date, _checked_payload(payload),
-        hosts)
+        expected.hosts)
 
 
 def _check_expiry(expires, then, now, code):
@@ -1284,6 +1406,9 @@ def _check_expired(end, now, expires):
 
 # --- SigV2 ---
 
+_V2_TOKEN = "x-amz-security-token"
+
+
 def _v2_header(request, accounts, now):
     """SigV2 in the Authorization header: `AWS key_id:signature`."""
     headers = request.headers
@@ -1293,7 +1418,8 @@ def _v2_header(request, accounts, now):
         raise S3Error("InvalidArgument", "AWS authorization header is "
                       "invalid.  Expected AwsAccessKeyId:signature",
                       ArgumentName="Authorization")
-    account = _account(accounts, key_id)
+    account = _credentials(accounts, key_id,
+                           headers.get("x-amz-security-token"), now)
     text = headers.get("x-amz-date", headers.get("date", ""))
     then = parse_http_date(text)
     if then is None or then < 0:
@@ -1307,19 +1433,24 @@ def _v2_header(request, accounts, now):
 def _v2_query(request, accounts, now):
     """A URL presigned with SigV2."""
     query = request.query
-    account = _account(accounts, query["AWSAccessKeyId"])
+    token = query.get(_V2_TOKEN) or request.headers.get(_V2_TOKEN)
+    account = _credentials(accounts, query["AWSAccessKeyId"], token, now)
     expires = query.get("Expires", "")
     if not re.match(r"\d{1,12}\Z", expires, re.ASCII):
         raise S3Error("AccessDenied", "Invalid date (should be seconds "
                       "since epoch): %s" % expires)
     _check_expired(int(expires), now, expires)
-    return _v2_verify(request, account, expires, query["Signature"])
+    return _v2_verify(request, account, expires, query["Signature"], token)
 
 
-def _v2_verify(request, account, date, signature):
-    """Compare a SigV2 signature; the Identity when it is right."""
+def _v2_verify(request, account, date, signature, token=None):
+    """Compare a SigV2 signature; the Identity when it is right.
+
+    token: the session token of a URL, which is signed as if it were a
+    header: botocore's HmacV1QueryAuth, s3cmd's sign_url_base_v2."""
     headers = request.headers
-    _check_token(headers.get("x-amz-security-token"))
+    if token:
+        headers = dict(headers, **{_V2_TOKEN: token})
     lines = [request.method, headers.get("content-md5", ""),
              headers.get("content-type", ""), date]
     lines += ["%s:%s" % (name, headers[name].strip(" "))
@@ -1390,9 +1521,7 @@ def authenticate_form(fields, accounts, now, region=None):
             for name in names:
                 if not fields.get(name.lower()):
                     raise missing_field(name)
-            account = verify(fields, accounts, now, region)
-            _check_token(fields.get("x-amz-security-token"))
-            return Identity(account)
+            return Identity(verify(fields, accounts, now, region))
     return Identity(None)
 
 
@@ -1412,12 +1541,13 @@ def _v4_form(fields, accounts, now, region):
                       ArgumentValue=amz_date)
     try:
         scope = _scope(credential, "InvalidArgument", "")
-        _check_scope(scope, amz_date, region, "InvalidArgument", "")
+        _check_scope(scope, amz_date, region, "s3", "InvalidArgument", "")
     except S3Error as error:
         error.fields.update(ArgumentName="X-Amz-Credential",
                             ArgumentValue=credential)
         raise
-    account = _account(accounts, scope.key_id)
+    account = _credentials(accounts, scope.key_id,
+                           fields.get("x-amz-security-token"), now)
     key = signing_key(account.secret, *scope[1:])
     _compare_form(fields["x-amz-signature"],
                   hmac_sha256(key, fields["policy"]).hex(), account, fields)
@@ -1428,9 +1558,10 @@ def _v4_form(fields, accounts, now, region):
     return account
 
 
-def _v2_form(fields, accounts, _now, _region):
+def _v2_form(fields, accounts, now, _region):
     """The Account whose SigV2 a form carries."""
-    account = _account(accounts, fields["awsaccesskeyid"])
+    account = _credentials(accounts, fields["awsaccesskeyid"],
+                           fields.get("x-amz-security-token"), now)
     _compare_form(fields["signature"],
                   _v2_signature(account.secret, fields["policy"]), account,
                   fields)
@@ -5070,7 +5201,7 @@ class Accounts:
 
     def lasting_id(self, account):
         """The user id to write down as an owner; None for the first."""
-        if account == self.first and not self._lasting:
+        if account.user_id == self.first.user_id and not self._lasting:
             return None
         return account.user_id
 
@@ -5089,8 +5220,10 @@ class Caller(NamedTuple):
 
     user_id: the account's, None for the unsigned and for a service.
     principals: every (kind, text) by which a Principal may name it.
-    arn and kind: aws:PrincipalArn and aws:PrincipalType.  session: the
-    Policy that a session must stay within, or None.
+    arn and kind: aws:PrincipalArn and aws:PrincipalType.  session_arn:
+    of a role's session.  limits: the Policy that it must stay within, or
+    None.  tags: a session's, by key in lower case.  issued: when its
+    temporary credentials were, in seconds, None for lasting ones.
     """
     user_id: Optional[str] = None
     principals: frozenset = frozenset()
@@ -5099,11 +5232,14 @@ class Caller(NamedTuple):
     user_name: Optional[str] = None
     unique_id: Optional[str] = None
     service: Optional[str] = None
-    session: Any = None
+    session_arn: Optional[str] = None
+    limits: Any = None
+    tags: Optional[Dict[str, str]] = None
+    issued: Optional[int] = None
 
     @property
     def is_root(self):
-        """True for an account itself, not for a session or a service."""
+        """True for an account itself, not for a role or a service."""
         return self.kind == "Account"
 
 
@@ -5120,7 +5256,10 @@ def account_caller(account):
     """
     if account is None:
         return ANONYMOUS
-    user_id, name = account.user_id, account.user_name
+    user_id, name, session = account.user_id, account.user_name, \
+        account.session
+    if session and session.role:
+        return _role_caller(user_id, session)
     root = "arn:aws:iam::%s:root" % user_id
     names = [user_id, root] + [
         "arn:aws:iam::%s:user/%s" % pair for pair in (
@@ -5128,25 +5267,36 @@ def account_caller(account):
     principals = [("AWS", text) for text in names]
     principals.append(("CanonicalUser", user_id))
     return Caller(user_id, frozenset(principals), root, "Account", name,
-                  user_id)
+                  user_id, issued=session and session.issued)
 
 
-def session_caller(account, role, session_name, policy=None):
+def role_arn(user_id, role):
+    """The ARN of a role; `role`: its path and name."""
+    return "arn:aws:iam::%s:role/%s" % (user_id, role)
+
+
+def _role_caller(user_id, session):
     """The Caller of temporary credentials that AssumeRole gave.
 
-    It acts for the account, within `policy`, and is not its root user.
-    IAM reference_policies_elements_principal.html#Principal-role-session
+    It acts for the account, within its policy, and is not its root user.
+    It has no aws:username, and its aws:PrincipalArn is the role's: IAM
+    reference_policies_condition-keys.html, reference_policies_variables.
+    html#principaltable and reference_policies_elements_principal.html
     """
-    user_id = account.user_id
-    arn = "arn:aws:sts::%s:assumed-role/%s/%s" % (
-        user_id, role, session_name)
-    names = (user_id, arn, "arn:aws:iam::%s:root" % user_id,
-             "arn:aws:iam::%s:role/%s" % (user_id, role))
+    arn = role_arn(user_id, session.role)
+    session_arn = "arn:aws:sts::%s:assumed-role/%s/%s" % (
+        user_id, session.role.rpartition("/")[2], session.name)
+    names = (user_id, session_arn, "arn:aws:iam::%s:root" % user_id, arn)
     principals = [("AWS", text) for text in names]
     principals.append(("CanonicalUser", user_id))
-    return Caller(user_id, frozenset(principals), arn, "AssumedRole",
-                  unique_id="%s:%s" % (user_id, session_name),
-                  session=policy)
+    role_id = "AROA" + base64.b32encode(
+        hashlib.sha256(arn.encode()).digest()).decode()[:17]
+    return Caller(
+        user_id, frozenset(principals), arn, "AssumedRole",
+        unique_id="%s:%s" % (role_id, session.name), session_arn=session_arn,
+        limits=parse_session_policy(session.policy) if session.policy
+        else None, issued=session.issued,
+        tags={key.lower(): value for key, value in session.tags})
 
 
 LOGGING_SERVICE = "logging.s3.amazonaws.com"
@@ -5709,8 +5859,9 @@ _CREATES = _actions("CreateBucket")
 _CONDITION_KEYS = (
     (FACT, None, """
         aws:CurrentTime aws:EpochTime aws:PrincipalAccount
-        aws:PrincipalArn aws:PrincipalIsAWSService aws:PrincipalServiceName
-        aws:PrincipalType aws:RequestedRegion aws:RequestTag/
+        aws:MultiFactorAuthPresent aws:PrincipalArn
+        aws:PrincipalIsAWSService aws:PrincipalServiceName
+        aws:PrincipalTag/ aws:PrincipalType aws:RequestedRegion aws:RequestTag/
         aws:ResourceAccount aws:ResourceTag/ aws:SecureTransport
         aws:SourceAccount aws:SourceArn aws:SourceIp aws:TagKeys
         aws:TokenIssueTime aws:userid aws:username aws:ViaAWSService
@@ -5718,10 +5869,9 @@ _CONDITION_KEYS = (
         s3:signatureversion s3:TlsVersion"""),
     (NEVER, None, """
         aws:CalledVia aws:CalledViaFirst aws:CalledViaLast
-        aws:FederatedProvider aws:MultiFactorAuthAge
-        aws:MultiFactorAuthPresent aws:PrincipalOrgID
+        aws:FederatedProvider aws:MultiFactorAuthAge aws:PrincipalOrgID
         aws:PrincipalOrgPaths aws:PrincipalServiceNamesList
-        aws:PrincipalTag/ aws:ResourceOrgID aws:ResourceOrgPaths
+        aws:ResourceOrgID aws:ResourceOrgPaths
         aws:SourceOrgID aws:SourceOrgPaths aws:SourceOwner aws:SourceVpc
         aws:SourceVpcArn aws:SourceVpce aws:VpceAccount aws:VpceOrgID
         aws:VpceOrgPaths aws:VpcSourceIp s3:AccessGrantsInstanceArn
@@ -5784,8 +5934,11 @@ CONDITION_KEYS = _make_condition_keys()
 
 def find_condition_key(text):
     """The ConditionKey that a policy names, or None: keys have no case,
-    but what follows a `/` is a tag's key and has."""
+    but what follows a `/` is a tag's key and has, a principal's aside
+    (IAM id_session-tags.html)."""
     family, slash, tag = text.partition("/")
+    if family.lower() == "aws:principaltag":
+        tag = tag.lower()
     key = CONDITION_KEYS.get(family.lower() + slash)
     if key is None or (slash and not tag):
         return None
@@ -5822,14 +5975,14 @@ class Context:
         if family in self._facts:
             value = self._facts[family]
             value = value() if callable(value) else value
-            if slash and value is not None:
-                value = value.get(tag)
         elif key.source == HEADER:
             value = self._headers.get(key.where)
         elif key.source == QUERY:
             value = self._query.get(key.where)
         else:
-            value = self._derived(family)
+            value = self._derived(family + slash)
+        if slash and value is not None:
+            value = value.get(tag)
         if value is None:
             return None
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -5841,9 +5994,10 @@ class Context:
         derive = _DERIVED.get(name)
         return derive(self) if derive else None
 
-    def _time(self):
-        return None if self._now is None else time.strftime(
-            "%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._now))
+    @staticmethod
+    def _time(seconds):
+        return None if seconds is None else time.strftime(
+            "%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
     def _remaining_days(self):
         until = self.get("s3:object-lock-retain-until-date")
@@ -5861,13 +6015,18 @@ class Context:
 
 
 _DERIVED = {
-    "aws:currenttime": lambda c: c._time(),
+    "aws:currenttime": lambda c: c._time(c._now),
     "aws:epochtime": lambda c: None if c._now is None else int(c._now),
+    # no second factor is known here, and a lasting key pair says nothing
+    "aws:multifactorauthpresent":
+        lambda c: None if c._caller.issued is None else False,
     "aws:principalaccount": lambda c: c._caller.user_id,
     "aws:principalarn": lambda c: c._caller.arn,
     "aws:principalisawsservice": lambda c: c._caller.service is not None,
     "aws:principalservicename": lambda c: c._caller.service,
+    "aws:principaltag/": lambda c: c._caller.tags,
     "aws:principaltype": lambda c: c._caller.kind,
+    "aws:tokenissuetime": lambda c: c._time(c._caller.issued),
     "aws:userid": lambda c: c._caller.unique_id,
     "aws:username": lambda c: c._caller.user_name,
     "aws:viaawsservice": lambda c: False,
@@ -6654,15 +6813,17 @@ def is_allowed(caller, action, resource, access, context, object_owner=None,
                object_acl=None):
     """True when a Caller may do `action` on `resource`, an ARN.
 
-    In AWS's order: the session's own limits, an explicit deny, the public
+    In AWS's order: the session's own policy, an explicit deny, the public
     access block, the bucket's owner and policy, the object's owner, ACLs.
     access: the BucketAccess, None where no bucket is concerned.
     object_owner: the user id of the object's owner or, of an upload, its
     initiator; None where there is none yet.  object_acl: its grants.
     """
-    if caller.session is not None and evaluate(
-            caller.session, caller, action, resource, context) != "allow":
-        return False
+    if caller.limits is not None:
+        verdict = evaluate(caller.limits, caller, action, resource, context)
+        if verdict == "deny" or verdict is None and not _grants_session(
+                caller, action, resource, access, context):
+            return False
     if access is None:
         return caller.user_id is not None
     verdict = evaluate(access.policy, caller, action, resource, context)
@@ -6684,6 +6845,20 @@ def is_allowed(caller, action, resource, access, context, object_owner=None,
         return True
     return acls and _acls_allow(caller, action, access, object_owner,
                                 object_acl)
+
+
+def _grants_session(caller, action, resource, access, context):
+    """True when a bucket policy of the session's own account gives the
+    session itself `action`: that is beyond what its own policy says.
+
+    "*" does, too; what is given to the role or the account stays within
+    it.  IAM reference_policies_elements_principal.html#principal-roles,
+    access_policies.html#policies_session
+    """
+    return (access is not None and caller.user_id == access.owner_id
+            and evaluate(access.policy, caller._replace(
+                principals=frozenset([("AWS", caller.session_arn)])),
+                action, resource, context) == "allow")
 
 
 def _acls_allow(caller, action, access, object_owner, object_acl):
@@ -6729,7 +6904,7 @@ def authorize_write(headers, caller, resource, access, context):
     if "x-amz-acl" in headers or not _GRANT_HEADERS.keys().isdisjoint(
             headers):
         for policy, refusals in ((access.policy, ("deny",)),
-                                 (caller.session, ("deny", None))):
+                                 (caller.limits, ("deny", None))):
             if policy is not None and evaluate(
                     policy, caller, "s3:PutObjectAcl", resource,
                     context) in refusals:
@@ -7243,7 +7418,7 @@ def actual_cors(rules, method, headers):
 # with which status it succeeds.  Takes a Request, gives a Response or what
 # as_response() makes into one.  No sockets, no paths.
 
-SERVICE, BUCKET, OBJECT = "service", "bucket", "object"
+SERVICE, BUCKET, OBJECT, STS = "service", "bucket", "object", "sts"
 DONE, STORED, REFUSED = "done", "stored", "refused"
 
 
@@ -7364,7 +7539,7 @@ class Request:
         bucket = bucket or self.bucket
         access, caller = self.access(bucket), self.caller
         context = None
-        if access.policy is not None or caller.session is not None:
+        if access.policy is not None or caller.limits is not None:
             context = policy_context(self, bucket, key, facts)
         return is_allowed(caller, action, resource_arn(bucket.name, key),
                           access, context, owner, acl)
@@ -7442,7 +7617,8 @@ def object_owner(request, info, bucket=None):
 
 
 def policy_context(request, bucket, key=None, facts=None):
-    """The Context that a policy's conditions see."""
+    """The Context that a policy's conditions see.  bucket: None where
+    none is there yet."""
     def tags():
         try:
             info, fd = bucket.open_version(
@@ -7470,7 +7646,7 @@ def policy_context(request, bucket, key=None, facts=None):
         "s3:authType": kind if signed else None,
         "s3:signatureversion": None if not signed else (
             V4 if v4 else "AWS"),
-        "s3:ResourceAccount": request.access(bucket).owner_id,
+        "s3:ResourceAccount": bucket and request.access(bucket).owner_id,
         "s3:ExistingObjectTag": tags if key else None}
     known.update(facts or {})
     return Context(request.caller, request.headers, query, request.now,
@@ -7572,9 +7748,9 @@ _ACTIONS = {
 }
 
 
-def iam_action(name):
+def iam_action(name, level=None):
     """The IAM action that an operation needs."""
-    return _ACTIONS.get(name, "s3:" + name)
+    return _ACTIONS.get(name, ("sts:" if level == STS else "s3:") + name)
 
 
 def add_operation(row):
@@ -7591,14 +7767,15 @@ def operation(method, level, subresource=None, when=None, action=None,
     """Declare the function below as the S3 operation of its name.
 
     subresource: the query name that selects it.  when: a further header
-    or query name that must be there.  action: the IAM action.
+    or query name that must be there.  action: the IAM action.  STS's are
+    selected by their name.
     """
     def declare(function):
         name = "".join(word.capitalize()
                        for word in function.__name__.split("_"))
         add_operation(Operation(name, method, level, subresource, when,
-                                action or iam_action(name), status, DONE,
-                                function))
+                                action or iam_action(name, level), status,
+                                DONE, function))
         return function
     return declare
 
@@ -7608,7 +7785,7 @@ _SIGNING_NAMES = frozenset((
     "x-id", "AWSAccessKeyId", "Signature", "Expires", "X-Amz-Algorithm",
     "X-Amz-Credential", "X-Amz-Date", "X-Amz-Expires",
     "X-Amz-SignedHeaders", "X-Amz-Signature", "X-Amz-Security-Token",
-    "X-Amz-Content-Sha256", "X-Amz-User-Agent"))
+    "x-amz-security-token", "X-Amz-Content-Sha256", "X-Amz-User-Agent"))
 
 
 def find_operation(request):
@@ -7670,17 +7847,9 @@ def respond(request):
     """
     service = request.service
     row = request.operation = find_operation(request)
-    hosts = ()
-    if service.public_host:
-        forwarded = request.headers.get("x-forwarded-host")
-        hosts = (service.public_host,) + (
-            (forwarded,) if forwarded else ())
-    # a name under which the target would be another bucket's is none
-    hosts = tuple(host for host in hosts if host_bucket(
-        host, service.domains) == request.host_bucket)
     request.identity = identity = authenticate(
         request, service.accounts.by_key_id, request.now, service.region,
-        hosts)
+        signing_hosts(request))
     request.caller = account_caller(identity.account)
     _authorize_row(request, row)
     if row.function is None:
@@ -7700,6 +7869,17 @@ def respond(request):
         raise
 
 
+def signing_hosts(request):
+    """Further names under which a client may have signed, behind a proxy;
+    one under which the target would be another bucket's is none."""
+    service, hosts = request.service, ()
+    if service.public_host:
+        hosts = (service.public_host, request.headers.get(
+            "x-forwarded-host"))
+    return tuple(host for host in hosts if host and host_bucket(
+        host, service.domains) == request.host_bucket)
+
+
 # What asks for its permissions itself: for each key, or for more than one
 _OWN_CHECKS = frozenset((
     "DeleteObjects", "PostObject", "PutObject", "CopyObject",
@@ -7709,7 +7889,11 @@ _OWN_CHECKS = frozenset((
 def _authorize_row(request, row):
     """Find the bucket and check the permission that the row names."""
     if row.level == SERVICE or row.name == "CreateBucket":
-        authorize(request.caller, row.action, "*", None, None)
+        if request.account is None:
+            raise S3Error("AccessDenied")
+        if row.level == SERVICE:
+            authorize(request.caller, row.action, resource_arn("*"), None,
+                      policy_context(request, None))
         return
     request.bucket = request.find_bucket(request.bucket_name)
     _check_payer(request)
@@ -8192,7 +8376,9 @@ def create_bucket(request):
     name = request.bucket_name
     if not valid_bucket_name(name):
         raise S3Error("InvalidBucketName", BucketName=name)
-    region = _location_constraint(request)
+    asked = _asked_location(request)
+    _authorize_create(request, asked)
+    region = _location_constraint(request, asked)
     config = _new_bucket_config(request)
     try:
         bucket = request.store.create_bucket(
@@ -8234,11 +8420,40 @@ def _new_bucket_config(request):
     return config
 
 
-def _location_constraint(request):
-    """The region that CreateBucket's document asks for."""
+# Header of CreateBucket -> what it needs besides (API_CreateBucket.html,
+# "Permissions")
+_CREATE_ACTIONS = {
+    "x-amz-acl": ("s3:PutBucketAcl",),
+    "x-amz-bucket-object-lock-enabled": (
+        "s3:PutBucketObjectLockConfiguration", "s3:PutBucketVersioning"),
+    "x-amz-object-ownership": ("s3:PutBucketOwnershipControls",)}
+
+
+def _authorize_create(request, location):
+    """Raise AccessDenied unless the caller may make the bucket.
+
+    Any account may: it is a question of a session's policy only.
+    """
+    context = policy_context(request, None, facts={
+        "s3:LocationConstraint": location})
+    actions = {"s3:CreateBucket"}
+    for name in request.headers:
+        actions.update(_CREATE_ACTIONS.get(
+            "x-amz-acl" if name.startswith("x-amz-grant-") else name, ()))
+    for action in actions:
+        authorize(request.caller, action, resource_arn(request.bucket_name),
+                  None, context)
+
+
+def _asked_location(request):
+    """The text of a LocationConstraint; None for none."""
     document = request.xml("CreateBucketConfiguration", required=False)
-    asked = None if document is None else xml_text(
+    return None if document is None else xml_text(
         document, "LocationConstraint")
+
+
+def _location_constraint(request, asked):
+    """The region of a new bucket: the one that is asked for, or here."""
     here = request.service.region
     region = {"EU": "eu-west-1", "": None}.get(asked, asked)
     if region is None:
@@ -9733,9 +9948,10 @@ def cors_rules(request):
 
 
 def answer(request):
-    """respond() or serve_site(), and what CORS adds to the answer, to
-    errors too."""
-    respond_to = serve_site if request.is_site else respond
+    """respond(), serve_site() or serve_sts(), and what CORS adds to the
+    answer, to errors too."""
+    respond_to = serve_site if request.is_site \
+        else serve_sts if is_sts(request) else respond
     if request.method == "OPTIONS":     # no signature, no key looked up
         return Response(200, preflight(cors_rules(request), request.headers,
                                        request.level.upper()))
@@ -12601,6 +12817,279 @@ add_operation(OPERATIONS["GetBucketNotificationConfiguration"]._replace(
     name="GetBucketNotification"))      # its older name, on the same route
 
 
+# --- temporary credentials: STS ---
+#
+# The query API of AWS's Security Token Service, at the server's root: an
+# Action and its parameters in a form or a query, a document of its own for
+# answers and for errors.  STS/latest/APIReference/.  There are no roles:
+# one of any name acts for its account, without a policy but the session's.
+
+STS_VERSION = "2011-06-15"
+STS_XMLNS = "https://sts.amazonaws.com/doc/%s/" % STS_VERSION
+# Ours: a policy of 2,048 characters and 50 tags, percent-encoded
+MAX_STS_BYTES = 128 * KIB
+# API_AssumeRole.html: "maximum of one hour" for a role that assumes one
+MAX_CHAINED_SECONDS = 3600
+
+# S3's code for what room 4 finds -> STS's, status and message (None: as it
+# is), APIReference/CommonErrors.html
+_STS_ERRORS = {
+    "InvalidAccessKeyId": (
+        "InvalidClientTokenId", 403,
+        "The security token included in the request is invalid."),
+    "InvalidToken": (
+        "InvalidClientTokenId", 403,
+        "The security token included in the request is invalid."),
+    "ExpiredToken": (
+        "ExpiredToken", 403,
+        "The security token included in the request is expired"),
+    "RequestTimeTooSkewed": ("SignatureDoesNotMatch", 403, None),
+    "AuthorizationHeaderMalformed": ("IncompleteSignature", 400, None),
+    "AuthorizationQueryParametersError": ("IncompleteSignature", 400, None),
+    "InvalidArgument": ("IncompleteSignature", 400, None),
+}
+
+
+def is_sts(request):
+    """True for a request of the query API: at the root, S3 has no POST,
+    and no Action."""
+    return request.level == SERVICE and (
+        request.method in ("GET", "POST") and "Action" in request.query
+        or request.method == "POST" and request.headers.get(
+            "content-type", "").lower().startswith(
+                "application/x-www-form-urlencoded"))
+
+
+def serve_sts(request):
+    """Answer a request of the query API, errors included."""
+    try:
+        children = _sts_result(request)
+    except S3Error as error:
+        return _sts_error_response(request, error)
+    name = request.operation.name
+    return _sts_response(request, 200, name + "Response", [
+        (name + "Result", children),
+        ("ResponseMetadata", [("RequestId", request.request_id)])])
+
+
+def _sts_response(request, status, tag, children):
+    return Response(status, {"Content-Type": "text/xml",
+                             "x-amzn-RequestId": request.request_id},
+                    xml_document(tag, children, STS_XMLNS))
+
+
+def _sts_error_response(request, error):
+    """An S3Error as STS's clients know it; what a message repeats of a
+    request must be text that an XML parser takes."""
+    code, status, message = _STS_ERRORS.get(
+        error.code, (error.code, error.status, None))
+    message = _CONTROL.sub("?", message or error.message)
+    return _sts_response(request, status, "ErrorResponse", [
+        ("Error", [("Type", "Sender" if status < 500 else "Receiver"),
+                   ("Code", code), ("Message", message)]),
+        ("RequestId", request.request_id)])
+
+
+def _sts_result(request):
+    """What the asked operation returns, as children of its Result.
+
+    The operation is looked up before the signature: those that are not
+    there are refused by name to everybody, as some need none.
+    """
+    service = request.service
+    data = Body(request.frame, request.frame.left).read_all(MAX_STS_BYTES)
+    pairs = request.pairs + parse_query(data.decode("latin-1"))
+    parameters = dict(reversed(pairs))
+    name = parameters.get("Action")
+    if not name:
+        raise S3Error("MissingAction")
+    row = OPERATIONS.get(name)
+    if row is None or row.level != STS:
+        raise S3Error("NotImplemented", "%s is not implemented" % name)
+    request.operation = row
+    if row.function is None:
+        raise S3Error("NotImplemented", "%s is not implemented" % name)
+    version = parameters.get("Version", "NO_VERSION_SPECIFIED")
+    if version != STS_VERSION:
+        raise S3Error("InvalidAction", "Could not find operation %s for "
+                      "version %s" % (name, version))
+    request.identity = authenticate(
+        request, service.accounts.by_key_id, request.now, service.region,
+        signing_hosts(request), "sts", hashlib.sha256(data).hexdigest())
+    if request.account is None:
+        raise S3Error("MissingAuthenticationToken")
+    request.caller = account_caller(request.account)
+    request.query = parameters
+    _check_sts_names(name, parameters)
+    return row.function(request)
+
+
+_STS_TAG = re.compile(r"Tags\.member\.([1-9]\d{0,3})\.(Key|Value)\Z",
+                      re.ASCII)
+_STS_NAMES = {
+    "AssumeRole": ("RoleArn", "RoleSessionName", "DurationSeconds", "Policy",
+                   "ExternalId", "Tags"),
+    "GetSessionToken": ("DurationSeconds",),
+    "GetCallerIdentity": ()}
+
+
+def _check_sts_names(operation_name, parameters):
+    """NotImplemented for a parameter that would be ignored: MFA, managed
+    policies, the source identity and the like."""
+    known = _STS_NAMES[operation_name]
+    for name, value in parameters.items():
+        if not (name in known or name in ("Action", "Version")
+                or name in _SIGNING_NAMES
+                or "Tags" in known and _STS_TAG.match(name)):
+            raise S3Error("NotImplemented", "%s is not implemented"
+                          % name.partition(".")[0])
+        if name == "Tags" and value:    # how botocore writes an empty list
+            raise _sts_invalid(name, value, "be a list")
+
+
+def _sts_invalid(name, value, rule):
+    """The ValidationError for a parameter that breaks a rule."""
+    shown = "null" if value is None else "'%s'" % value
+    return S3Error("ValidationError", "1 validation error detected: Value "
+                   "%s at '%s' failed to satisfy constraint: Member must %s"
+                   % (shown, name[:1].lower() + name[1:], rule))
+
+
+# Parameter -> (least and most characters, pattern); API_AssumeRole.html
+_STS_TEXTS = {
+    "RoleArn": (20, 2048, r"[\t\n\r\x20-\x7e\x85\xa0-\U0010ffff]+"),
+    "RoleSessionName": (2, 64, r"[\w+=,.@-]*"),
+    "ExternalId": (2, 1224, r"[\w+=,.@:\/-]*"),
+    "Policy": (1, 2048, r"[\t\n\r\x20-\xff]+")}
+
+
+def _sts_text(request, name, required=False):
+    """A parameter, its length and characters checked; "" for none."""
+    value = request.query.get(name)
+    if value is None and not required:
+        return ""
+    low, high, pattern = _STS_TEXTS[name]
+    if value is None:
+        raise _sts_invalid(name, value, "not be null")
+    if len(value) < low:
+        raise _sts_invalid(name, value, "have length greater than or equal "
+                           "to %d" % low)
+    if len(value) > high:
+        raise _sts_invalid(name, value, "have length less than or equal to "
+                           "%d" % high)
+    if not re.match(pattern + r"\Z", value, re.ASCII):
+        raise _sts_invalid(name, value, "satisfy regular expression "
+                           "pattern: " + pattern)
+    return value
+
+
+def _sts_duration(request, most, default):
+    """DurationSeconds, from 900 to `most`."""
+    text = request.query.get("DurationSeconds")
+    if text is None:
+        return default
+    if not re.match(r"-?\d{1,10}\Z", text, re.ASCII):
+        raise _sts_invalid("DurationSeconds", text, "be an integer")
+    seconds = int(text)
+    if seconds < 900:
+        raise _sts_invalid("DurationSeconds", text, "have value greater than "
+                           "or equal to 900")
+    if seconds > most:
+        raise _sts_invalid("DurationSeconds", text, "have value less than or "
+                           "equal to %d" % most)
+    return seconds
+
+
+def _sts_tags(request):
+    """The session tags of a request, as (key, value) pairs."""
+    members = {}
+    for name, value in request.query.items():
+        match = _STS_TAG.match(name)
+        if match:
+            members.setdefault(int(match[1]), {})[match[2]] = value
+    for number, member in members.items():
+        if len(member) < 2:
+            raise _sts_invalid("Tags.%d.member" % number, None,
+                               "have a key and a value")
+    pairs = [(members[number]["Key"], members[number]["Value"])
+             for number in sorted(members)]
+    if len({key.lower() for key, _ in pairs}) < len(pairs):
+        raise S3Error("InvalidParameterValue", "Duplicate tag keys found. "
+                      "Please note that Tag keys are case insensitive.")
+    try:
+        return tuple(checked_tags(pairs, "bucket").items())
+    except S3Error as error:
+        raise S3Error("ValidationError", error.message) from None
+
+
+def _credentials_children(request, session, account):
+    """(children of an answer, percent): new Credentials for a Session."""
+    issued, token, percent = issue_session(account, session)
+    return [("Credentials", [
+        ("AccessKeyId", issued.key_id), ("SecretAccessKey", issued.secret),
+        ("SessionToken", token),
+        ("Expiration", iso_date(session.expires * 1000000000))])], percent
+
+
+@operation("POST", STS)
+def get_caller_identity(request):
+    """API_GetCallerIdentity: needs no permission."""
+    caller = request.caller
+    return [("Arn", caller.session_arn or caller.arn),
+            ("UserId", caller.unique_id), ("Account", caller.user_id)]
+
+
+@operation("POST", STS)
+def get_session_token(request):
+    """API_GetSessionToken, with the durations of an IAM user."""
+    now = int(request.now)
+    if request.account.session is not None:
+        raise S3Error("AccessDenied", "Cannot call GetSessionToken with "
+                      "session credentials")
+    seconds = _sts_duration(request, 129600, 43200)
+    return _credentials_children(request, Session(now, now + seconds),
+                                 request.account)[0]
+
+
+_ROLE_ARN = re.compile(r"arn:aws:iam::([^/]*):role/"
+                       r"((?:[!-~]{1,510}/)?[\w+=,.@-]{1,64})\Z", re.ASCII)
+
+
+@operation("POST", STS)
+def assume_role(request):
+    """API_AssumeRole: an account may assume any role of its own; so may a
+    session of it that its own policy lets."""
+    caller, now = request.caller, int(request.now)
+    arn = _sts_text(request, "RoleArn", True)
+    name = _sts_text(request, "RoleSessionName", True)
+    _sts_text(request, "ExternalId")    # no trust policy asks for one
+    policy, tags = _sts_text(request, "Policy"), _sts_tags(request)
+    seconds = _sts_duration(request, 43200, 3600)
+    match = _ROLE_ARN.match(arn)
+    if not match:
+        raise S3Error("ValidationError", "%s is invalid" % arn)
+    if policy:
+        parse_session_policy(policy)
+    for action in ["sts:AssumeRole"] + ["sts:TagSession"] * bool(tags):
+        if match[1] != caller.user_id or not is_allowed(
+                caller, action, arn, None, policy_context(request, None)):
+            raise S3Error("AccessDenied", "User: %s is not authorized to "
+                          "perform: %s on resource: %s" % (
+                              caller.session_arn or caller.arn, action, arn))
+    if caller.session_arn and seconds > MAX_CHAINED_SECONDS:
+        raise S3Error("ValidationError", "The requested DurationSeconds "
+                      "exceeds the 1 hour session limit for roles assumed "
+                      "by role chaining")
+    session = Session(now, now + seconds, match[2], name, policy, tags)
+    account = request.service.accounts.by_user_id[caller.user_id]
+    children, percent = _credentials_children(request, session, account)
+    assumed = account_caller(account._replace(session=session))
+    return children + [
+        ("AssumedRoleUser", [("AssumedRoleId", assumed.unique_id),
+                             ("Arn", assumed.session_arn)]),
+        ("PackedPolicySize", percent if policy or tags else None)]
+
+
 # --- what is refused by name ---
 
 # Every further operation of botocore's service model: method, level and
@@ -12623,6 +13112,13 @@ for _method, _level, _subresource, _name in (
         ("GET", SERVICE, "directory-buckets", "ListDirectoryBuckets")):
     add_operation(Operation(_name, _method, _level, _subresource, None,
                             iam_action(_name), 501, REFUSED, None))
+for _name in ("AssumeRoleWithSAML", "AssumeRoleWithWebIdentity",
+              "AssumeRoot", "DecodeAuthorizationMessage",
+              "GetAccessKeyInfo", "GetDelegatedAccessToken",
+              "GetFederationToken", "GetScopedCredentials",
+              "GetWebIdentityToken"):
+    add_operation(Operation(_name, "POST", STS, None, None,
+                            iam_action(_name, STS), 501, REFUSED, None))
 
 
 ###############################################################################
@@ -13891,8 +14387,8 @@ def operations_text():
     """Every operation, its state and its route, as -operations prints."""
     rows = []
     for row in sorted(OPERATIONS.values()):
-        path = {SERVICE: "/", BUCKET: "/Bucket", OBJECT: "/Bucket/Key"}[
-            row.level]
+        path = {SERVICE: "/", BUCKET: "/Bucket", OBJECT: "/Bucket/Key",
+                STS: "/?Action=" + row.name}[row.level]
         if row.subresource:
             path += "?" + row.subresource
         rows.append("%-52s %-8s %-6s %s" % (row.name, row.state,

@@ -158,12 +158,14 @@ class Client:
 
     request(method, "/bucket/key", query=[("a", "b")], body=b"") gives an
     Answer.  `path` is text and encoded here; raw_path is sent as it is.
+    token: the session's, of temporary credentials.
     """
 
     def __init__(self, url, key_id, secret, region="us-east-1",
-                 context=None):
+                 context=None, token=None, service="s3"):
         self.url, self.key_id, self.secret = url, key_id, secret
         self.region, self._context = region, context
+        self.token, self.service = token, service
         self.netloc = urllib.parse.urlsplit(url).netloc
         self._connection = None
 
@@ -186,9 +188,12 @@ class Client:
         headers = {n.lower(): str(v) for n, v in headers.items()}
         headers.setdefault("host", self.netloc)
         headers["x-amz-date"] = amz_date(when)
-        headers["x-amz-content-sha256"] = payload
-        scope = "%s/%s/s3/aws4_request" % (headers["x-amz-date"][:8],
-                                           self.region)
+        if self.service == "s3":        # the others send none
+            headers["x-amz-content-sha256"] = payload
+        if self.token:
+            headers["x-amz-security-token"] = self.token
+        scope = "%s/%s/%s/aws4_request" % (headers["x-amz-date"][:8],
+                                           self.region, self.service)
         signed = sorted(headers)
         signature = v4_signature(
             self.secret, scope, headers["x-amz-date"],
@@ -205,15 +210,20 @@ class Client:
         raw_path, date = quote(path, "/-_.~"), amz_date(when)
         headers = dict(headers or {}, host=self.netloc)
         headers = {n.lower(): v for n, v in headers.items()}
-        scope = "%s/%s/s3/aws4_request" % (date[:8], self.region)
-        query = list(query) + [
+        scope = "%s/%s/%s/aws4_request" % (date[:8], self.region,
+                                           self.service)
+        query = list(query)
+        if self.token:
+            query.append(("X-Amz-Security-Token", self.token))
+        query += [
             ("X-Amz-Algorithm", "AWS4-HMAC-SHA256"),
             ("X-Amz-Credential", "%s/%s" % (self.key_id, scope)),
             ("X-Amz-Date", date), ("X-Amz-Expires", str(expires)),
             ("X-Amz-SignedHeaders", ";".join(sorted(headers)))]
         signature = v4_signature(self.secret, scope, date, v4_canonical(
             method, raw_path, query, headers, sorted(headers),
-            "UNSIGNED-PAYLOAD"))
+            "UNSIGNED-PAYLOAD" if self.service == "s3"
+            else hashlib.sha256(b"").hexdigest()))
         query.append(("X-Amz-Signature", signature))
         return "%s%s?%s" % (self.url, raw_path, "&".join(
             "%s=%s" % (quote(n), quote(v)) for n, v in query))
@@ -1769,6 +1779,174 @@ class SigV2(Signing):
         self.refused("InvalidToken", self.who, self.sign(
             "GET", "/box/key", {"x-amz-security-token": "t"},
             ["x-amz-security-token:t"], "/box/key"), self.MARCH_27)
+
+
+class Sessions(Signing):
+    """Temporary credentials, and the tokens that stand for them."""
+
+    ISSUED = gos3rve.Session(MAY_24, MAY_24 + 900, "path/app", "s1",
+                              '{"Statement":[]}', (("a", "b"),))
+
+    def issue(self, account=ALICE, session=ISSUED, **changed):
+        """A signer with new credentials; keywords change it."""
+        issued, token, _ = gos3rve.issue_session(account, session)
+        client = Client("http://s3.test", issued.key_id, issued.secret,
+                        token=token)
+        vars(client).update(changed)
+        return client
+
+    def v2(self, client, in_url, **changed):
+        """A request signed with SigV2, the token in a header or a URL."""
+        expires = str(MAY_24 + 60)
+        date = "Fri, 24 May 2013 00:00:00 +0000"
+        lines = ["GET", "", "", expires if in_url else date]
+        if client.token:
+            lines.append("x-amz-security-token:" + client.token)
+        signature = base64.b64encode(hmac.new(
+            client.secret.encode(), "\n".join(lines + ["/box/key"]).encode(),
+            hashlib.sha1).digest()).decode()
+        token = changed.get("token", client.token)
+        pairs = {"x-amz-security-token": token} if token else {}
+        if not in_url:
+            return asked("GET", "/box/key", dict(
+                pairs, host="s3.test", date=date,
+                authorization="AWS %s:%s" % (client.key_id, signature)))
+        pairs.update(AWSAccessKeyId=client.key_id, Signature=signature,
+                     Expires=expires)
+        return asked("GET", "/box/key?" + urllib.parse.urlencode(pairs),
+                     {"host": "s3.test"})
+
+    def form(self, client, signer):
+        """The Identity of a POST form with its token."""
+        fields = signer("e30=", client)
+        if client.token:
+            fields["x-amz-security-token"] = client.token
+        return gos3rve.authenticate_form(fields, ACCOUNTS, MAY_24)
+
+    @staticmethod
+    def v4_form(policy, client):
+        """The fields of a form's SigV4."""
+        scope = "20130524/us-east-1/s3/aws4_request"
+        return {"policy": policy, "x-amz-algorithm": "AWS4-HMAC-SHA256",
+                "x-amz-date": "20130524T000000Z",
+                "x-amz-credential": "%s/%s" % (client.key_id, scope),
+                "x-amz-signature": hmac.new(
+                    v4_key(client.secret, "20130524"), policy.encode(),
+                    hashlib.sha256).hexdigest()}
+
+    @staticmethod
+    def v2_form(policy, client):
+        """The fields of a form's SigV2."""
+        return {"policy": policy, "awsaccesskeyid": client.key_id,
+                "signature": base64.b64encode(hmac.new(
+                    client.secret.encode(), policy.encode(),
+                    hashlib.sha1).digest()).decode()}
+
+    def ways(self, client):
+        """Each way to send a signature with a token: a call."""
+        def who(request):
+            return gos3rve.authenticate(request, ACCOUNTS, MAY_24)
+        return {
+            "header": lambda: who(self.signed(client=client)),
+            "url": lambda: who(self.presigned(client=client)),
+            "V2 header": lambda: who(self.v2(client, False)),
+            "V2 url": lambda: who(self.v2(client, True)),
+            "form": lambda: self.form(client, self.v4_form),
+            "V2 form": lambda: self.form(client, self.v2_form)}
+
+    def test_credentials_are_a_session_s_on_every_way(self):
+        for session in (self.ISSUED, gos3rve.Session(MAY_24, MAY_24 + 1)):
+            client = self.issue(session=session)
+            self.assertRegex(client.key_id, r"\AASIA[A-Z2-7]{16}\Z")
+            self.assertRegex(client.secret, r"\A[A-Za-z0-9+/]{40}\Z")
+            for name, call in self.ways(client).items():
+                with self.subTest(way=name):
+                    account = call().account
+                    self.assertEqual(account.session, session)
+                    self.assertEqual(account[:5], (
+                        client.key_id, client.secret) + ALICE[2:5])
+
+    def test_what_is_refused_on_every_way(self):
+        good, other = self.issue(), self.issue()
+        forged = self.issue(ALICE._replace(secret="another server's"))
+        bobs = self.issue(BOB)
+        stranger = self.issue(ALICE._replace(key_id="GONE"))
+        old = gos3rve.Session(MAY_24 - 901, MAY_24)
+        unknown, invalid = "InvalidAccessKeyId", "InvalidToken"
+        for name, code, client in (
+                ("expired", "ExpiredToken", self.issue(session=old)),
+                ("no token", unknown, self.issue(token=None)),
+                ("no key id of a session", unknown, self.issue(key_id="AK")),
+                ("another's token", invalid, self.issue(token=other.token)),
+                ("another account's", invalid, self.issue(token=bobs.token)),
+                ("another server's", invalid, forged),
+                ("an account that has gone", invalid, stranger),
+                ("a lasting key pair", invalid, self.issue(
+                    key_id=ALICE.key_id, secret=ALICE.secret)),
+                ("another's secret", "SignatureDoesNotMatch",
+                 self.issue(secret=other.secret)),
+                ("the account's secret", "SignatureDoesNotMatch",
+                 self.issue(secret=ALICE.secret)),
+                ("no base64", invalid, self.issue(token="a b")),
+                ("no ASCII", invalid, self.issue(token="\xe9" * 80)),
+                ("too short", invalid, self.issue(token="AAAA")),
+                ("too long", invalid, self.issue(token=good.token + "AAAA")),
+                ("nothing", invalid, self.issue(token="A" * 200))):
+            for way, call in self.ways(client).items():
+                with self.subTest(name, way=way):
+                    self.refused(code, call)
+
+    def test_a_changed_bit_anywhere_makes_it_invalid(self):
+        client = self.issue()
+        sealed = base64.urlsafe_b64decode(client.token)
+        for place in range(len(sealed)):
+            data = bytearray(sealed)
+            data[place] ^= 1
+            with self.subTest(place=place):
+                self.refused("InvalidToken", gos3rve.open_session,
+                             base64.urlsafe_b64encode(data).decode(),
+                             client.key_id, ACCOUNTS, MAY_24)
+
+    def test_a_token_must_be_under_the_signature(self):
+        client = self.issue()
+        for request in (self.signed(client=client),
+                        self.v2(client, False)):
+            self.assertEqual(self.who(request), client.key_id)
+            token = request.headers.pop("x-amz-security-token")
+            self.refused("InvalidAccessKeyId", self.who, request)
+            request.headers["x-amz-security-token"] = token
+            self.assertEqual(self.who(request), client.key_id)
+        token, client.token = client.token, None
+        request = self.signed(client=client)
+        request.headers["x-amz-security-token"] = token
+        self.assertEqual(self.refused("AccessDenied", self.who, request)
+                         .fields["HeadersNotSigned"], "x-amz-security-token")
+        for in_url in (False, True):
+            self.refused("SignatureDoesNotMatch", self.who,
+                         self.v2(client, in_url, token=token))
+        request = self.presigned(client=client)
+        request.query["X-Amz-Security-Token"] = token
+        request.pairs.append(("X-Amz-Security-Token", token))
+        self.refused("SignatureDoesNotMatch", self.who, request)
+
+    def test_a_token_says_what_it_is_and_no_secret(self):
+        client = self.issue()
+        sealed = base64.urlsafe_b64decode(client.token)
+        _, _, packed = sealed[32:].partition(b"\0")
+        self.assertEqual(json.loads(zlib.decompress(packed))[:3],
+                         [client.key_id, MAY_24, MAY_24 + 900])
+        for secret in (ALICE.secret, client.secret):
+            self.assertNotIn(secret.encode(), zlib.decompress(packed))
+            self.assertNotIn(base64.b64decode(client.secret), sealed)
+
+    def test_a_session_has_a_size(self):
+        noise = "".join(map(chr, random.Random(1).choices(
+            range(0x20, 0x2000), k=3000)))
+        self.refused("PackedPolicyTooLarge", gos3rve.issue_session, ALICE,
+                     self.ISSUED._replace(tags=(("k", noise),)))
+        _, token, percent = gos3rve.issue_session(ALICE, self.ISSUED)
+        self.assertTrue(0 < percent < 10)
+        self.assertLess(len(token), 400)
 
 
 ###############################################################################
@@ -4192,14 +4370,33 @@ MAIN = g.Account("AKMAIN", "s", "a" * 64, "main", "main@example.com")
 ALT = g.Account("AKALT", "s", "b" * 64, "alt", "alt@example.com")
 THIRD = g.Account("AKTHIRD", "s", "third-id", "M. Third", "")
 PEOPLE = g.Accounts([MAIN, ALT, THIRD])
-ROLE = g.session_caller(ALT, "reader", "s1", g.parse_session_policy(
-    '{"Statement":{"Effect":"Allow","Action":"s3:GetObject",'
-    '"Resource":"*"}}'))
-OWN_ROLE = g.session_caller(MAIN, "admin", "s2")
+
+
+def session_caller(account, *fields):
+    """The Caller of temporary credentials, from a Session's fields."""
+    return g.account_caller(account._replace(session=g.Session(
+        MAY_24, MAY_24 + 3600, *fields)))
+
+
+GET_ONLY = ('{"Statement":{"Effect":"Allow","Action":"s3:GetObject",'
+            '"Resource":"*"}}')
+ALL_BUT_GET = ('{"Statement":[{"Effect":"Allow","Action":"*","Resource":"*"'
+               '},{"Effect":"Deny","Action":"s3:GetObject","Resource":"*"}]}')
+HOME = ('{"Version":"2012-10-17","Statement":{"Effect":"Allow","Action":'
+        '"s3:*","Resource":"arn:aws:s3:::b/${aws:PrincipalTag/team}/*"}}')
+ROLE = session_caller(ALT, "reader", "s1", GET_ONLY)
 CALLERS = {"main": g.account_caller(MAIN), "alt": g.account_caller(ALT),
            "third": g.account_caller(THIRD), "anon": g.ANONYMOUS,
            "logs": g.service_caller(g.LOGGING_SERVICE), "role": ROLE,
-           "ownrole": OWN_ROLE}
+           "ownrole": session_caller(MAIN, "admin", "s2"),
+           "limited": session_caller(MAIN, "path/app", "s3", GET_ONLY),
+           "denied": session_caller(MAIN, "path/app", "s4", ALL_BUT_GET),
+           "tagged": session_caller(MAIN, "path/app", "s5", HOME,
+                                    (("Team", "red"),)),
+           "token": session_caller(MAIN), "altrole": session_caller(
+               ALT, "admin", "s2")}
+APP_ARN = "arn:aws:iam::%s:role/path/app" % MAIN.user_id
+APP_SESSION = "arn:aws:sts::%s:assumed-role/app/" % MAIN.user_id
 BUCKET = "arn:aws:s3:::b"
 OBJECTS = BUCKET + "/*"
 
@@ -4287,6 +4484,31 @@ POLICIES = {
     "logs": policy(statement(
         principal={"Service": g.LOGGING_SERVICE}, action="s3:PutObject",
         resource=BUCKET + "/logs/*")),
+    "app": policy(statement(principal={"AWS": APP_ARN})),
+    "session": policy(statement(principal={"AWS": [
+        APP_SESSION + "s3", APP_SESSION + "s4"]})),
+    "mainroot": policy(statement(principal={
+        "AWS": "arn:aws:iam::%s:root" % MAIN.user_id})),
+    "apparn": policy(statement(Condition={
+        "ArnEquals": {"aws:PrincipalArn": APP_ARN}})),
+    "denyapp": policy(statement("Deny", {"AWS": APP_ARN})),
+    "denys3": policy(statement("Deny", {"AWS": APP_SESSION + "s3"})),
+    "denyrole": policy(statement("Deny", Condition={
+        "StringEquals": {"aws:PrincipalType": "AssumedRole"}})),
+    "denyid": policy(statement("Deny", Condition={
+        "StringLike": {"aws:userid": "AROA*:s2"}})),
+    "mfa": policy(statement("Deny", Condition={
+        "Bool": {"aws:MultiFactorAuthPresent": "false"}})),
+    "mfanull": policy(statement("Deny", Condition={
+        "Null": {"aws:MultiFactorAuthPresent": "true"}})),
+    "old": policy(statement("Deny", Condition={
+        "DateLessThan": {"aws:TokenIssueTime": "2013-05-24T00:00:01Z"}})),
+    "older": policy(statement("Deny", Condition={
+        "DateLessThan": {"aws:TokenIssueTime": "2013-05-24T00:00:00Z"}})),
+    "red": policy(statement("Deny", Condition={
+        "StringEquals": {"aws:principaltag/TEAM": "red"}})),
+    "nameless": policy(statement("Deny", Condition={
+        "Null": {"aws:username": "true"}})),
     "bypass": policy(statement(
         principal=ALT_ARN, resource=OBJECTS,
         action=["s3:DeleteObjectVersion", "s3:BypassGovernanceRetention"])),
@@ -4565,7 +4787,44 @@ POLICY_MATRIX = [
     row("alt", GET, N, K, policy="role"),
     row("role", GET, N, K, policy="denyalt", oacl="public-read"),
     row("role", GET, Y, K, oowner="alt"),
-]
+    row("altrole", GET, N, K), row("altrole", GET, Y, K, policy="alt"),
+    row("altrole", "PutBucketPolicy", N, policy="altget"),
+    row("limited", GET, Y, K), row("limited", PUT, N, K),
+    row("limited", LIST, N), row("limited", "GetBucketPolicy", N),
+    row("denied", GET, N, K), row("denied", PUT, Y, K),
+    row("denied", LIST, Y), row("tagged", GET, Y, "red/f"),
+    row("tagged", GET, N, "blue/f"), row("tagged", LIST, N),
+    row("token", GET, Y, K), row("token", "PutBucketVersioning", Y),
+    # ... a policy that names the session gives it more, one that names its
+    # role or account does not (access_policies.html#policies_session)
+    row("limited", PUT, N, K, policy="app"),
+    row("limited", PUT, N, K, policy="mainroot"),
+    row("limited", PUT, Y, K, policy="session"),
+    row("limited", PUT, Y, K, policy="put"),
+    row("limited", PUT, Y, K, policy="apparn"),
+    row("denied", GET, N, K, policy="session"),
+    row("role", PUT, N, K, policy="put"),
+    row("tagged", LIST, N, policy="session"),
+    # ... and a denial of any of its names is one
+    row("limited", GET, N, K, policy="denyapp"),
+    row("ownrole", GET, Y, K, policy="denyapp"),
+    row("limited", GET, N, K, policy="denys3"),
+    row("denied", PUT, Y, K, policy="denys3"),
+    row("ownrole", GET, N, K, policy="denyrole"),
+    row("token", GET, Y, K, policy="denyrole"),
+    row("ownrole", GET, N, K, policy="denyid"),
+    row("limited", GET, Y, K, policy="denyid"),
+    row("token", "PutBucketPolicy", Y, policy="denyops"),
+    # ... with the condition keys of temporary credentials alone
+    # (reference_policies_condition-keys.html)
+] + [row(who, GET, expected, key, policy=name) for name, key, answers in (
+    ("mfa", K, {"main": Y, "token": N, "ownrole": N}),
+    ("mfanull", K, {"main": N, "token": Y, "ownrole": Y}),
+    ("old", K, {"main": Y, "token": N, "ownrole": N}),
+    ("older", K, {"main": Y, "token": Y, "ownrole": Y}),
+    ("red", "red/f", {"main": Y, "ownrole": Y, "tagged": N}),
+    ("nameless", K, {"main": Y, "token": Y, "ownrole": N}),
+) for who, expected in answers.items()]
 
 
 def decide(line):
@@ -4602,7 +4861,8 @@ class PolicyMatrix(unittest.TestCase):
 
     def test_without_a_bucket_every_account_may_and_the_unsigned_not(self):
         for who, expected in (("main", True), ("alt", True),
-                              ("anon", False), ("role", False)):
+                              ("anon", False), ("role", False),
+                              ("token", True), ("denied", True)):
             caller = CALLERS[who]
             self.assertEqual(g.is_allowed(
                 caller, "s3:ListAllMyBuckets", "*", None,
@@ -4645,6 +4905,8 @@ class AccessPeople(unittest.TestCase):
         self.assertIsNone(passing.lasting_id(MAIN))
         self.assertEqual(passing.lasting_id(ALT), ALT.user_id)
         self.assertEqual(PEOPLE.lasting_id(MAIN), MAIN.user_id)
+        session = MAIN._replace(key_id="ASIA", session=g.Session(0, 1))
+        self.assertIsNone(passing.lasting_id(session))
 
     def test_lookups(self):
         self.assertEqual(PEOPLE.name(ALT.user_id), "alt")
@@ -4658,8 +4920,15 @@ class AccessPeople(unittest.TestCase):
         self.assertTrue(CALLERS["main"].is_root)
         for who in ("anon", "logs", "role"):
             self.assertFalse(CALLERS[who].is_root, who)
-        self.assertEqual(ROLE.arn, "arn:aws:sts::%s:assumed-role/reader/s1"
-                         % ALT.user_id)
+        self.assertTrue(CALLERS["token"].is_root)
+        limited = CALLERS["limited"]
+        self.assertEqual((limited.arn, limited.session_arn), (
+            APP_ARN, APP_SESSION + "s3"))
+        self.assertRegex(limited.unique_id, r"\AAROA[A-Z2-7]{17}:s3\Z")
+        self.assertEqual(limited.unique_id[:21],
+                         CALLERS["denied"].unique_id[:21])
+        self.assertNotEqual(limited.unique_id[:21],
+                            CALLERS["ownrole"].unique_id[:21])
 
 
 class AccessCase(unittest.TestCase):
@@ -8821,7 +9090,8 @@ class RefusedRequests(OperationCase):
 
     def test_every_refused_row_is_named(self):
         self.ok(self.s3.put("/box/k", b"stays"))
-        rows = list(gos3rve.OPERATIONS.values())
+        rows = [row for row in gos3rve.OPERATIONS.values()
+                if row.level != gos3rve.STS]
         done = {row[1:4] for row in rows if row.state == gos3rve.DONE}
         refused = [row for row in rows if row.state == gos3rve.REFUSED
                    and row[1:4] not in done]
@@ -13287,6 +13557,590 @@ class KeyFileServers(unittest.TestCase):
             self.assertFalse(os.path.exists(path))
 
 
+# --- temporary credentials: STS ---
+
+class StsCase(OperationCase):
+    """A server whose account has an id of AWS's form, and another one.
+
+    self.sts is a client of its query API; options of the server aside.
+    """
+
+    ACCOUNT = "123456789012"
+    ROLE_ARN = "arn:aws:iam::123456789012:role/path/app"
+    options = {"user_id": ACCOUNT, "user_name": "owner"}
+
+    def setUp(self):
+        super().setUp()
+        self.sts = self.sts_client(self.s3)
+        self.who = {"RoleArn": self.ROLE_ARN, "RoleSessionName": "tests"}
+
+    def sts_client(self, client):
+        """The same credentials, for STS."""
+        found = Client(client.url, client.key_id, client.secret,
+                       client.region, token=client.token, service="sts")
+        self.addCleanup(found.close)
+        return found
+
+    def call(self, action, client=None, headers=(), signed=True, **values):
+        """An Answer of the query API.  Names have `__` for `.`."""
+        body = urllib.parse.urlencode(dict({
+            "Action": action, "Version": "2011-06-15"}, **{
+                name.replace("__", "."): value
+                for name, value in values.items()})).encode()
+        return (client or self.sts).post("/", (), body, headers=dict({
+            "content-type": "application/x-www-form-urlencoded; "
+            "charset=utf-8"}, **dict(headers)), signed=signed)
+
+    def role(self, policy=None, client=None, **values):
+        """An S3 client of a role's session; policy: statements."""
+        if policy is not None:
+            values["Policy"] = document(*policy)
+        return self.session(self.call("AssumeRole", client,
+                                      **dict(self.who, **values)))
+
+    def session(self, answer):
+        """An S3 client with the credentials of an Answer."""
+        self.ok(answer)
+        keys = {name: answer.one(".//" + name) for name in (
+            "AccessKeyId", "SecretAccessKey", "SessionToken")}
+        client = Client(self.s3.url, keys["AccessKeyId"],
+                        keys["SecretAccessKey"], token=keys["SessionToken"])
+        self.addCleanup(client.close)
+        return client
+
+    def refused(self, answer, code, status, message=None):
+        """Assert an error of STS; its message."""
+        self.assertEqual((answer.one("Error/Code"), answer.status),
+                         (code, status), answer.body)
+        self.assertEqual(answer.headers["content-type"], "text/xml")
+        self.assertEqual(answer.one("Error/Type"),
+                         "Sender" if status < 500 else "Receiver")
+        self.assertEqual(answer.one("RequestId"),
+                         answer.headers["x-amz-request-id"])
+        if message:
+            self.assertIn(message, answer.one("Error/Message"))
+
+
+def allow(action, resource="*", effect="Allow", **more):
+    """A statement of a session policy."""
+    return statement(effect, None, action, resource, **more)
+
+
+class StsRequests(StsCase):
+    """The query API itself."""
+
+    XMLNS = "https://sts.amazonaws.com/doc/2011-06-15/"
+
+    def identity(self, client):
+        """GetCallerIdentity's three values."""
+        answer = self.ok(self.call("GetCallerIdentity",
+                                   self.sts_client(client)))
+        return [answer.one("GetCallerIdentityResult/" + name)
+                for name in ("Account", "UserId", "Arn")]
+
+    def test_who_asks(self):
+        root = [self.ACCOUNT, self.ACCOUNT,
+                "arn:aws:iam::123456789012:root"]
+        self.assertEqual(self.identity(self.s3), root)
+        self.assertEqual(self.identity(self.session(
+            self.call("GetSessionToken"))), root)
+        account, user_id, arn = self.identity(self.role())
+        self.assertEqual((account, arn), (
+            self.ACCOUNT,
+            "arn:aws:sts::123456789012:assumed-role/app/tests"))
+        self.assertRegex(user_id, r"\AAROA[A-Z2-7]{17}:tests\Z")
+        # no permission is needed, even where it is denied
+        self.assertEqual(self.identity(self.role([allow(
+            "*", effect="Deny")]))[2], arn)
+
+    def test_the_document_is_sts_s(self):
+        answer = self.call("GetCallerIdentity")
+        self.assertEqual(ElementTree.fromstring(answer.body).tag,
+                         "{%s}GetCallerIdentityResponse" % self.XMLNS)
+        self.assertEqual(answer.one("ResponseMetadata/RequestId"),
+                         answer.headers["x-amzn-requestid"])
+        answer = self.call("Unknown")
+        self.assertEqual(ElementTree.fromstring(answer.body).tag,
+                         "{%s}ErrorResponse" % self.XMLNS)
+
+    def test_a_query_does_for_a_form(self):
+        query = [("Action", "GetCallerIdentity"), ("Version", "2011-06-15")]
+        for method in ("GET", "POST"):
+            answer = self.sts.request(method, "/", query)
+            self.assertEqual(self.ok(answer).one(".//Account"), self.ACCOUNT)
+            client = self.sts_client(self.role())
+            url = client.presign(method, "/", query)
+            answer = client.send(method, url[len(client.url):])
+            self.assertTrue(self.ok(answer).one(".//Arn").endswith("/tests"))
+            self.refused(client.send(method, url[len(client.url):].replace(
+                "GetCallerIdentity", "GetSessionToken")),
+                "SignatureDoesNotMatch", 403)
+
+    def test_credentials_have_a_time(self):
+        for action, given, expected in (
+                ("GetSessionToken", None, 43200),
+                ("GetSessionToken", 900, 900),
+                ("GetSessionToken", 129600, 129600),
+                ("AssumeRole", None, 3600), ("AssumeRole", 900, 900),
+                ("AssumeRole", 43200, 43200)):
+            values = self.who if action == "AssumeRole" else {}
+            if given:
+                values = dict(values, DurationSeconds=given)
+            before = time.time()
+            answer = self.ok(self.call(action, **values))
+            until = gos3rve.parse_iso_date(answer.one(
+                ".//Credentials/Expiration"))
+            self.assertTrue(before - 1 <= until - expected <= time.time())
+
+    def test_a_role_s_answer(self):
+        answer = self.ok(self.call("AssumeRole", ExternalId="x:/y",
+                                   Tags="", **self.who))
+        self.assertEqual(answer.one(".//AssumedRoleUser/Arn"),
+                         "arn:aws:sts::123456789012:assumed-role/app/tests")
+        self.assertRegex(answer.one(".//AssumedRoleUser/AssumedRoleId"),
+                         r"\AAROA\w+:tests\Z")
+        self.assertIsNone(answer.one(".//PackedPolicySize"))
+        answer = self.ok(self.call("AssumeRole", Policy=document(allow(
+            "s3:*")), **self.who))
+        self.assertTrue(0 < int(answer.one(".//PackedPolicySize")) < 10)
+
+    def test_parameters_are_checked(self):
+        long_policy = document(*[allow("s3:Get*", "arn:aws:s3:::%d" % i)
+                                 for i in range(40)])
+        for code, status, changes in (
+                ("ValidationError", 400, {"RoleArn": None}),
+                ("ValidationError", 400, {"RoleArn": "arn:aws:iam::1:x"}),
+                ("ValidationError", 400, {"RoleArn": "a" * 2049}),
+                ("ValidationError", 400, {"RoleArn": "arn:\0" * 9}),
+                ("ValidationError", 400, {"RoleArn": "a" * 30}),
+                ("ValidationError", 400, {
+                    "RoleArn": self.ROLE_ARN.replace("role", "user")}),
+                ("ValidationError", 400, {"RoleArn": self.ROLE_ARN + "/"}),
+                ("AccessDenied", 403, {
+                    "RoleArn": self.ROLE_ARN.replace("12:", "13:")}),
+                ("ValidationError", 400, {"RoleSessionName": None}),
+                ("ValidationError", 400, {"RoleSessionName": "x"}),
+                ("ValidationError", 400, {"RoleSessionName": "a b"}),
+                ("ValidationError", 400, {"RoleSessionName": "x" * 65}),
+                ("ValidationError", 400, {"RoleSessionName": "xx\n"}),
+                ("ValidationError", 400, {"DurationSeconds": "899"}),
+                ("ValidationError", 400, {"DurationSeconds": "43201"}),
+                ("ValidationError", 400, {"DurationSeconds": "9" * 5000}),
+                ("ValidationError", 400, {"DurationSeconds": "x"}),
+                ("ValidationError", 400, {"DurationSeconds": ""}),
+                ("ValidationError", 400, {"ExternalId": "x"}),
+                ("ValidationError", 400, {"Policy": ""}),
+                ("ValidationError", 400, {"Policy": long_policy}),
+                ("ValidationError", 400, {"Policy": '{"\u0436":1}'}),
+                ("MalformedPolicyDocument", 400, {"Policy": "{}"}),
+                ("MalformedPolicyDocument", 400, {"Policy": "x"}),
+                ("MalformedPolicyDocument", 400, {
+                    "Policy": document(statement())}),
+                ("ValidationError", 400, {"Tags": "x"}),
+                ("ValidationError", 400, {"Tags__member__1__Key": "k"}),
+                ("ValidationError", 400, {"Tags__member__1__Key": "aws:k",
+                                          "Tags__member__1__Value": "v"}),
+                ("NotImplemented", 501, {"Tags__member__0__Key": "k"}),
+                ("NotImplemented", 501, {"PolicyArns__member__1__arn": "a"}),
+                ("NotImplemented", 501, {"SerialNumber": "1"}),
+                ("NotImplemented", 501, {"TokenCode": "123456"}),
+                ("NotImplemented", 501, {"SourceIdentity": "me"}),
+                ("NotImplemented", 501, {"TransitiveTagKeys__member__1":
+                                         "k"})):
+            values = {name: value for name, value in dict(
+                self.who, **changes).items() if value is not None}
+            with self.subTest(**changes):
+                answer = self.call("AssumeRole", **values)
+                self.refused(answer, code, status, next(iter(
+                    changes)).partition("__")[0] if status == 501 else None)
+
+    def test_tags_are_checked(self):
+        tags = {}
+        for number in range(1, 52):
+            tags.update({"Tags__member__%d__Key" % number: "k%d" % number,
+                         "Tags__member__%d__Value" % number: ""})
+        self.refused(self.call("AssumeRole", **dict(self.who, **tags)),
+                     "ValidationError", 400)
+        for name in list(tags)[-2:]:
+            del tags[name]
+        self.ok(self.call("AssumeRole", **dict(self.who, **tags)))
+        tags["Tags__member__2__Key"] = "K1"
+        self.refused(self.call("AssumeRole", **dict(self.who, **tags)),
+                     "InvalidParameterValue", 400)
+        for number in range(1, 51):
+            tags.update({
+                "Tags__member__%d__Key" % number: "%030d" % number,
+                "Tags__member__%d__Value" % number: base64.b64encode(
+                    os.urandom(96)).decode()})
+        self.refused(self.call("AssumeRole", **dict(self.who, **tags)),
+                     "PackedPolicyTooLarge", 400)
+
+    def test_actions_that_are_not_there_are_refused_by_name(self):
+        refused = [row.name for row in gos3rve.OPERATIONS.values()
+                   if row.level == gos3rve.STS and not row.function]
+        self.assertIn("GetFederationToken", refused)
+        for action in refused + ["CreateUser", "ListTopics", "GetObject",
+                                 "<x>"]:
+            for signed in (True, False):
+                self.refused(self.call(action, signed=signed),
+                             "NotImplemented", 501, action + " is not")
+
+    def test_a_session_gets_no_session_token(self):
+        for client in (self.role(), self.session(self.call(
+                "GetSessionToken"))):
+            self.refused(self.call("GetSessionToken", self.sts_client(
+                client)), "AccessDenied", 403, "session credentials")
+        for name in ("SerialNumber", "TokenCode", "Policy"):
+            self.refused(self.call("GetSessionToken", **{name: "x"}),
+                         "NotImplemented", 501, name)
+
+    def test_calls_that_are_none(self):
+        post = self.sts.post
+        self.error(post("/"), "MethodNotAllowed")
+        form = {"content-type": "application/x-www-form-urlencoded"}
+        self.refused(post("/", (), b"", headers=form), "MissingAction", 400)
+        self.refused(post("/", (), b"Action=", headers=form),
+                     "MissingAction", 400)
+        self.refused(post("/", (), b"Action=%ff", headers=form),
+                     "InvalidURI", 400)
+        self.refused(post("/", (), b"Action=GetCallerIdentity",
+                          headers=form), "InvalidAction", 400,
+                     "NO_VERSION_SPECIFIED")
+        self.refused(self.call("GetCallerIdentity", Version="2011-06-14"),
+                     "InvalidAction", 400)
+        self.refused(post("/", (), b"x" * (gos3rve.MAX_STS_BYTES + 1),
+                          headers=form), "MaxMessageLengthExceeded", 400)
+        self.refused(post("/", (), b"&=&" * 40000, headers=form),
+                     "MissingAction", 400)
+
+    def test_the_signature_is_checked(self):
+        ask = self.call
+        self.refused(ask("GetCallerIdentity", signed=False),
+                     "MissingAuthenticationToken", 403)
+        good = self.sts
+        for code, status, changes in (
+                ("SignatureDoesNotMatch", 403, {"secret": "x"}),
+                ("InvalidClientTokenId", 403, {"key_id": "NOBODY"}),
+                ("InvalidClientTokenId", 403, {"token": "x"}),
+                ("InvalidClientTokenId", 403, {"key_id": "ASIAX"}),
+                ("IncompleteSignature", 400, {"service": "iam"})):
+            client = self.sts_client(good)
+            vars(client).update(changes)
+            with self.subTest(**changes):
+                self.refused(ask("GetCallerIdentity", client), code, status)
+        old = self.expired()
+        self.refused(ask("GetCallerIdentity", self.sts_client(old)),
+                     "ExpiredToken", 403)
+        body = b"Action=GetCallerIdentity&Version=2011-06-15"
+        form = {"content-type": "application/x-www-form-urlencoded"}
+        self.refused(good.post("/", (), body, headers=form,
+                               when=time.time() - 3600),
+                     "SignatureDoesNotMatch", 403)
+        headers = good.sign("POST", "/", (), form, hashlib.sha256(
+            body).hexdigest())
+        headers["content-length"] = str(len(body))
+        self.ok(good.send("POST", "/", body, headers))
+        self.refused(good.send("POST", "/", body[:-1] + b"6", headers),
+                     "InvalidAction", 400)
+        self.refused(good.send("POST", "/", body.replace(b"Get", b"Got"),
+                               headers), "NotImplemented", 501)
+        self.refused(good.send("POST", "/", body + b"&", dict(
+            headers, **{"content-length": str(len(body) + 1)})),
+            "SignatureDoesNotMatch", 403)
+        self.refused(ask("GetCallerIdentity", headers={
+            "authorization": "AWS a:b"}, signed=False),
+            "IncompleteSignature", 400)
+
+    def expired(self):
+        """An S3 client whose credentials have run out."""
+        account, token, _ = gos3rve.issue_session(
+            Account(self.s3.key_id, self.s3.secret, "", ""),
+            gos3rve.Session(0, int(time.time()) - 1))
+        client = Client(self.s3.url, account.key_id, account.secret,
+                        token=token)
+        self.addCleanup(client.close)
+        return client
+
+    def test_s3_knows_an_expired_token(self):
+        self.error(self.expired().get("/box"), "ExpiredToken", 400)
+
+    def test_roles_in_chains(self):
+        chained = {"DurationSeconds": 3601}
+        free = self.sts_client(self.role())
+        self.ok(self.call("AssumeRole", free, **self.who))
+        self.refused(self.call("AssumeRole", free, **dict(
+            self.who, **chained)), "ValidationError", 400, "chaining")
+        token = self.sts_client(self.session(self.call("GetSessionToken")))
+        self.ok(self.call("AssumeRole", token, **dict(
+            self.who, **chained)))
+        tags = {"Tags__member__1__Key": "k", "Tags__member__1__Value": "v"}
+        for action, resource, allowed, tagged in (
+                ("s3:*", "*", False, False), ("*", "*", True, True),
+                ("sts:AssumeRole", self.ROLE_ARN, True, False),
+                ("sts:*", "arn:aws:iam::*:role/path/*", True, True),
+                ("sts:AssumeRole", self.ROLE_ARN + "x", False, False)):
+            client = self.sts_client(self.role([allow(action, resource)]))
+            for values, expected in ((self.who, allowed), (
+                    dict(self.who, **tags), tagged)):
+                with self.subTest(action, resource=resource,
+                                  tagged=values is not self.who):
+                    answer = self.call("AssumeRole", client, **values)
+                    self.assertEqual(answer.status, 200 if expected else 403)
+
+    def test_what_a_chain_gives_up_stays_given_up(self):
+        limited = self.role([allow("sts:*"), allow("s3:GetObject")])
+        again = self.role([allow("s3:*", self.ROLE_ARN)],
+                          self.sts_client(limited))
+        self.error(again.put("/box/k", b"x"), "AccessDenied")
+
+
+class SessionRequests(StsCase):
+    """Sessions at S3: their policies, signatures and owners."""
+
+    HOME = allow(["s3:GetObject", "s3:PutObject"], "arn:aws:s3:::box/home/*")
+
+    def test_a_session_policy_limits_every_operation(self):
+        self.fill("home/k", "k")
+        client = self.role([self.HOME])
+        for method, path, query, allowed in (
+                ("GET", "/box/home/k", {}, True),
+                ("HEAD", "/box/home/k", {}, True),
+                ("PUT", "/box/home/new", {}, True),
+                ("GET", "/box/k", {}, False), ("PUT", "/box/k", {}, False),
+                ("DELETE", "/box/home/k", {}, False),
+                ("GET", "/box", {}, False), ("HEAD", "/box", {}, False),
+                ("GET", "/box", {"versioning": ""}, False),
+                ("GET", "/box", {"policy": ""}, False),
+                ("PUT", "/box", {"versioning": ""}, False),
+                ("DELETE", "/box", {}, False),
+                ("POST", "/box/home/k", {"uploads": ""}, True),
+                ("GET", "/box/home/k", {"tagging": ""}, False),
+                ("GET", "/box/home/k", {"acl": ""}, False),
+                ("GET", "/", {}, False), ("PUT", "/new-box", {}, False)):
+            with self.subTest(method=method, path=path, query=query):
+                answer = client.request(method, path, query)
+                self.assertEqual(answer.status, 200 if allowed else 403)
+        copy = {"x-amz-copy-source": "/box/k"}
+        self.error(client.put("/box/home/c", headers=copy), "AccessDenied")
+        copy["x-amz-copy-source"] = "/box/home/k"
+        self.ok(client.put("/box/home/c", headers=copy))
+        self.error(client.put("/box/home/t", b"x", headers={
+            "x-amz-tagging": "a=b"}), "AccessDenied")
+        answer = self.ok(client.post("/box", {"delete": ""}, (
+            b"<Delete><Object><Key>home/k</Key></Object></Delete>"),
+            headers={"x-amz-checksum-crc32": crc64(
+                b"<Delete><Object><Key>home/k</Key></Object></Delete>")}))
+        self.assertEqual(answer.all("Error/Code"), ["AccessDenied"])
+
+    def test_the_list_of_buckets(self):
+        for resource, allowed in (("*", True), ("arn:aws:s3:::*", True),
+                                  ("arn:aws:s3:::box", False)):
+            for action in ("s3:ListAllMyBuckets", "s3:ListBucket"):
+                answer = self.role([allow(action, resource)]).get("/")
+                self.assertEqual(
+                    answer.status == 200,
+                    allowed and action == "s3:ListAllMyBuckets")
+        client = self.role([allow("s3:ListAllMyBuckets", Condition={
+            "IpAddress": {"aws:SourceIp": "127.0.0.0/8"}})])
+        self.ok(client.get("/"))
+
+    def test_a_new_bucket(self):
+        there = b"<CreateBucketConfiguration><LocationConstraint>eu-west-1" \
+            b"</LocationConstraint></CreateBucketConfiguration>"
+        create = allow("s3:CreateBucket", "arn:aws:s3:::made-*")
+        fixed = dict(create, Condition={"StringEquals": {
+            "s3:LocationConstraint": "eu-west-1"}})
+        for name, policy, path, body, headers, allowed in (
+                ("name", create, "/made-1", b"", {}, True),
+                ("another", create, "/other", b"", {}, False),
+                ("location", fixed, "/made-2", there, {}, True),
+                ("no location", fixed, "/made-3", b"", {}, False),
+                ("acl", create, "/made-4", b"", {
+                    "x-amz-acl": "private"}, False),
+                ("grant", create, "/made-4", b"", {
+                    "x-amz-grant-read": "id=" + self.ACCOUNT}, False),
+                ("ownership", create, "/made-4", b"", {
+                    "x-amz-object-ownership": "ObjectWriter"}, False),
+                ("lock", create, "/made-4", b"", {
+                    "x-amz-bucket-object-lock-enabled": "true"}, False),
+                ("all", allow("s3:*"), "/made-4", b"", {
+                    "x-amz-bucket-object-lock-enabled": "true"}, True)):
+            with self.subTest(name):
+                answer = self.role([policy]).put(path, body, headers=headers)
+                self.assertEqual(answer.status, 200 if allowed else 403)
+                self.assertEqual(self.s3.head(path).status,
+                                 200 if allowed else 404)
+                self.s3.delete(path)
+
+    def test_what_a_session_makes_is_the_account_s(self):
+        for client in (self.role(), self.session(self.call(
+                "GetSessionToken"))):
+            self.ok(client.put("/made"))
+            self.ok(client.put("/made/k", b"x"))
+            self.assertEqual(client.get("/made", {"acl": ""}).one(
+                "Owner/ID"), self.ACCOUNT)
+            self.assertIn("made", self.s3.get("/").all(
+                "Buckets/Bucket/Name"))
+            self.ok(self.s3.delete("/made/k"), 204)
+            self.ok(self.s3.delete("/made"), 204)
+
+    def test_bucket_policies_see_the_session(self):
+        self.fill("k")
+        tags = {"Tags__member__1__Key": "team",
+                "Tags__member__1__Value": "red"}
+        red = self.role(**tags)
+        policy = document(statement(
+            "Deny", {"AWS": self.ROLE_ARN}, "s3:GetObject",
+            "arn:aws:s3:::box/*", Condition={
+                "StringNotEquals": {"aws:PrincipalTag/team": "blue"}}))
+        self.ok(self.s3.put("/box", policy.encode(), {"policy": ""}), 204)
+        self.addCleanup(self.s3.delete, "/box", {"policy": ""})
+        self.error(red.get("/box/k"), "AccessDenied")
+        self.error(self.role().get("/box/k"), "AccessDenied")
+        self.ok(self.role(**dict(tags, Tags__member__1__Value="blue")).get(
+            "/box/k"))
+        self.ok(self.role(RoleArn=self.ROLE_ARN + "2").get("/box/k"))
+        self.ok(self.s3.get("/box/k"))
+
+    def test_a_url_is_presigned_with_the_token(self):
+        self.fill("home/k", "k")
+        client = self.role([self.HOME])
+        for path, status in (("/box/home/k", 200), ("/box/k", 403)):
+            url = client.presign("GET", path)[len(client.url):]
+            self.assertEqual(self.s3.send("GET", url).status, status)
+            self.error(self.s3.send("GET", re.sub(
+                "X-Amz-Security-Token=[^&]*&", "", url)),
+                "InvalidAccessKeyId")
+            self.error(self.s3.send("GET", url.replace(
+                "X-Amz-Security-Token=", "X-Amz-Security-Token=A")),
+                "InvalidToken")
+
+    def test_a_form_carries_the_token(self):
+        client = self.role([self.HOME])
+
+        def post(key, *more):
+            date = amz_date()
+            fields = {
+                "x-amz-algorithm": "AWS4-HMAC-SHA256", "x-amz-date": date,
+                "x-amz-credential": "%s/%s/us-east-1/s3/aws4_request" % (
+                    client.key_id, date[:8])}
+            if "bare" not in more:
+                fields["x-amz-security-token"] = client.token
+            conditions = [{"bucket": "box"}, {"key": key}] + [
+                {name: value} for name, value in fields.items()
+                if not ("unnamed" in more and name.endswith("token"))]
+            fields["policy"] = base64.b64encode(json.dumps({
+                "expiration": "2999-01-01T00:00:00Z",
+                "conditions": conditions}).encode()).decode()
+            fields["x-amz-signature"] = hmac.new(
+                v4_key(client.secret, date[:8]), fields["policy"].encode(),
+                hashlib.sha256).hexdigest()
+            data = form(dict(fields, key=key).items(), b"hello")
+            return self.s3.send("POST", "/box", data, {
+                "content-type": TYPE, "content-length": str(len(data))})
+        self.ok(post("home/form"), 204)
+        self.error(post("form"), "AccessDenied")
+        self.error(post("home/form2", "bare"), "InvalidAccessKeyId")
+        self.error(post("home/form2", "unnamed"), "AccessDenied")
+        self.assertEqual(self.s3.keys("box"), ["home/form"])
+
+    def test_the_chunks_of_a_session_are_signed_with_its_key(self):
+        client = self.role()
+        headers = client.sign("PUT", "/box/k", (), {
+            "content-encoding": "aws-chunked",
+            "x-amz-decoded-content-length": "5"}, SIGNED_STREAM)
+        signer = ChunkSigner(client, headers)
+        body = signer.chunk(b"hello") + signer.chunk(b"") + b"\r\n"
+        headers["content-length"] = str(len(body))
+        self.ok(client.send("PUT", "/box/k", body, headers))
+        self.body("k", b"hello")
+
+
+class StsServers(StsCase):
+    """Tokens at other servers and of other accounts, other settings."""
+
+    def serve(self, **values):
+        """(a server, clients of STS for ALICE and for BOB)."""
+        server = running(**values)
+        self.addCleanup(shutil.rmtree, server.top, True)
+        self.addCleanup(server.close, 5)
+        return server, [self.sts_client(Client(
+            server.url, account.key_id, account.secret,
+            values.get("region", "us-east-1"))) for account in (ALICE, BOB)]
+
+    def token(self, sts, answer):
+        """An S3 client of another server, with an Answer's credentials."""
+        client = self.session(answer)
+        client.url, client.netloc = sts.url, sts.netloc
+        return client
+
+    def test_every_server_with_the_account_takes_its_tokens(self):
+        _, (alice, bob) = self.serve()
+        _, (there, _) = self.serve()
+        for sts, who in ((alice, ALICE), (bob, BOB)):
+            client = self.token(there, self.call("GetSessionToken", sts))
+            self.ok(client.put("/of-" + who.user_id))
+            answer = self.ok(client.get("/"))
+            self.assertEqual((answer.one("Owner/ID"), answer.all(
+                "Buckets/Bucket/Name")), (
+                    who.user_id, ["of-" + who.user_id]))
+        _, (stranger, _) = self.serve(key_val="another")
+        client = self.token(stranger, self.call("GetSessionToken", alice))
+        self.error(client.get("/"), "InvalidToken")
+
+    def test_the_roles_of_an_account_are_its_own(self):
+        _, clients = self.serve()
+        for sts, who, expected in zip(clients * 2, (ALICE, BOB, BOB, ALICE),
+                                      (200, 200, 403, 403)):
+            answer = self.call(
+                "AssumeRole", sts, RoleSessionName="x1",
+                RoleArn="arn:aws:iam::%s:role/app" % who.user_id)
+            self.assertEqual(answer.status, expected)
+            if expected == 403:
+                self.refused(answer, "AccessDenied", 403, "sts:AssumeRole on "
+                             "resource: arn:aws:iam::%s:role/app"
+                             % who.user_id)
+
+    def test_a_made_up_user_id_is_not_written_down(self):
+        server = gos3rve.serve()
+        self.addCleanup(server.close, 5)
+        sts = self.sts_client(Client(server.url, server.key_id,
+                                     server.key_val))
+        account = self.call("GetCallerIdentity", sts).one(".//Account")
+        client = self.token(sts, self.call(
+            "AssumeRole", sts, RoleSessionName="x1",
+            RoleArn="arn:aws:iam::%s:role/app" % account))
+        self.ok(client.put("/made"))
+        upload = self.ok(client.post("/made/k", {"uploads": ""}))
+        self.assertEqual(client.get("/made", {"acl": ""}).one("Owner/ID"),
+                         account)
+        self.assertIsNone(server.store.bucket("made").owner)
+        self.ok(client.delete("/made/k", {
+            "uploadId": upload.one("UploadId")}), 204)
+
+    def test_a_readonly_server_gives_credentials(self):
+        _, (sts, _) = self.serve(readonly=True)
+        client = self.token(sts, self.call("GetSessionToken", sts))
+        self.ok(client.get("/"))
+        self.error(client.put("/no"), "AccessDenied")
+
+    def test_the_region_is_the_server_s(self):
+        _, (sts, _) = self.serve(region="eu-west-1")
+        self.ok(self.call("GetCallerIdentity", sts))
+        sts.region = "us-east-1"
+        self.refused(self.call("GetCallerIdentity", sts),
+                     "IncompleteSignature", 400, "eu-west-1")
+
+    def test_a_page_elsewhere_may_read_the_answer(self):
+        _, (sts, _) = self.serve(cors=("*",))
+        for signed, status in ((True, 200), (False, 403)):
+            answer = self.call("GetCallerIdentity", sts, signed=signed,
+                               headers={"origin": "http://page.test"})
+            self.assertEqual(answer.status, status)
+            self.assertEqual(answer.headers["access-control-allow-origin"],
+                             "*")
+
+
 # --- regions, names and addresses ---
 
 class RegionRequests(unittest.TestCase):
@@ -16052,6 +16906,30 @@ class RecipesOverHTTP(ClientCase):
         self.session("boto3")
         self.assertIn("RenameObject", self.done)
 
+    def test_boto3_and_aws_at_sts(self):
+        need_client(self, "boto3", "aws")
+        self.recipe("sts")
+        self.assertEqual(self.failed, [])
+        said = json.loads(self.client(
+            "aws", "sts", "get-caller-identity", "--output", "json",
+            "--endpoint-url", self.env.pop("AWS_ENDPOINT_URL")))
+        self.assertTrue(said["Arn"].endswith(":root"))
+        self.env["AWS_ENDPOINT_URL"] = self.server.url
+        keys = json.loads(self.client(
+            "aws", "sts", "assume-role", "--role-arn",
+            "arn:aws:iam::%s:role/x" % said["Account"],
+            "--role-session-name", "tests", "--tags", "Key=k,Value=a b",
+            "--output", "json"))["Credentials"]
+        self.env.update(AWS_ACCESS_KEY_ID=keys["AccessKeyId"],
+                        AWS_SECRET_ACCESS_KEY=keys["SecretAccessKey"],
+                        AWS_SESSION_TOKEN=keys["SessionToken"])
+        said = json.loads(self.client("aws", "sts", "get-caller-identity",
+                                      "--output", "json"))
+        self.assertTrue(said["Arn"].endswith(":assumed-role/x/tests"))
+        self.client("aws", "s3", "mb", "s3://mine")
+        self.client("aws", "s3", "rb", "s3://mine")
+        self.assertIn("DeleteBucket", self.done)
+
     def test_curl(self):
         need_client(self, "curl")
         self.assertIn("hello\n", self.session("curl"))
@@ -16215,7 +17093,7 @@ class RecipesOfTheServer(unittest.TestCase):
         values, users = gos3rve.load_config(path)
         self.assertEqual((values["p"], values["key_id"]), (8080, "me"))
         self.assertEqual(values["bucket"], (("mine", None), ("yours", None)))
-        self.assertEqual(users[0], (
+        self.assertEqual(users[0][:5], (
             "alice", "her-secret", "alice-id", "Alice", "alice@example.com"))
         self.assertEqual([user.key_id for user in users], ["alice", "bob"])
 
@@ -16932,8 +17810,10 @@ class HouseTables(unittest.TestCase):
             import botocore.loaders
         except ImportError:
             self.skipTest("botocore is not installed")
-        names = set(botocore.loaders.Loader().load_service_model(
-            "s3", "service-2")["operations"]) | {"PostObject"}
+        names = {"PostObject"}
+        for service in ("s3", "sts"):
+            names |= set(botocore.loaders.Loader().load_service_model(
+                service, "service-2")["operations"])
         self.assertEqual(names - set(gos3rve.OPERATIONS), set())
         version = tuple(map(int, botocore.__version__.split(".")[:2]))
         if version < (1, 44):           # an older one knows fewer
@@ -16945,7 +17825,8 @@ class HouseTables(unittest.TestCase):
             self.assertEqual(row.name, name)
             self.assertEqual(row.function is None, row.state == "refused",
                              name)
-            self.assertRegex(row.action, r"\As3:[A-Z]\w+\Z")
+            self.assertRegex(row.action, r"\A%s:[A-Z]\w+\Z" % (
+                "sts" if row.level == gos3rve.STS else "s3"))
 
 
 ###############################################################################
