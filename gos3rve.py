@@ -910,17 +910,19 @@ def xml_text(element, tag, default=None):
 # 4. Signatures
 ###############################################################################
 #
-# Who is asking: SigV4 and SigV2, in the header and presigned, and the
-# chain of chunk signatures of a streaming body.  Works on a request's
-# method, raw path, query and headers as they stood on the wire; `now` is
-# an argument.  Any object with these attributes will do as `request`:
-# method, raw_path, pairs (decoded query, in order), query (a dict of the
-# first ones), headers (lower-case names), host_bucket ("" for path style).
+# Who is asking: SigV4 and SigV2, in the header and presigned, temporary
+# credentials, and the chain of chunk signatures of a streaming body.  Works
+# on a request's method, raw path, query and headers as they stood on the
+# wire; `now` is an argument.  Any object with these attributes will do as
+# `request`: method, raw_path, pairs (decoded query, in order), query (a
+# dict of the first ones), headers (lower-case names), host_bucket ("" for
+# path style).
 #
 # API/sig-v4-header-based-auth.html, sigv4-query-string-auth.html,
 # sigv4-streaming.html, RESTAuthentication.html (SigV2).
 
 V4 = "AWS4-HMAC-SHA256"
+TOKEN_HEADER = "x-amz-security-token"
 UNSIGNED = "UNSIGNED-PAYLOAD"
 STREAMING_SIGNED = ("STREAMING-AWS4-HMAC-SHA256-PAYLOAD",
                     "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER")
@@ -1217,9 +1219,8 @@ def _v4_header(request, expected):
     _check_scope(scope, amz_date, expected.region, expected.service,
                  "AuthorizationHeaderMalformed",
                  "The authorization header is malformed; ")
-    account = _credentials(
-        expected.accounts, scope.key_id,
-        headers.get("x-amz-security-token"), expected.now)
+    account = _credentials(expected.accounts, scope.key_id,
+                           headers.get(TOKEN_HEADER), expected.now)
     _check_skew(then, expected.now, amz_date)
     return _v4_verify(request, account, scope, signed_headers, signature,
                       amz_date, _checked_payload(payload), expected.hosts)
@@ -1366,10 +1367,10 @@ def _v4_query(request, expected):
                       "\"yyyyMMdd'T'HHmmss'Z'\"")
     _check_scope(scope, amz_date, expected.region, expected.service, code,
                  prefix)
-    account = _credentials(
-        expected.accounts, scope.key_id,
-        query.get("X-Amz-Security-Token") or request.headers.get(
-            "x-amz-security-token"), expected.now)
+    token = query.get("X-Amz-Security-Token") or request.headers.get(
+        TOKEN_HEADER)
+    account = _credentials(expected.accounts, scope.key_id, token,
+                           expected.now)
     _check_expiry(query["X-Amz-Expires"], then, expected.now, code)
     payload = (expected.payload or query.get("X-Amz-Content-Sha256")
                or request.headers.get("x-amz-content-sha256") or UNSIGNED)
@@ -1406,9 +1407,6 @@ def _check_expired(end, now, expires):
 
 # --- SigV2 ---
 
-_V2_TOKEN = "x-amz-security-token"
-
-
 def _v2_header(request, accounts, now):
     """SigV2 in the Authorization header: `AWS key_id:signature`."""
     headers = request.headers
@@ -1419,7 +1417,7 @@ def _v2_header(request, accounts, now):
                       "invalid.  Expected AwsAccessKeyId:signature",
                       ArgumentName="Authorization")
     account = _credentials(accounts, key_id,
-                           headers.get("x-amz-security-token"), now)
+                           headers.get(TOKEN_HEADER), now)
     text = headers.get("x-amz-date", headers.get("date", ""))
     then = parse_http_date(text)
     if then is None or then < 0:
@@ -1433,7 +1431,7 @@ def _v2_header(request, accounts, now):
 def _v2_query(request, accounts, now):
     """A URL presigned with SigV2."""
     query = request.query
-    token = query.get(_V2_TOKEN) or request.headers.get(_V2_TOKEN)
+    token = query.get(TOKEN_HEADER) or request.headers.get(TOKEN_HEADER)
     account = _credentials(accounts, query["AWSAccessKeyId"], token, now)
     expires = query.get("Expires", "")
     if not re.match(r"\d{1,12}\Z", expires, re.ASCII):
@@ -1447,10 +1445,10 @@ def _v2_verify(request, account, date, signature, token=None):
     """Compare a SigV2 signature; the Identity when it is right.
 
     token: the session token of a URL, which is signed as if it were a
-    header: botocore's HmacV1QueryAuth, s3cmd's sign_url_base_v2."""
+    header (botocore's HmacV1QueryAuth)."""
     headers = request.headers
     if token:
-        headers = dict(headers, **{_V2_TOKEN: token})
+        headers = dict(headers, **{TOKEN_HEADER: token})
     lines = [request.method, headers.get("content-md5", ""),
              headers.get("content-type", ""), date]
     lines += ["%s:%s" % (name, headers[name].strip(" "))
@@ -1547,7 +1545,7 @@ def _v4_form(fields, accounts, now, region):
                             ArgumentValue=credential)
         raise
     account = _credentials(accounts, scope.key_id,
-                           fields.get("x-amz-security-token"), now)
+                           fields.get(TOKEN_HEADER), now)
     key = signing_key(account.secret, *scope[1:])
     _compare_form(fields["x-amz-signature"],
                   hmac_sha256(key, fields["policy"]).hex(), account, fields)
@@ -1561,7 +1559,7 @@ def _v4_form(fields, accounts, now, region):
 def _v2_form(fields, accounts, now, _region):
     """The Account whose SigV2 a form carries."""
     account = _credentials(accounts, fields["awsaccesskeyid"],
-                           fields.get("x-amz-security-token"), now)
+                           fields.get(TOKEN_HEADER), now)
     _compare_form(fields["signature"],
                   _v2_signature(account.secret, fields["policy"]), account,
                   fields)
@@ -7785,7 +7783,7 @@ _SIGNING_NAMES = frozenset((
     "x-id", "AWSAccessKeyId", "Signature", "Expires", "X-Amz-Algorithm",
     "X-Amz-Credential", "X-Amz-Date", "X-Amz-Expires",
     "X-Amz-SignedHeaders", "X-Amz-Signature", "X-Amz-Security-Token",
-    "x-amz-security-token", "X-Amz-Content-Sha256", "X-Amz-User-Agent"))
+    TOKEN_HEADER, "X-Amz-Content-Sha256", "X-Amz-User-Agent"))
 
 
 def find_operation(request):
@@ -12883,7 +12881,8 @@ def _sts_error_response(request, error):
     request must be text that an XML parser takes."""
     code, status, message = _STS_ERRORS.get(
         error.code, (error.code, error.status, None))
-    message = _CONTROL.sub("?", message or error.message)
+    message = "".join(char if char.isprintable() else "?"
+                      for char in message or error.message)
     return _sts_response(request, status, "ErrorResponse", [
         ("Error", [("Type", "Sender" if status < 500 else "Receiver"),
                    ("Code", code), ("Message", message)]),

@@ -13711,7 +13711,7 @@ class StsRequests(StsCase):
                 ("ValidationError", 400, {"RoleArn": None}),
                 ("ValidationError", 400, {"RoleArn": "arn:aws:iam::1:x"}),
                 ("ValidationError", 400, {"RoleArn": "a" * 2049}),
-                ("ValidationError", 400, {"RoleArn": "arn:\0" * 9}),
+                ("ValidationError", 400, {"RoleArn": "arn:\0\uffff" * 9}),
                 ("ValidationError", 400, {"RoleArn": "a" * 30}),
                 ("ValidationError", 400, {
                     "RoleArn": self.ROLE_ARN.replace("role", "user")}),
@@ -14014,6 +14014,26 @@ class SessionRequests(StsCase):
             self.error(self.s3.send("GET", url.replace(
                 "X-Amz-Security-Token=", "X-Amz-Security-Token=A")),
                 "InvalidToken")
+
+    def test_a_url_of_sigv2_carries_the_token(self):
+        client, expires = self.role(), str(int(time.time()) + 60)
+        for method, path, status in (("PUT", "/made", 200),
+                                     ("PUT", "/made/k", 200),
+                                     ("DELETE", "/made/k", 204),
+                                     ("DELETE", "/made", 204)):
+            text = "%s\n\n\n%s\nx-amz-security-token:%s\n%s" % (
+                method, expires, client.token, path)
+            url = path + "?" + urllib.parse.urlencode({
+                "AWSAccessKeyId": client.key_id, "Expires": expires,
+                "Signature": base64.b64encode(hmac.new(
+                    client.secret.encode(), text.encode(),
+                    hashlib.sha1).digest()).decode(),
+                "x-amz-security-token": client.token})
+            self.ok(self.s3.send(method, url, headers={
+                "content-length": "0"}), status)
+            self.assertNotEqual(self.s3.send(method, url.replace(
+                "token=", "token=A"), headers={
+                    "content-length": "0"}).status, status)
 
     def test_a_form_carries_the_token(self):
         client = self.role([self.HOME])
@@ -17294,6 +17314,37 @@ class EveryOperation(unittest.TestCase):
                 with self.subTest(operation=name):
                     self.call(s3, model.operation_model(name), asked,
                               botocore.exceptions.ClientError)
+
+    def test_so_does_each_of_sts(self):
+        need_client(self, "boto3")
+        import boto3
+        import botocore.config
+        import botocore.exceptions
+        with gos3rve.serve(user_id="111122223333") as server:
+            sts = boto3.client(
+                "sts", endpoint_url=server.url, region_name="us-east-1",
+                aws_access_key_id=server.key_id,
+                aws_secret_access_key=server.key_val,
+                config=botocore.config.Config(
+                    retries={"total_max_attempts": 1},
+                    parameter_validation=False))
+            for name in sts.meta.service_model.operation_names:
+                shape = sts.meta.service_model.operation_model(
+                    name).input_shape
+                values = dict(self.value("", shape) if shape else {})
+                values.update({"RoleArn": "arn:aws:iam::111122223333:role/r"}
+                              if "RoleArn" in values else {})
+                with self.subTest(operation=name):
+                    status, message = 200, ""
+                    try:
+                        sts._make_api_call(name, values)
+                    except botocore.exceptions.ClientError as error:
+                        message = str(error)
+                        status = error.response["ResponseMetadata"][
+                            "HTTPStatusCode"]
+                    self.assertEqual(
+                        status, 200 if gos3rve.OPERATIONS[name].state
+                        == gos3rve.DONE else 501, message)
 
     def call(self, s3, operation, asked, refusal):
         """Call one in a bucket that holds `k`; the state must be kept."""
