@@ -12903,10 +12903,9 @@ def _sts_result(request):
     if not name:
         raise S3Error("MissingAction")
     row = OPERATIONS.get(name)
-    if row is None or row.level != STS:
-        raise S3Error("NotImplemented", "%s is not implemented" % name)
-    request.operation = row
-    if row.function is None:
+    if row is not None and row.level == STS:
+        request.operation = row
+    if request.operation is None or row.function is None:
         raise S3Error("NotImplemented", "%s is not implemented" % name)
     version = parameters.get("Version", "NO_VERSION_SPECIFIED")
     if version != STS_VERSION:
@@ -12919,24 +12918,17 @@ def _sts_result(request):
         raise S3Error("MissingAuthenticationToken")
     request.caller = account_caller(request.account)
     request.query = parameters
-    _check_sts_names(name, parameters)
     return row.function(request)
 
 
 _STS_TAG = re.compile(r"Tags\.member\.([1-9]\d{0,3})\.(Key|Value)\Z",
                       re.ASCII)
-_STS_NAMES = {
-    "AssumeRole": ("RoleArn", "RoleSessionName", "DurationSeconds", "Policy",
-                   "ExternalId", "Tags"),
-    "GetSessionToken": ("DurationSeconds",),
-    "GetCallerIdentity": ()}
 
 
-def _check_sts_names(operation_name, parameters):
+def _check_sts_names(request, *known):
     """NotImplemented for a parameter that would be ignored: MFA, managed
     policies, the source identity and the like."""
-    known = _STS_NAMES[operation_name]
-    for name, value in parameters.items():
+    for name, value in request.query.items():
         if not (name in known or name in ("Action", "Version")
                 or name in _SIGNING_NAMES
                 or "Tags" in known and _STS_TAG.match(name)):
@@ -13033,6 +13025,7 @@ def _credentials_children(request, session, account):
 @operation("POST", STS)
 def get_caller_identity(request):
     """API_GetCallerIdentity: needs no permission."""
+    _check_sts_names(request)
     caller = request.caller
     return [("Arn", caller.session_arn or caller.arn),
             ("UserId", caller.unique_id), ("Account", caller.user_id)]
@@ -13041,6 +13034,7 @@ def get_caller_identity(request):
 @operation("POST", STS)
 def get_session_token(request):
     """API_GetSessionToken, with the durations of an IAM user."""
+    _check_sts_names(request, "DurationSeconds")
     now = int(request.now)
     if request.account.session is not None:
         raise S3Error("AccessDenied", "Cannot call GetSessionToken with "
@@ -13059,6 +13053,8 @@ def assume_role(request):
     """API_AssumeRole: an account may assume any role of its own; so may a
     session of it that its own policy lets."""
     caller, now = request.caller, int(request.now)
+    _check_sts_names(request, "RoleArn", "RoleSessionName", "Policy",
+                     "DurationSeconds", "ExternalId", "Tags")
     arn = _sts_text(request, "RoleArn", True)
     name = _sts_text(request, "RoleSessionName", True)
     _sts_text(request, "ExternalId")    # no trust policy asks for one
