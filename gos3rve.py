@@ -5268,11 +5268,6 @@ def account_caller(account):
                   user_id, issued=session and session.issued)
 
 
-def role_arn(user_id, role):
-    """The ARN of a role; `role`: its path and name."""
-    return "arn:aws:iam::%s:role/%s" % (user_id, role)
-
-
 def _role_caller(user_id, session):
     """The Caller of temporary credentials that AssumeRole gave.
 
@@ -5281,7 +5276,7 @@ def _role_caller(user_id, session):
     reference_policies_condition-keys.html, reference_policies_variables.
     html#principaltable and reference_policies_elements_principal.html
     """
-    arn = role_arn(user_id, session.role)
+    arn = "arn:aws:iam::%s:role/%s" % (user_id, session.role)
     session_arn = "arn:aws:sts::%s:assumed-role/%s/%s" % (
         user_id, session.role.rpartition("/")[2], session.name)
     names = (user_id, session_arn, "arn:aws:iam::%s:root" % user_id, arn)
@@ -5856,10 +5851,10 @@ _CREATES = _actions("CreateBucket")
 # with a tag's key.
 _CONDITION_KEYS = (
     (FACT, None, """
-        aws:CurrentTime aws:EpochTime aws:PrincipalAccount
-        aws:MultiFactorAuthPresent aws:PrincipalArn
-        aws:PrincipalIsAWSService aws:PrincipalServiceName
-        aws:PrincipalTag/ aws:PrincipalType aws:RequestedRegion aws:RequestTag/
+        aws:CurrentTime aws:EpochTime aws:MultiFactorAuthPresent
+        aws:PrincipalAccount aws:PrincipalArn aws:PrincipalIsAWSService
+        aws:PrincipalServiceName aws:PrincipalTag/ aws:PrincipalType
+        aws:RequestedRegion aws:RequestTag/
         aws:ResourceAccount aws:ResourceTag/ aws:SecureTransport
         aws:SourceAccount aws:SourceArn aws:SourceIp aws:TagKeys
         aws:TokenIssueTime aws:userid aws:username aws:ViaAWSService
