@@ -14108,6 +14108,19 @@ class StsServers(StsCase):
         client = self.token(stranger, self.call("GetSessionToken", alice))
         self.error(client.get("/"), "InvalidToken")
 
+    def test_two_key_pairs_of_one_account(self):
+        with mock.patch.dict(globals(), BOB=BOB._replace(
+                user_id=ALICE.user_id)):
+            _, (first, second) = self.serve()
+        self.ok(self.token(first, self.call("GetSessionToken", first)).put(
+            "/made"))
+        client = self.token(second, self.call(
+            "AssumeRole", second, RoleSessionName="x1",
+            RoleArn="arn:aws:iam::%s:role/app" % ALICE.user_id))
+        self.assertEqual(client.get("/").all("Buckets/Bucket/Name"),
+                         ["made"])
+        self.ok(client.delete("/made"), 204)
+
     def test_the_roles_of_an_account_are_its_own(self):
         _, clients = self.serve()
         for sts, who, expected in zip(clients * 2, (ALICE, BOB, BOB, ALICE),
