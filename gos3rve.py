@@ -158,6 +158,8 @@ ERRORS = {
         409, "The bucket that you tried to create already exists, and you "
              "own it."),
     "BucketNotEmpty": (409, "The bucket you tried to delete is not empty."),
+    "CrossLocationLoggingProhibitted": (
+        403, "Cross S3 location logging not allowed."),
     "EntityTooLarge": (
         400, "Your proposed upload exceeds the maximum allowed object "
              "size."),
@@ -222,6 +224,8 @@ ERRORS = {
     "InvalidTag": (
         400, "The tag provided was not a valid tag. This error can occur if "
              "the tag did not pass input validation."),
+    "InvalidTargetBucketForLogging": (
+        400, "The target bucket for logging does not exist"),
     "InvalidToken": (
         400, "The provided token is malformed or otherwise not valid."),
     "InvalidURI": (400, "Couldn't parse the specified URI."),
@@ -2845,6 +2849,8 @@ def sealed_etag(key, md5):
 #                       odd/         objects whose key is no path here
 #                       versions/    <key's name>/<version>: noncurrent
 #                                    versions and delete markers
+#                       logs/        lines of the access log that are not
+#                                    delivered yet
 #                       locks/       one empty file a stripe
 #     <uploads>/<bucket>/<id>/       a multipart upload: upload.json, 00001
 
@@ -2862,6 +2868,8 @@ MAX_CACHED_NAMES = 1000000
 # ms on Linux (HZ=100), 2 s where the stamp has whole seconds (FAT, ext3).
 TICK_NS, COARSE_TICK_NS = 50000000, 2500000000
 SWEEP_GRACE_SECONDS = 60            # between making a file and locking it
+# Of a bucket's access log, while it cannot be delivered
+MAX_SPOOLED_BYTES = 256 * MIB
 
 _HAVE_DIR_FD = (os.open in os.supports_dir_fd
                 and os.rename in os.supports_dir_fd
@@ -3251,6 +3259,11 @@ def sync_directory(path):
 
 
 # --- buckets ---
+
+_LOGS = "logs"                      # what their lock is called
+_SPOOLED_LOG = re.compile(r"\d{8}\Z", re.ASCII)
+_CLAIMED_LOG = re.compile(r"\d{8}-[\d-]{19}-[0-9A-F]{16}\Z", re.ASCII)
+
 
 class Bucket:
     """One bucket's directory: where its keys lie, its locks, its record.
@@ -4082,6 +4095,88 @@ class Bucket:
                 return Info(key, status, record, info.latest)
             finally:
                 os.close(fd)
+
+    # access logs: a file a day, which a deliverer claims by renaming it
+
+    def append_log(self, day, lines):
+        """Add lines (bytes) to the spool of a day, YYYYMMDD; they are lost
+        where MAX_SPOOLED_BYTES lie there already.
+
+        A line that a crash or a full disk has cut short ends where the
+        next one begins.
+        """
+        path = os.path.join(self._state, "logs", day)
+        flags = (os.O_RDWR | os.O_CREAT | os.O_APPEND
+                 | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        with self.lock(_LOGS):
+            try:
+                fd = os.open(path, flags, 0o600)
+            except FileNotFoundError:
+                self._make_state("logs")
+                fd = os.open(path, flags, 0o600)
+            try:
+                size = os.fstat(fd).st_size
+                if size and _pread(fd, 1, size - 1) != b"\n":
+                    lines = b"\n" + lines
+                if size < MAX_SPOOLED_BYTES <= size + len(lines):
+                    self._report("the access log of %s is full: lines are "
+                                 "lost until it is delivered" % self.name)
+                if size < MAX_SPOOLED_BYTES:
+                    os.write(fd, lines)
+            finally:
+                os.close(fd)
+
+    def spooled_logs(self):
+        """The names of the claimed files, the oldest first."""
+        return sorted(name for name in _listdir(os.path.join(
+            self._state, "logs")) if _CLAIMED_LOG.match(name))
+
+    def claim_logs(self, stamp):
+        """Rename what has been spooled to <day>-<stamp>-<unique>, which
+        nobody will write to any more."""
+        logs = os.path.join(self._state, "logs")
+        for day in filter(_SPOOLED_LOG.match, _listdir(logs)):
+            with self.lock(_LOGS), contextlib.suppress(FileNotFoundError):
+                os.rename(os.path.join(logs, day), os.path.join(
+                    logs, "%s-%s-%s" % (day, stamp,
+                                        secrets.token_hex(8).upper())))
+
+    def take_log(self, name, deliver):
+        """Call deliver(file) with a claimed file, and remove the file; what
+        deliver() said, 0 when another process has or had the file.  It
+        stays when deliver() raises."""
+        path = os.path.join(self._state, "logs", name)
+        try:
+            file = open(path, "rb")
+        except _ABSENT:
+            return 0
+        with file:
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return 0
+            if not _same_file(path, os.fstat(file.fileno())):
+                return 0                # somebody else was quicker
+            done = deliver(file)
+            if fcntl:
+                os.unlink(path)
+        _unlink(path)                   # where an open file stays
+        return done
+
+    def trim_logs(self, limit=MAX_SPOOLED_BYTES):
+        """Remove the oldest files of the spool beyond `limit` bytes; how
+        many bytes are gone."""
+        logs, gone = os.path.join(self._state, "logs"), 0
+        for name in sorted(_listdir(logs), reverse=True):
+            path = os.path.join(logs, name)
+            with contextlib.suppress(FileNotFoundError):
+                size = os.stat(path).st_size
+                limit -= size
+                if limit < 0:
+                    os.unlink(path)
+                    gone += size
+        return gone
 
     def is_empty(self):
         """True when the directory holds no object and no other file."""
@@ -5477,26 +5572,40 @@ def _parse_grant(element, accounts):
     if element.tag != "Grant" or grantee is None \
             or permission not in PERMISSIONS:
         raise S3Error("MalformedACLError")
-    kind = grantee.get("type")
-    if kind not in _GRANTEE_TYPES:
+    found = find_grantee(grantee.get("type"), functools.partial(
+        xml_text, grantee), accounts)
+    if found is None:
         raise S3Error("MalformedACLError")
-    tag, find = _GRANTEE_TYPES[kind]
-    text = xml_text(grantee, tag)
-    if text is None:
-        raise S3Error("MalformedACLError")
-    return Grant(permission, find(text, accounts, "%s/%s" % (kind, tag)))
+    return Grant(permission, found)
+
+
+def find_grantee(kind, text, accounts):
+    """The user id or group URI of a Grantee element, None when it names
+    none.  kind: its xsi:type; text(tag): what a child of it says."""
+    tag, find = _GRANTEE_TYPES.get(kind, (None, None))
+    named = tag and text(tag)
+    if named is None:
+        return None
+    return find(named, accounts, "%s/%s" % (kind, tag))
 
 
 def acl_document(grants, owner_id, accounts):
-    """The AccessControlPolicy document of grants, as bytes.
+    """The AccessControlPolicy document of grants, as bytes."""
+    return xml_document("AccessControlPolicy", [
+        ("Owner", _person(owner_id, accounts)),
+        ("AccessControlList", grant_children(grants, accounts))])
+
+
+def _person(user_id, accounts):
+    return [("ID", user_id), ("DisplayName", accounts.name(user_id) or None)]
+
+
+def grant_children(grants, accounts):
+    """The Grant children of a document.
 
     Groups stand first: Ceph's s3-tests look for the owner's grant last,
     and AWS promises no order.
     """
-    def person(user_id):
-        return [("ID", user_id),
-                ("DisplayName", accounts.name(user_id) or None)]
-
     children = []
     for permission, grantee in sorted(
             grants, key=lambda grant: grant.grantee not in _GROUP_NAMES):
@@ -5504,10 +5613,26 @@ def acl_document(grants, owner_id, accounts):
         tag = 'Grantee xmlns:xsi="%s" xsi:type="%s"' % (
             XSI, "Group" if group else "CanonicalUser")
         children.append(("Grant", [
-            (tag, [("URI", grantee)] if group else person(grantee)),
+            (tag, [("URI", grantee)] if group
+             else _person(grantee, accounts)),
             ("Permission", permission)]))
-    return xml_document("AccessControlPolicy", [
-        ("Owner", person(owner_id)), ("AccessControlList", children)])
+    return children
+
+
+def acl_headers(grants, accounts):
+    """The x-amz-grant-* headers that headers_acl() reads as these grants,
+    but for those of accounts that are no more."""
+    headers = {}
+    for permission, grantee in grants:
+        name = "x-amz-grant-" + permission.lower().replace("_", "-")
+        if grantee in _GROUP_NAMES:
+            text = 'uri="%s"' % grantee
+        elif grantee in accounts.by_user_id:
+            text = 'id="%s"' % grantee
+        else:
+            continue
+        headers[name] = ", ".join(filter(None, (headers.get(name), text)))
+    return headers
 
 
 def dump_acl(grants, owner_id):
@@ -7444,7 +7569,7 @@ class Request:
                  "headers", "host", "host_bucket", "bucket_name", "key",
                  "frame", "now", "request_id", "operation", "identity",
                  "bucket", "body", "scheme", "client", "caller", "is_site",
-                 "_guards")
+                 "facts", "noted", "_guards")
 
     def __init__(self, service, method, target, headers, frame, now,
                  request_id, scheme="http", client=None):
@@ -7452,6 +7577,7 @@ class Request:
         self.frame, self.now, self.request_id = frame, now, request_id
         self.scheme, self.client, self.caller = scheme, client, ANONYMOUS
         self._guards = {}               # Bucket -> (config, BucketAccess)
+        self.facts, self.noted = {}, []     # for policies; for access logs
         self.operation = self.identity = self.bucket = self.body = None
         self.raw_path, raw_query = split_target(target)
         self.pairs = parse_query(raw_query) if raw_query else []
@@ -7563,6 +7689,12 @@ class Request:
             raise S3Error("AccessDenied", headers={
                 "x-amz-bucket-region": bucket.region})
 
+    def note(self, *fields):
+        """Keep a Noted for the access log of its bucket, if it has one."""
+        noted = Noted(*fields)
+        if "logging" in self._guard(noted.bucket)[0]:
+            self.noted.append(noted)
+
     def xml(self, root, required=True):
         """The root Element of the body; None when empty and allowed."""
         data = self.body.read_all()
@@ -7609,6 +7741,15 @@ def object_owner(request, info, bucket=None):
     return info.record.get("owner") or access.owner_id
 
 
+def signing(request):
+    """(signed by an account, with SigV4, in the query) of a request."""
+    identity, query = request.identity, request.query
+    signed = identity is not None and identity.account is not None
+    presigned = "X-Amz-Signature" in query or "Signature" in query
+    return signed, "X-Amz-Signature" in query or request.headers.get(
+        "authorization", "").startswith(V4), presigned
+
+
 def policy_context(request, bucket, key=None, facts=None):
     """The Context that a policy's conditions see.  bucket: None where
     none is there yet."""
@@ -7620,11 +7761,7 @@ def policy_context(request, bucket, key=None, facts=None):
             return None
         os.close(fd)
         return info.record.get("tags", {})
-    identity, query = request.identity, request.query
-    signed = identity is not None and identity.account is not None
-    presigned = "X-Amz-Signature" in query or "Signature" in query
-    v4 = "X-Amz-Signature" in query or request.headers.get(
-        "authorization", "").startswith(V4)
+    query, (signed, v4, presigned) = request.query, signing(request)
     def asked_tags():
         text = request.headers.get("x-amz-tagging")
         return text and parse_tagging_header(text)
@@ -7641,6 +7778,7 @@ def policy_context(request, bucket, key=None, facts=None):
             V4 if v4 else "AWS"),
         "s3:ResourceAccount": bucket and request.access(bucket).owner_id,
         "s3:ExistingObjectTag": tags if key else None}
+    known.update(request.facts)
     known.update(facts or {})
     return Context(request.caller, request.headers, query, request.now,
                    known)
@@ -7650,17 +7788,30 @@ class Response:
     """An answer: status, headers, and a body in memory or in a file.
 
     file: a descriptor that the sender closes; of it `length` bytes from
-    `offset` on, or `blocks` of bytes, `length` in all.
+    `offset` on, or `blocks` of bytes, `length` in all.  code: an error's.
     """
 
     __slots__ = ("status", "headers", "body", "file", "offset", "length",
-                 "blocks")
+                 "blocks", "code")
 
     def __init__(self, status=200, headers=None, body=b"", file=None,
                  offset=0, length=None):
         self.status, self.headers, self.body = status, headers or {}, body
         self.file, self.offset, self.blocks = file, offset, None
+        self.code = None
         self.length = len(body) if length is None else length
+
+
+class Noted(NamedTuple):
+    """What a request did besides its own act, as access logs name it: a
+    key of DeleteObjects, the reading of a copy's source."""
+    operation: str
+    bucket: Bucket
+    key: str
+    version_id: Optional[str]
+    status: int
+    code: Optional[str] = None
+    size: Optional[int] = None
 
 
 class Operation(NamedTuple):
@@ -7939,8 +8090,10 @@ def error_response(error, request_id, resource=""):
     fields += error.fields.items()
     fields += [("Resource", resource), ("RequestId", request_id),
                ("HostId", request_id)]
-    return Response(error.status, headers,
-                    xml_document("Error", fields, xmlns=None))
+    response = Response(error.status, headers,
+                        xml_document("Error", fields, xmlns=None))
+    response.code = error.code
+    return response
 
 
 # --- shared by operations ---
@@ -8739,6 +8892,11 @@ def copy_object(request):
         ("ETag", quoted(info.etag))] + checksum_children(record)))
 
 
+# What access logs call the reading of the source
+COPY_READS = {"CopyObject": "REST.COPY.OBJECT_GET",
+              "UploadPartCopy": "REST.COPY.PART_GET"}
+
+
 class CopySource(NamedTuple):
     """An open object to copy from.  key: its data key, if it has one."""
     info: Info
@@ -8776,6 +8934,8 @@ def open_copy_source(request):
         raise
     headers = {"x-amz-copy-source-version-id": info.version_id} \
         if bucket.versioning else {}
+    request.note(COPY_READS[request.operation.name], bucket, key, version,
+                 200, None, info.size)
     return CopySource(info, fd, data, info.latest and (name, key) == (
         request.bucket_name, request.key), headers)
 
@@ -8924,6 +9084,9 @@ def delete_object(request):
     return answer
 
 
+BATCH_DELETE = "BATCH.DELETE.OBJECT"    # in access logs
+
+
 @operation("POST", BUCKET, "delete", action="s3:DeleteObject")
 def delete_objects(request):
     """API_DeleteObjects: up to 1,000 keys, each with its own result."""
@@ -8939,7 +9102,10 @@ def delete_objects(request):
         version = xml_text(element, "VersionId")
         try:
             removed = _delete_one(request, element, key, version)
+            request.note(BATCH_DELETE, request.bucket, key, version, 204)
         except S3Error as error:
+            request.note(BATCH_DELETE, request.bucket, key, version,
+                         error.status, error.code)
             children.append(("Error", [
                 ("Key", key), ("VersionId", version),
                 ("Code", error.code), ("Message", error.message)]))
@@ -9167,7 +9333,8 @@ def post_object(request):
     record = object_record(headers)
     own_record(request, record)
     encryption = asked_encryption(request)
-    body = Body(upload.reader, None, *body_claims(headers, UNSIGNED))
+    request.body = body = Body(upload.reader, None,
+                               *body_claims(headers, UNSIGNED))
     with request.bucket.draft() as draft:
         target = content_draft(draft, encryption)
         receive(body, target)
@@ -11774,6 +11941,527 @@ def update_object_encryption(request):
     return version_header(request, info)
 
 
+# --- access logs: the document ---
+#
+# API_PutBucketLogging.html, userguide/ServerLogs.html and
+# enable-server-access-logging.html; the errors are those of
+# troubleshooting-server-access-logging.html.
+
+EVENT_TIME, DELIVERY_TIME = "EventTime", "DeliveryTime"
+
+_LOGGING = (Field("LoggingEnabled", (
+    need("TargetBucket", FILLED),
+    Field("TargetGrants", (many("Grant", (
+        need("Grantee", (
+            need("@type", TEXT), Field("DisplayName", TEXT),
+            Field("EmailAddress", FILLED), Field("ID", FILLED),
+            Field("URI", FILLED))),
+        need("Permission", one_of("FULL_CONTROL", "READ", "WRITE"))),
+        0, MAX_GRANTS - 1),)),          # the owner's grant comes on top
+    need("TargetPrefix", TEXT),
+    Field("TargetObjectKeyFormat", (
+        Field("SimplePrefix", ()),
+        Field("PartitionedPrefix", (Field("PartitionDateSource", one_of(
+            EVENT_TIME, DELIVERY_TIME)),)))))),)
+
+
+def parse_logging(element, owner_id, accounts):
+    """What a BucketLoggingStatus asks for, as bucket.json keeps it: its
+    elements by name, the grants as dump_acl() writes them for the owner of
+    the target.  None when it turns logging off."""
+    logging = read_document(element, _LOGGING).get("LoggingEnabled")
+    if logging is None:
+        return None
+    layout = logging.get("TargetObjectKeyFormat")
+    if layout is not None and len(layout) != 1:
+        raise S3Error("MalformedXML")
+    grants = []
+    for item in logging.pop("TargetGrants", {}).get("Grant", ()):
+        grantee = find_grantee(item["Grantee"]["@type"],
+                               item["Grantee"].get, accounts)
+        if grantee is None:
+            raise S3Error("MalformedXML")
+        grants.append(Grant(item["Permission"], grantee))
+    if grants:
+        logging["TargetGrants"] = dump_acl(grants, owner_id)
+    return logging
+
+
+def logging_children(logging, owner_id, accounts):
+    """The children of a BucketLoggingStatus."""
+    if logging is None:
+        return []
+    children = document_children({"LoggingEnabled": {
+        name: value for name, value in logging.items()
+        if name != "TargetGrants"}}, _LOGGING)
+    if "TargetGrants" in logging:
+        children[0][1].insert(1, ("TargetGrants", grant_children(
+            load_acl(logging["TargetGrants"], owner_id), accounts)))
+    return children
+
+
+def log_key(logging, owner_id, bucket, name):
+    """The key of a log object in the target bucket.
+
+    name: that of the claimed file, <day>-<YYYY-mm-dd-HH-MM-SS>-<unique>:
+    the day of the requests, the time of the delivery.
+    API_PartitionedPrefix.html.
+    """
+    day, rest = name[:8], name[9:]
+    layout = logging.get("TargetObjectKeyFormat", {}).get(
+        "PartitionedPrefix")
+    if layout is None:
+        return logging["TargetPrefix"] + rest
+    if layout.get("PartitionDateSource", EVENT_TIME) == EVENT_TIME:
+        rest = "%s-%s-%s-00-00-00%s" % (day[:4], day[4:6], day[6:],
+                                        rest[19:])
+    return "%s%s/%s/%s/%s/%s/%s/%s" % (
+        logging["TargetPrefix"], owner_id, bucket.region, bucket.name,
+        rest[:4], rest[5:7], rest[8:10], rest)
+
+
+def _bad_target(name, message=None):
+    return S3Error("InvalidTargetBucketForLogging", message,
+                   TargetBucket=name)
+
+
+def check_log_target(request, logging):
+    """Raise unless logs of the request's bucket may go to the target.
+
+    That the log delivery may write there is checked where ACLs are on, as
+    S3 does and s3cmd expects; where they are off it shows at delivery.
+    """
+    service, source, name = request.service, request.bucket, \
+        logging["TargetBucket"]
+    try:
+        target = service.store.bucket(name)
+    except S3Error:
+        raise _bad_target(name) from None
+    if service.accounts.owner_id(target) != bucket_owner(request):
+        raise _bad_target(name, "The owner for the bucket to be logged and "
+                          "the target bucket must be the same.")
+    if target.region != source.region:
+        raise S3Error("CrossLocationLoggingProhibitted",
+                      SourceBucketLocation=source.region,
+                      TargetBucketLocation=target.region)
+    config = target.config
+    if config.get("requestPayment", {}).get("Payer") == "Requester":
+        raise _bad_target(name, "The target bucket for logging cannot be a "
+                          "Requester Pays bucket")
+    if config.get("object_lock"):
+        raise _bad_target(name, "The target bucket for logging cannot have "
+                          "a default retention period")
+    checked_key(log_key(logging, bucket_owner(request), source, "0" * 45))
+    delivery = log_delivery(service, source, target,
+                            logging["TargetPrefix"])
+    access = delivery.access(target)
+    if access.ownership == ENFORCED:
+        if "TargetGrants" in logging:
+            raise S3Error("AccessControlListNotSupported", "Target grants "
+                          "not allowed for bucket owner enforced buckets")
+    elif not without_acl(delivery, "s3:PutObject") and not (
+            delivery.allowed("s3:PutObject", delivery.key)
+            and acl_allows(access.acl, "READ_ACP", delivery.caller)):
+        raise _bad_target(name, "You must give the log-delivery group WRITE "
+                          "and READ_ACP permissions to the target bucket")
+
+
+def without_acl(request, action):
+    """True when a caller may do what it asks for without any ACL."""
+    access = request.access(request.bucket)._replace(ownership=ENFORCED)
+    key = request.key or None
+    return is_allowed(request.caller, action, resource_arn(
+        request.bucket.name, key), access, policy_context(
+            request, request.bucket, key))
+
+
+@operation("GET", BUCKET, "logging")
+def get_bucket_logging(request):
+    """API_GetBucketLogging: empty when there is none."""
+    return xml_document("BucketLoggingStatus", logging_children(
+        request.setting("logging"), bucket_owner(request),
+        request.service.accounts))
+
+
+@operation("PUT", BUCKET, "logging")
+def put_bucket_logging(request):
+    """API_PutBucketLogging; "you must be the bucket owner".
+
+    What has been logged so far still goes where it was meant to go.
+    """
+    owner = bucket_owner(request)
+    if request.caller.user_id != owner:
+        raise S3Error("AccessDenied")
+    logging = parse_logging(request.xml("BucketLoggingStatus"), owner,
+                            request.service.accounts)
+    if logging is not None:
+        check_log_target(request, logging)
+    deliver_log(request.service, request.bucket, request.now)
+
+    def change(config):
+        config.pop("logging", None)
+        if logging is not None:
+            config["logging"] = logging
+    request.store.update_bucket(request.bucket, change)
+
+
+# --- access logs: lines ---
+#
+# userguide/LogFormat.html.  A line is spooled after its request has been
+# answered; a bucket without logging pays for one look into its document,
+# which has been read anyway.
+
+class LogLine(NamedTuple):
+    """The fields of a line, in their order; None stands as `-`.
+
+    time: seconds since the epoch.  key: the key itself.
+    """
+    bucket_owner: str
+    bucket: str
+    time: float
+    remote_ip: Optional[str]
+    requester: Optional[str]
+    request_id: str
+    operation: str
+    key: Optional[str] = None
+    request_uri: Optional[str] = None
+    status: Optional[int] = None
+    error_code: Optional[str] = None
+    bytes_sent: Optional[int] = None
+    object_size: Optional[int] = None
+    total_ms: Optional[int] = None
+    turn_around_ms: Optional[int] = None
+    referer: Optional[str] = None
+    user_agent: Optional[str] = None
+    version_id: Optional[str] = None
+    host_id: Optional[str] = None
+    signature: Optional[str] = None
+    cipher: Optional[str] = None
+    authentication: Optional[str] = None
+    host: Optional[str] = None
+    tls_version: Optional[str] = None
+    access_point_arn: Optional[str] = None
+    acl_required: Optional[str] = None
+    source_region: Optional[str] = None
+
+
+class OnWire(NamedTuple):
+    """What only its connection knows of a request: the head as it came,
+    what was sent, times in milliseconds."""
+    method: str
+    target: str
+    version: Tuple[int, int]
+    headers: Dict[str, str]
+    sent: int
+    total_ms: float
+    turn_around_ms: float
+    cipher: Optional[str] = None
+    tls_version: Optional[str] = None
+
+
+_QUOTED = frozenset(("request_uri", "referer", "user_agent"))
+_UNSAFE_IN_FIELD = re.compile(r"[^!-~]+")
+_UNSAFE_IN_QUOTES = re.compile(r"[\x00-\x1f\x7f]+")
+# What gives whoever reads it a right: it is not logged
+_SECRETS = re.compile(
+    r"(?<=[?&])((?:X-Amz-)?Signature|X-Amz-Security-Token)=[^&]*")
+
+# Subresource -> what the operation's name ends in, where that is not the
+# subresource's own name in capitals
+_LOG_NAMES = {
+    "attributes": "OBJECT_ATTRIBUTES", "delete": "MULTI_OBJECT_DELETE",
+    "legal-hold": "OBJECT_LOCK_LEGALHOLD", "logging": "LOGGING_STATUS",
+    "object-lock": "OBJECT_LOCK_CONFIGURATION", "policy": "BUCKETPOLICY",
+    "retention": "OBJECT_LOCK_RETENTION", "uploadId": "UPLOAD",
+    "versions": "BUCKETVERSIONS"}
+_LOG_OPERATIONS = {
+    "CopyObject": "REST.COPY.OBJECT", "PostObject": "REST.POST.OBJECT",
+    "UploadPart": "REST.PUT.PART", "UploadPartCopy": "REST.COPY.PART"}
+
+
+def log_operation(row, method, level, is_site=False):
+    """The name of an Operation (None: none was found) in access logs."""
+    if is_site:
+        return "WEBSITE.%s.OBJECT" % method
+    if method == "OPTIONS":
+        return "REST.OPTIONS.PREFLIGHT"
+    if row is None or row.subresource is None:
+        name = level.upper()
+    elif (row.level, row.subresource) == (OBJECT, "tagging"):
+        name = "OBJECT_TAGGING"
+    else:
+        name = _LOG_NAMES.get(row.subresource) or re.sub(
+            r"(?<=[a-z])(?=[A-Z])|-", "_", row.subresource).upper()
+    return _LOG_OPERATIONS.get(row and row.name) or "REST.%s.%s" % (
+        method, name)
+
+
+def log_line_text(line):
+    """A LogLine as text, without its newline.
+
+    The key is encoded twice, but once only in BATCH and S3 operations, as
+    readers of S3's logs know it (engineeringblog.yelp.com/2025/09, "S3
+    server access logs at scale").
+    """
+    fields = line._asdict()
+    fields["time"] = time.strftime("[%d/%b/%Y:%H:%M:%S +0000]",
+                                   time.gmtime(line.time))
+    if line.key is not None:
+        fields["key"] = uri_encode(line.key, "/-_.~")
+        if line.operation.startswith(("REST.", "WEBSITE.")):
+            fields["key"] = uri_encode(fields["key"], "/-_.~")
+    return " ".join(_field_text(*field) for field in fields.items())
+
+
+def _field_text(name, value):
+    """One field: no text of a client's can end it, or the line."""
+    if value is None:
+        return "-"
+    if name in _QUOTED:
+        return '"%s"' % _UNSAFE_IN_QUOTES.sub(_escaped, value)
+    if name == "time":
+        return value
+    return _UNSAFE_IN_FIELD.sub(_escaped, str(value)) or "-"
+
+
+def _escaped(match):
+    return uri_encode(match[0])
+
+
+def log_access(request, response, on_wire):
+    """Spool the lines of an answered request, in each bucket that it
+    concerns and that has a log.  on_wire(): the OnWire."""
+    bucket = request.bucket
+    if bucket is None:
+        if not request.bucket_name or response.code == "NoSuchBucket":
+            return
+        try:                # refused before its bucket was looked for
+            bucket = request.bucket = request.store.bucket(
+                request.bucket_name)
+        except S3Error:
+            return
+    is_logged = request.setting("logging") is not None
+    if not (is_logged or request.noted) or request.service.readonly:
+        return
+    wire, lines = on_wire(), {}
+    if is_logged:
+        lines[bucket] = [_request_line(request, response, wire)]
+    for noted in request.noted:
+        lines.setdefault(noted.bucket, []).append(
+            _noted_line(request, noted, wire))
+    for logged, its_lines in lines.items():
+        spool_lines(request.store, logged, its_lines)
+
+
+def spool_lines(store, bucket, lines):
+    """Append LogLines of one day to the spool of a bucket."""
+    try:
+        bucket.append_log(
+            time.strftime("%Y%m%d", time.gmtime(lines[0].time)), "".join(
+                log_line_text(line) + "\n" for line in lines).encode(
+                    "latin-1", "replace"))
+    except S3Error:
+        pass                            # the bucket has been deleted
+    except OSError as error:
+        store.report("access log of %s: %s" % (bucket.name, error))
+
+
+def _common_fields(request, bucket, wire):
+    """The fields that all lines of a request share."""
+    caller = request.caller
+    signed, v4, presigned = signing(request)
+    is_form = request.operation is not None \
+        and request.operation.name == "PostObject"
+    return LogLine(
+        request.access(bucket).owner_id, bucket.name, request.now,
+        request.client, caller.user_id if caller.is_root else caller.arn,
+        request.request_id, "", host_id=request.request_id,
+        signature=("SigV4" if v4 else "SigV2") if signed else None,
+        cipher=wire.cipher, authentication=None if is_form or not signed
+        else "QueryString" if presigned else "AuthHeader",
+        host=wire.headers.get("host"), tls_version=wire.tls_version)
+
+
+def _request_line(request, response, wire):
+    """The LogLine of a request itself."""
+    row = request.operation
+    return _common_fields(request, request.bucket, wire)._replace(
+        operation=log_operation(row, wire.method, request.level,
+                                request.is_site),
+        key=request.key or None, request_uri="%s %s HTTP/%d.%d" % (
+            (wire.method, _SECRETS.sub(r"\1=REDACTED", wire.target))
+            + wire.version), status=response.status,
+        error_code=response.code, bytes_sent=wire.sent or None,
+        object_size=_object_size(request, response),
+        total_ms=int(wire.total_ms), turn_around_ms=int(wire.turn_around_ms),
+        referer=wire.headers.get("referer", "-"),
+        user_agent=wire.headers.get("user-agent", "-"),
+        version_id=request.query.get("versionId"),
+        acl_required="Yes" if _needed_acl(request, response) else None)
+
+
+def _noted_line(request, noted, wire):
+    """The LogLine of a Noted."""
+    line = _common_fields(request, noted.bucket, wire)._replace(
+        operation=noted.operation, key=noted.key, status=noted.status,
+        error_code=noted.code, object_size=noted.size,
+        version_id=noted.version_id)
+    if noted.operation == BATCH_DELETE:
+        return line
+    return line._replace(request_uri="%s %s HTTP/%d.%d" % (
+        (wire.method, _SECRETS.sub(r"\1=REDACTED", wire.target))
+        + wire.version), referer=wire.headers.get("referer", "-"),
+        user_agent=wire.headers.get("user-agent", "-"))
+
+
+def _object_size(request, response):
+    """The size of the object that was read or written, where the answer
+    tells; None otherwise."""
+    name = request.operation.name if request.operation else ""
+    if name in ("PutObject", "UploadPart", "PostObject"):
+        return request.body.received if response.status < 304 else None
+    if name not in ("GetObject", "HeadObject") or response.code:
+        return None
+    span = response.headers.get("Content-Range")
+    if span:
+        return int(span.rpartition("/")[2])
+    return response.length if response.status == 200 else None
+
+
+def _needed_acl(request, response):
+    """True when only an ACL allowed what was done."""
+    access, row = request.access(request.bucket), request.operation
+    return (response.status < 400 and row is not None
+            and access.ownership != ENFORCED
+            and request.caller.user_id != access.owner_id
+            and not without_acl(request, versioned_action(
+                row.action, request.query.get("versionId"))))
+
+
+# userguide/lifecycle-and-other-bucket-config.html#lifecycle-general-
+# considerations-logging
+EXPIRED, MARKED, ABORTED = (
+    "S3.EXPIRE.OBJECT", "S3.CREATE.DELETEMARKER", "S3.DELETE.UPLOAD")
+MOVED = {
+    "STANDARD_IA": "S3.TRANSITION_SIA.OBJECT",
+    "ONEZONE_IA": "S3.TRANSITION_ZIA.OBJECT",
+    "INTELLIGENT_TIERING": "S3.TRANSITION_INT.OBJECT",
+    "GLACIER_IR": "S3.TRANSITION_GIR.OBJECT",
+    "GLACIER": "S3.TRANSITION.OBJECT",
+    "DEEP_ARCHIVE": "S3.TRANSITION_GDA.OBJECT"}
+
+
+def log_lifecycle(service, bucket, operation_name, key, version_id=None,
+                  size=None):
+    """Spool the line of what a lifecycle rule did, where that is logged."""
+    if "logging" in bucket.config:
+        spool_lines(service.store, bucket, [LogLine(
+            service.accounts.owner_id(bucket), bucket.name, time.time(),
+            None, "AmazonS3", "%016X" % random.getrandbits(64),
+            operation_name, key, object_size=size, version_id=version_id)])
+
+
+# --- access logs: delivered ---
+
+LOG_SECONDS = 300                   # from one delivery to the next
+# userguide/ServerLogs.html#server-log-keyname-format
+_LOG_STAMP = "%Y-%m-%d-%H-%M-%S"
+
+
+def log_pause(day_seconds):
+    """Seconds from one delivery of the access logs to the next."""
+    return min(LOG_SECONDS, lifecycle_pause(day_seconds))
+
+
+def deliver_logs(service, now, stopped=lambda: False):
+    """Deliver what is spooled in every bucket; how many objects it made.
+
+    Several servers may do so at once: each file is claimed by one.
+    """
+    count = 0
+    for bucket in service.store.list_buckets():
+        if stopped():
+            break
+        count += deliver_log(service, bucket, now)
+    return count
+
+
+def deliver_log(service, bucket, now):
+    """Deliver what is spooled in one bucket; how many objects it made.
+
+    Where that fails the operator is told, and the spool kept within its
+    bound.  Nothing new is claimed before what was claimed has gone.
+    """
+    count = 0
+    try:
+        count += _deliver_claimed(service, bucket)
+        bucket.claim_logs(time.strftime(_LOG_STAMP, time.gmtime(now)))
+        count += _deliver_claimed(service, bucket)
+    except (S3Error, OSError) as error:
+        service.store.report("access log of %s: not delivered: %s" % (
+            bucket.name, error))
+        gone = bucket.trim_logs()
+        if gone:
+            service.store.report("access log of %s: %d bytes are lost"
+                                 % (bucket.name, gone))
+    return count
+
+
+def _deliver_claimed(service, bucket):
+    """Make a log object of each claimed file; how many."""
+    count = 0
+    for name in bucket.spooled_logs():
+        count += bucket.take_log(name, functools.partial(
+            _deliver_file, service, bucket, name))
+    return count
+
+
+def _deliver_file(service, bucket, name, file):
+    """Put a claimed file into the target bucket, in the way of every
+    PutObject: permission, encryption, versioning and lock of the target
+    hold.  Its key is its own, so that a file which a crash left behind
+    is not delivered again.  1, or 0 for a file that nobody wants."""
+    logging = bucket.config.get("logging")
+    size = os.fstat(file.fileno()).st_size
+    if logging is None or not size:
+        return 0
+    accounts, name_of_target = service.accounts, logging["TargetBucket"]
+    owner, target = accounts.owner_id(bucket), service.store.bucket(
+        name_of_target)
+    if accounts.owner_id(target) != owner:
+        raise _bad_target(name_of_target, "The target bucket has another "
+                          "owner now")
+    request = log_delivery(service, bucket, target, log_key(
+        logging, owner, bucket, name))
+    request.body = Body(file, size)
+    request.headers.update({
+        "content-length": str(size), "content-type": "text/plain",
+        "if-none-match": "*"})
+    if "TargetGrants" in logging \
+            and request.access(target).ownership != ENFORCED:
+        request.headers.update(acl_headers(
+            private_acl(owner) + load_acl(logging["TargetGrants"], owner),
+            accounts))
+    try:
+        put_object(request)
+    except S3Error as error:
+        if error.code != "PreconditionFailed":
+            raise
+    return 1
+
+
+def log_delivery(service, source, target, key):
+    """The Request by which the log delivery service writes a key."""
+    request = Request(service, "PUT", "/", {}, None, time.time(), "")
+    request.operation = OPERATIONS["PutObject"]
+    request.bucket, request.bucket_name = target, target.name
+    request.key, request.caller = key, service_caller(LOGGING_SERVICE)
+    request.facts = {
+        "aws:SourceArn": resource_arn(source.name),
+        "aws:SourceAccount": service.accounts.owner_id(source)}
+    return request
+
+
 # --- lifecycle: the document ---
 #
 # userguide/intro-lifecycle-rules.html and API_LifecycleRule.html; messages
@@ -12329,7 +13017,7 @@ def run_lifecycle(service, now, stopped=lambda: False):
                 return count
             for info, due in _due_of_key(lifecycle, infos, bucket, now,
                                          service.day_seconds):
-                count += _carry_out(service.store, bucket, info, due)
+                count += _carry_out(service, bucket, info, due)
         count += _abort_due(service, bucket, lifecycle, now)
     return count
 
@@ -12347,9 +13035,11 @@ def _due_of_key(lifecycle, infos, bucket, now, day_seconds):
             yield info, due
 
 
-def _carry_out(store, bucket, info, due):
+def _carry_out(service, bucket, info, due):
     """One Due; True when it was done.  A version that is locked, or not
     the same any more, is left."""
+    store = service.store
+
     def unlocked(found):
         check_unlocked(found.record.get("lock", {}), time.time())
 
@@ -12360,10 +13050,15 @@ def _carry_out(store, bucket, info, due):
     try:
         if due.action == TRANSITION:
             bucket.update_record(info.key, info.version_id, move)
+            done = MOVED[due.storage_class]
         else:
-            store.delete_object(
+            removed = store.delete_object(
                 bucket, info.key, Unchanged(info),
                 None if due.action == EXPIRE else info.version_id, unlocked)
+            done = MARKED if due.action == EXPIRE and removed.marker \
+                else EXPIRED
+        log_lifecycle(service, bucket, done, info.key, info.version_id
+                      if due.action == REMOVE else None, info.size)
     except S3Error:
         return False
     except OSError as error:
@@ -12382,6 +13077,7 @@ def _abort_due(service, bucket, lifecycle, now):
             with contextlib.suppress(S3Error), store.locked_upload(upload):
                 store.remove_upload(upload)
                 count += 1
+                log_lifecycle(service, bucket, ABORTED, upload.key)
     return count
 
 
@@ -12754,7 +13450,10 @@ def _site_error_response(request, error):
                "x-amz-error-message": " ".join(error.message.split()),
                "Content-Type": "text/html; charset=utf-8"}
     headers.update(error.headers)
-    return Response(error.status, headers, text.encode("utf-8", "replace"))
+    response = Response(error.status, headers,
+                        text.encode("utf-8", "replace"))
+    response.code = error.code
+    return response
 
 
 # --- what a bucket without configuration answers ---
@@ -12801,11 +13500,8 @@ def _probe(name, subresource, answer, when=None):
                             iam_action(name), 200, DONE, function))
 
 
-for _row in (
-        ("GetBucketNotificationConfiguration", "notification",
-         "NotificationConfiguration"),
-        ("GetBucketLogging", "logging", "BucketLoggingStatus")):
-    _probe(*_row)
+_probe("GetBucketNotificationConfiguration", "notification",
+       "NotificationConfiguration")
 add_operation(OPERATIONS["GetBucketNotificationConfiguration"]._replace(
     name="GetBucketNotification"))      # its older name, on the same route
 
@@ -13089,7 +13785,6 @@ for _method, _level, _subresource, _name in (
         ("GET", OBJECT, "annotation", "GetObjectAnnotation"),
         ("GET", OBJECT, "annotation", "ListObjectAnnotations"),
         ("PUT", OBJECT, "annotation", "PutObjectAnnotation"),
-        ("PUT", BUCKET, "logging", "PutBucketLogging"),
         ("PUT", BUCKET, "notification", "PutBucketNotification"),
         ("PUT", BUCKET, "notification",
          "PutBucketNotificationConfiguration"),
@@ -13212,7 +13907,8 @@ class Wire:
 
     `before_body` is called once before the next body byte is waited for:
     it sends 100 Continue.  stopping(): True once the server ends; given
-    where nothing else can wake a reader that waits for a request.
+    where nothing else can wake a reader that waits for a request.  last:
+    the time.perf_counter() of the last bytes that came.
     """
 
     def __init__(self, connection, stopping=None):
@@ -13220,11 +13916,13 @@ class Wire:
         self._stopping = stopping
         self._buffer = b""
         self.before_body = None
-        self.received = 0
+        self.received = self.last = 0
 
     def _receive(self, size):
         try:
-            return self._recv(size)
+            data = self._recv(size)
+            self.last = time.perf_counter()
+            return data
         except _WAIT_ERRORS:
             raise S3Error("RequestTimeout") from None
         except OSError as error:
@@ -13339,7 +14037,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One connection's requests, one after the other.
 
     Of the present one: `head` (Head or None), `asked` (Request or None),
-    `method`, `request_id`, `started`, and the bytes `sent` of its answer.
+    `method`, `request_id`, when it `started` and was `answered`, and the
+    bytes `sent` of its answer.
     """
 
     protocol_version = "HTTP/1.1"
@@ -13380,9 +14079,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if response is None:
                 self.close_connection = True
                 return
+            self.answered = time.perf_counter()
             self.send(response)
         except Disconnected:
             self.close_connection = True
+            self.answered = time.perf_counter()
             response = Response(499)
         self.log(response)
 
@@ -13569,8 +14270,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             length -= done
             self.sent += done
 
+    def _on_wire(self):
+        """The OnWire of the present request."""
+        now, ready = time.perf_counter(), max(self.started, self.wire.last)
+        secure = self.connection if self.tls else None
+        return OnWire(
+            *self.head, self.sent, (now - self.started) * 1000,
+            max(0, self.answered - ready) * 1000,
+            (secure.cipher() or (None,))[0] if secure else None,
+            secure and secure.version())
+
     def log(self, response):
-        """One line of the access log."""
+        """One line of the access log, and those of the bucket's own."""
+        if self.asked is not None:
+            log_access(self.asked, response, self._on_wire)
         if not self.server.access_log:
             return
         asked, account = self.asked, None
@@ -13752,19 +14465,22 @@ class Server(http.server.ThreadingHTTPServer):
         wait = HOUSEKEEPING_SECONDS
         if self._upload_ttl:
             wait = max(1, min(wait, self._upload_ttl / 4))
-        pause = lifecycle_pause(self.service.day_seconds)
-        swept = ruled = -pause - wait
+        day, ended = self.service.day_seconds, self._ended
+        chores = (
+            (wait, "swept %d leftovers",
+             lambda: self.service.store.sweep(self._upload_ttl)),
+            (lifecycle_pause(day), "lifecycle rules: %d changes",
+             lambda: run_lifecycle(self.service, time.time(), ended.is_set)),
+            (log_pause(day), "access logs: %d objects", lambda: deliver_logs(
+                self.service, time.time(), ended.is_set)))
+        due = [time.monotonic()] * len(chores)
         while True:
-            clock = time.monotonic()
-            if clock >= swept + wait:
-                swept = clock
-                self._do("swept %d leftovers", lambda: self.service.store
-                         .sweep(self._upload_ttl))
-            if clock >= ruled + pause:
-                ruled = clock
-                self._do("lifecycle rules: %d changes", lambda: run_lifecycle(
-                    self.service, time.time(), self._ended.is_set))
-            if self._ended.wait(min(wait, pause)):
+            for index, (pause, text, work) in enumerate(chores):
+                clock = time.monotonic()
+                if clock >= due[index]:
+                    due[index] = clock + pause
+                    self._do(text, work)
+            if ended.wait(min(pause for pause, _, _ in chores)):
                 return
 
     def _do(self, text, work):

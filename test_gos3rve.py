@@ -4088,6 +4088,103 @@ class Buckets(StorageCase):
 
 # --- uploads ---
 
+class SpooledLogs(StorageCase):
+    """Lines of access logs on their way."""
+
+    def logs(self):
+        return sorted(os.listdir(self.path(gos3rve.STATE, "logs")))
+
+    def taken(self, bucket=None):
+        """What all claimed files hold; they are gone then."""
+        bucket, found = bucket or self.bucket, []
+        for name in bucket.spooled_logs():
+            bucket.take_log(name, lambda file: found.append(file.read()))
+        return b"".join(found)
+
+    def test_a_day_is_a_file_and_a_claim_closes_it(self):
+        self.assertEqual(self.bucket.spooled_logs(), [])
+        self.bucket.claim_logs("2026-01-03-00-00-00")
+        for day, line in (("20260102", b"a\n"), ("20260103", b"b\n"),
+                          ("20260102", b"c\n")):
+            self.bucket.append_log(day, line)
+        self.assertEqual(self.logs(), ["20260102", "20260103"])
+        self.bucket.claim_logs("2026-01-03-00-00-01")
+        self.bucket.append_log("20260103", b"d\n")
+        names = self.bucket.spooled_logs()
+        self.assertEqual([name[:29] for name in names], [
+            "20260102-2026-01-03-00-00-01-", "20260103-2026-01-03-00-00-01-"])
+        self.assertEqual(self.taken(), b"a\nc\nb\n")
+        self.assertEqual(self.logs(), ["20260103"])
+
+    def test_a_line_cut_short_ends_where_the_next_begins(self):
+        self.bucket.append_log("20260102", b"whole\n")
+        with open(self.path(gos3rve.STATE, "logs", "20260102"), "ab") as cut:
+            cut.write(b"hal")
+        self.bucket.append_log("20260102", b"next\n")
+        self.bucket.claim_logs("2026-01-03-00-00-00")
+        self.assertEqual(self.taken(), b"whole\nhal\nnext\n")
+
+    def test_what_cannot_be_delivered_stays(self):
+        def fail(file):
+            raise OSError(file.read())
+        self.bucket.append_log("20260102", b"a\n")
+        self.bucket.claim_logs("2026-01-03-00-00-00")
+        name, = self.bucket.spooled_logs()
+        with self.assertRaises(OSError):
+            self.bucket.take_log(name, fail)
+        self.assertEqual(self.taken(), b"a\n")
+        self.assertEqual(self.bucket.take_log(name, fail), 0)
+
+    def test_one_of_two_stores_has_a_file_at_a_time(self):
+        self.bucket.append_log("20260102", b"a\n")
+        self.bucket.claim_logs("2026-01-03-00-00-00")
+        name, = self.bucket.spooled_logs()
+        other = Store(self.buckets, self.uploads).bucket("box")
+        self.assertEqual(self.bucket.take_log(name, lambda _: (
+            "first", other.take_log(name, lambda _: "second"))),
+            ("first", 0))
+
+    def test_no_line_is_lost_or_doubled_between_writers_and_claims(self):
+        stores = [Store(self.buckets, self.uploads) for _ in range(2)]
+
+        def write(number):
+            for line in range(150):
+                stores[number % 2].bucket("box").append_log(
+                    "20260102", b"%d of %d\n" % (line, number))
+
+        def claim(number):
+            bucket, found = stores[number].bucket("box"), b""
+            for _ in range(30):
+                bucket.claim_logs("2026-01-03-00-00-00")
+                found += self.taken(bucket)
+            return found
+        found = run_threads(*[bound(write, n) for n in range(4)],
+                            *[bound(claim, n) for n in range(2)])
+        self.bucket.claim_logs("2026-01-03-00-00-00")
+        lines = (b"".join(filter(None, found)) + self.taken()).splitlines()
+        self.assertEqual(len(lines), 600)
+        self.assertEqual(len(set(lines)), 600)
+
+    def test_the_spool_is_bounded(self):
+        with mock.patch.object(gos3rve, "MAX_SPOOLED_BYTES", 30):
+            for _ in range(10):
+                self.bucket.append_log("20260102", b"0123456789\n")
+        path = self.path(gos3rve.STATE, "logs", "20260102")
+        self.assertEqual(os.path.getsize(path), 33)
+        self.assertEqual(len(self.reports), 1)
+        self.bucket.append_log("20260103", b"0123456789\n")
+        self.assertEqual(self.bucket.trim_logs(50), 0)
+        self.assertEqual(self.bucket.trim_logs(20), 33)
+        self.assertEqual(self.logs(), ["20260103"])
+
+    def test_a_deleted_bucket_takes_no_line(self):
+        self.bucket.append_log("20260102", b"a\n")
+        self.store.delete_bucket(self.bucket)
+        with self.assertRaises(S3Error):
+            self.bucket.append_log("20260102", b"b\n")
+        self.assertEqual(os.listdir(self.buckets), [])
+
+
 class UploadCase(StorageCase):
     """Uploads of the bucket `box`."""
 
@@ -9055,8 +9152,7 @@ class RefusedRequests(OperationCase):
 
     # What Terraform, s3cmd and the SDKs' own tests try to set
     CHANGES = {
-        "PUT bucket": (
-            "logging", "notification"),
+        "PUT bucket": ("notification",),
         "GET object": ("torrent",),
         "POST object": ("restore", "select"),
     }
@@ -10521,7 +10617,7 @@ class CorsRequests(OperationCase):
 
 # --- access control ---
 
-class AclRequests(unittest.TestCase):
+class AclCase(unittest.TestCase):
     """Two accounts and the unsigned, on a server with ACLs."""
 
     ownership = "ObjectWriter"
@@ -10547,6 +10643,9 @@ class AclRequests(unittest.TestCase):
     def anonymous(self, method, target, body=b""):
         return self.bob.send(method, target, body, {
             "content-length": str(len(body))} if body else {})
+
+
+class AclRequests(AclCase):
 
     def test_canned_acls_open_a_bucket_to_everybody(self):
         self.alice.put("/box/k", b"1", headers={"x-amz-acl": "public-read"})
@@ -11470,6 +11569,724 @@ class ObjectLockRequests(LockCase):
             "RetainUntilDate"), "2107-01-01T00:00:00.000Z")
 
 
+# --- access logs ---
+
+def logging_xml(inner="", bucket="logs", prefix="x/"):
+    """A LoggingEnabled with more in it."""
+    return ("<LoggingEnabled><TargetBucket>%s</TargetBucket>%s"
+            "<TargetPrefix>%s</TargetPrefix></LoggingEnabled>" % (
+                bucket, inner, prefix))
+
+
+def layout_xml(inner):
+    """A log object's key format."""
+    return "<TargetObjectKeyFormat>%s</TargetObjectKeyFormat>" % inner
+
+
+PARTITIONED = layout_xml("<PartitionedPrefix>%s</PartitionedPrefix>")
+SOURCE = "<PartitionDateSource>%s</PartitionDateSource>"
+
+
+def log_grants(*grants):
+    """The TargetGrants of some (kind, tag, text, permission)."""
+    return "<TargetGrants>%s</TargetGrants>" % "".join(
+        grant_xml(*grant) for grant in grants)
+
+
+class LoggingDocuments(DocumentCase):
+
+    ACCOUNTS = g.Accounts([ALICE, BOB])
+
+    def parse(self, inner):
+        return g.parse_logging(document_element(
+            "BucketLoggingStatus", inner), ALICE.user_id, self.ACCOUNTS)
+
+    def test_documents_that_are_kept_and_given_back(self):
+        for inner in (
+                "", logging_xml(), logging_xml(prefix=""),
+                logging_xml(prefix=" a b/"),
+                logging_xml().replace("</LoggingEnabled>", layout_xml(
+                    "<SimplePrefix></SimplePrefix>") + "</LoggingEnabled>"),
+                logging_xml().replace("</LoggingEnabled>", PARTITIONED % ""
+                                      + "</LoggingEnabled>"),
+                logging_xml().replace(
+                    "</LoggingEnabled>", PARTITIONED % (
+                        SOURCE % "DeliveryTime") + "</LoggingEnabled>"),
+                logging_xml(log_grants(
+                    ("Group", "URI", g.ALL_USERS, "READ"),
+                    ("CanonicalUser", "ID", BOB.user_id, "FULL_CONTROL")))):
+            with self.subTest(inner):
+                logging = self.parse(inner)
+                if logging:
+                    self.kept(logging)
+                text = plain_xml("BucketLoggingStatus", g.logging_children(
+                    logging, ALICE.user_id, self.ACCOUNTS))
+                self.assertEqual(re.sub(
+                    "<DisplayName>.*?</DisplayName>", "", text),
+                    "<BucketLoggingStatus>%s</BucketLoggingStatus>" % inner)
+
+    def test_a_grant_to_the_owner_alone_is_kept(self):
+        logging = self.parse(logging_xml(log_grants(
+            ("AmazonCustomerByEmail", "EmailAddress", ALICE.email,
+             "FULL_CONTROL"))))
+        text = plain_xml("BucketLoggingStatus", g.logging_children(
+            logging, ALICE.user_id, self.ACCOUNTS))
+        self.assertIn("<ID>%s</ID>" % ALICE.user_id, text)
+        self.assertNotIn(ALICE.user_id, json.dumps(logging))
+
+    def test_documents_that_are_refused(self):
+        bob = ("CanonicalUser", "ID", BOB.user_id)
+        for inner in (
+                "<Other/>", "text", logging_xml() * 2,
+                logging_xml("<Other/>"), logging_xml(bucket=""),
+                logging_xml("<TargetBucket>twice</TargetBucket>"),
+                "<LoggingEnabled><TargetPrefix/></LoggingEnabled>",
+                "<LoggingEnabled><TargetBucket>b</TargetBucket>"
+                "</LoggingEnabled>",
+                logging_xml(layout_xml("")),
+                logging_xml(layout_xml("<SimplePrefix/>") * 2),
+                logging_xml(layout_xml("<SimplePrefix/>"
+                                       "<PartitionedPrefix/>")),
+                logging_xml(layout_xml("<SimplePrefix>a</SimplePrefix>")),
+                logging_xml(PARTITIONED % (SOURCE % "Noon")),
+                logging_xml(PARTITIONED % (SOURCE % "EventTime" * 2)),
+                logging_xml(log_grants(bob + ("WRITE_ACP",))),
+                logging_xml(log_grants(bob + ("",))),
+                logging_xml(log_grants(("Group", "ID", "x", "READ"))),
+                logging_xml(log_grants(("Robot", "ID", "x", "READ"))),
+                logging_xml(log_grants(*[bob + ("READ",)] * 100)),
+                logging_xml("<TargetGrants><Grant/></TargetGrants>")):
+            with self.subTest(inner):
+                self.refused("MalformedXML", "", self.parse, inner)
+        for kind, tag, text, code in (
+                ("CanonicalUser", "ID", "nobody", "InvalidArgument"),
+                ("Group", "URI", "http://x", "InvalidArgument"),
+                ("AmazonCustomerByEmail", "EmailAddress", "no@example.com",
+                 "UnresolvableGrantByEmailAddress")):
+            self.refused(code, "", self.parse, logging_xml(log_grants(
+                (kind, tag, text, "READ"))))
+
+    def test_the_key_of_a_log_object(self):
+        bucket = type("", (), {"name": "src", "region": "eu-west-1"})
+        name = "20260102-2026-01-03-04-05-06-0123456789ABCDEF"
+        for layout, key in (
+                ("", "x/2026-01-03-04-05-06-0123456789ABCDEF"),
+                (layout_xml("<SimplePrefix/>"),
+                 "x/2026-01-03-04-05-06-0123456789ABCDEF"),
+                (PARTITIONED % "", "x/me/eu-west-1/src/2026/01/02/"
+                 "2026-01-02-00-00-00-0123456789ABCDEF"),
+                (PARTITIONED % (SOURCE % "EventTime"),
+                 "x/me/eu-west-1/src/2026/01/02/"
+                 "2026-01-02-00-00-00-0123456789ABCDEF"),
+                (PARTITIONED % (SOURCE % "DeliveryTime"),
+                 "x/me/eu-west-1/src/2026/01/03/"
+                 "2026-01-03-04-05-06-0123456789ABCDEF")):
+            with self.subTest(layout):
+                self.assertEqual(g.log_key(self.parse(logging_xml(
+                    layout)), "me", bucket, name), key)
+
+
+class LogLines(unittest.TestCase):
+
+    # What Athena reads logs with: userguide/using-s3-access-logs-to-
+    # identify-requests.html
+    ATHENA = re.compile(
+        r"([^ ]*) ([^ ]*) \[(.*?)\] ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) "
+        r'([^ ]*) ("[^"]*"|-) (-|[0-9]*) ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) '
+        r'([^ ]*) ([^ ]*) ("[^"]*"|-) ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) '
+        r"([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*)\Z")
+    OWNER = "79a59df900b949e55d96a1e698fbacedfd6e09d98eacf8f8d5218e7cd47ef2be"
+    NAME = "amzn-s3-demo-bucket1"
+    HOST = NAME + ".s3.us-west-1.amazonaws.com"
+    GCM, SHA = "ECDHE-RSA-AES128-GCM-SHA256", "ECDHE-RSA-AES128-SHA"
+    POINT = "arn:aws:s3:us-west-1:123456789012:accesspoint/example-AP"
+    # userguide/LogFormat.html: operation, key, URI, status, code, bytes,
+    # size, total, turn-around, seconds, ids, cipher and the last three
+    EXAMPLES = (
+        ("REST.GET.VERSIONING", None, "GET /%s?versioning", 200, None, 113,
+         None, 7, None, 38, "3E57427F3EXAMPLE", "s9lzHYrFp76ZVxRcpX9+5cjA"
+         "nEH2ROuNkd2BHfIa6UkFVdtjf5mKR3/eTPFvsiP/XV/VLi31234=", GCM,
+         POINT, "Yes", "us-east-1"),
+        ("REST.GET.LOGGING_STATUS", None, "GET /%s?logging", 200, None, 242,
+         None, 11, None, 38, "891CE47D2EXAMPLE", "9vKBE6vMhrNiWHZmb2L0mXOc"
+         "qPGzQOI5XLnCtZNPxev+Hf+7tpT6sxDwDty4LHBUOZJG96N1234=", GCM,
+         None, None, "us-east-1"),
+        ("REST.GET.BUCKETPOLICY", None, "GET /%s?policy", 404,
+         "NoSuchBucketPolicy", 297, None, 38, None, 38, "A1206F460EXAMPLE",
+         "BNaBsXZQQDbssi6xMBdBU2sLt+Yf5kZDmeBUP35sFoKa3sLLeMC78iwEIWxs99CR"
+         "UrbS4n11234=", GCM, None, "Yes", "us-west-1"),
+        ("REST.PUT.OBJECT", "s3-dg.pdf", "PUT /%s/s3-dg.pdf", 200, None,
+         None, 4406583, 41754, 28, 117, "DD6CC733AEXAMPLE", "10S62Zv81kBW7"
+         "BB6SX4XJ48o6kpcl6LPwEoizZQQxJd5qDSCTLX0TgS37kYUBKQW3+bPdrg1234=",
+         SHA, None, "Yes", "us-west-1"))
+    PUBLISHED = (
+        '%s %s [06/Feb/2019:00:00:38 +0000] 192.0.2.3 %s 3E57427F3EXAMPLE '
+        'REST.GET.VERSIONING - "GET /%s?versioning HTTP/1.1" 200 - 113 - 7 '
+        '- "-" "S3Console/0.4" - s9lzHYrFp76ZVxRcpX9+5cjAnEH2ROuNkd2BHfIa6'
+        'UkFVdtjf5mKR3/eTPFvsiP/XV/VLi31234= SigV4 '
+        'ECDHE-RSA-AES128-GCM-SHA256 AuthHeader %s TLSV1.2 '
+        'arn:aws:s3:us-west-1:123456789012:accesspoint/example-AP Yes '
+        'us-east-1',
+        '%s %s [06/Feb/2019:00:00:38 +0000] 192.0.2.3 %s 891CE47D2EXAMPLE '
+        'REST.GET.LOGGING_STATUS - "GET /%s?logging HTTP/1.1" 200 - 242 - '
+        '11 - "-" "S3Console/0.4" - 9vKBE6vMhrNiWHZmb2L0mXOcqPGzQOI5XLnCtZ'
+        'NPxev+Hf+7tpT6sxDwDty4LHBUOZJG96N1234= SigV4 '
+        'ECDHE-RSA-AES128-GCM-SHA256 AuthHeader %s TLSV1.2 - - us-east-1',
+        '%s %s [06/Feb/2019:00:00:38 +0000] 192.0.2.3 %s A1206F460EXAMPLE '
+        'REST.GET.BUCKETPOLICY - "GET /%s?policy HTTP/1.1" 404 '
+        'NoSuchBucketPolicy 297 - 38 - "-" "S3Console/0.4" - BNaBsXZQQDbss'
+        'i6xMBdBU2sLt+Yf5kZDmeBUP35sFoKa3sLLeMC78iwEIWxs99CRUrbS4n11234= '
+        'SigV4 ECDHE-RSA-AES128-GCM-SHA256 AuthHeader %s TLSV1.2 - Yes '
+        'us-west-1',
+        '%s %s [06/Feb/2019:00:01:57 +0000] 192.0.2.3 %s DD6CC733AEXAMPLE '
+        'REST.PUT.OBJECT s3-dg.pdf "PUT /%s/s3-dg.pdf HTTP/1.1" 200 - - '
+        '4406583 41754 28 "-" "S3Console/0.4" - 10S62Zv81kBW7BB6SX4XJ48o6k'
+        'pcl6LPwEoizZQQxJd5qDSCTLX0TgS37kYUBKQW3+bPdrg1234= SigV4 '
+        'ECDHE-RSA-AES128-SHA AuthHeader %s TLSV1.2 - Yes us-west-1')
+
+    def line(self, **fields):
+        return g.LogLine("o", "b", 0, "::1", None, "R",
+                         fields.pop("operation", "REST.GET.OBJECT"),
+                         **fields)
+
+    def text(self, **fields):
+        """The fields of such a line as they are read again."""
+        return self.ATHENA.match(g.log_line_text(self.line(
+            **fields))).groups()
+
+    def test_the_lines_that_aws_publishes(self):
+        start = calendar.timegm((2019, 2, 6, 0, 0, 0))
+        for example, published in zip(self.EXAMPLES, self.PUBLISHED):
+            (operation, key, uri, status, code, sent, size, total, turn,
+             second, request_id, host_id, cipher, point, acl,
+             region) = example
+            line = g.LogLine(
+                self.OWNER, self.NAME, start + second, "192.0.2.3",
+                self.OWNER, request_id, operation, key,
+                uri % self.NAME + " HTTP/1.1", status, code, sent, size,
+                total, turn, "-", "S3Console/0.4", None, host_id, "SigV4",
+                cipher, "AuthHeader", self.HOST, "TLSV1.2", point, acl,
+                region)
+            self.assertEqual(g.log_line_text(line), published % (
+                self.OWNER, self.NAME, self.OWNER, self.NAME, self.HOST))
+            self.assertTrue(self.ATHENA.match(g.log_line_text(line)))
+
+    def test_a_key_is_encoded_twice_but_in_batches_once(self):
+        for operation, key, text in (
+                ("REST.GET.OBJECT", "a/b-_.~", "a/b-_.~"),
+                ("REST.GET.OBJECT", "a b%\u00e9\n", "a%2520b%2525%25C3%25A9"
+                 "%250A"),
+                ("WEBSITE.GET.OBJECT", "a b", "a%2520b"),
+                ("BATCH.DELETE.OBJECT", "a b%", "a%20b%25"),
+                ("S3.EXPIRE.OBJECT", "a b\n", "a%20b%0A")):
+            self.assertEqual(self.text(operation=operation, key=key)[7],
+                             text)
+
+    def test_no_text_of_a_client_s_ends_a_field_or_a_line(self):
+        evil = "a b\r\nc\x00\u00e9"
+        fields = self.text(version_id=evil, host=evil, error_code=evil,
+                           request_uri="GET /\n HTTP/1.1", referer="r\r",
+                           user_agent="u\n")
+        self.assertEqual(fields[17], "a%20b%0D%0Ac%00%C3%A9")
+        self.assertEqual(fields[22], fields[17])
+        self.assertEqual((fields[8], fields[15], fields[16]), (
+            '"GET /%0A HTTP/1.1"', '"r%0D"', '"u%0A"'))
+        self.assertEqual(self.text(version_id="", host="")[17], "-")
+
+    def test_signatures_and_tokens_are_not_logged(self):
+        for target, logged in (
+                ("/b/k?X-Amz-Signature=s3cret&x=1",
+                 "/b/k?X-Amz-Signature=REDACTED&x=1"),
+                ("/b/k?AWSAccessKeyId=a&Signature=s3cret%3D",
+                 "/b/k?AWSAccessKeyId=a&Signature=REDACTED"),
+                ("/b/k?X-Amz-Security-Token=s3cret&versionId=2",
+                 "/b/k?X-Amz-Security-Token=REDACTED&versionId=2"),
+                ("/b/X-Amz-Signature=key", "/b/X-Amz-Signature=key")):
+            self.assertEqual(g._SECRETS.sub(r"\1=REDACTED", target), logged)
+
+    def test_what_operations_are_called(self):
+        for name, logged in (
+                ("GetObject", "GET.OBJECT"), ("HeadObject", "HEAD.OBJECT"),
+                ("PutObject", "PUT.OBJECT"), ("CopyObject", "COPY.OBJECT"),
+                ("PostObject", "POST.OBJECT"),
+                ("DeleteObject", "DELETE.OBJECT"),
+                ("DeleteObjects", "POST.MULTI_OBJECT_DELETE"),
+                ("ListObjects", "GET.BUCKET"), ("HeadBucket", "HEAD.BUCKET"),
+                ("ListObjectsV2", "GET.BUCKET"),
+                ("ListObjectVersions", "GET.BUCKETVERSIONS"),
+                ("CreateMultipartUpload", "POST.UPLOADS"),
+                ("UploadPart", "PUT.PART"), ("UploadPartCopy", "COPY.PART"),
+                ("CompleteMultipartUpload", "POST.UPLOAD"),
+                ("AbortMultipartUpload", "DELETE.UPLOAD"),
+                ("ListParts", "GET.UPLOAD"),
+                ("ListMultipartUploads", "GET.UPLOADS"),
+                ("GetBucketVersioning", "GET.VERSIONING"),
+                ("GetBucketLogging", "GET.LOGGING_STATUS"),
+                ("PutBucketLogging", "PUT.LOGGING_STATUS"),
+                ("GetBucketPolicy", "GET.BUCKETPOLICY"),
+                ("GetBucketPolicyStatus", "GET.POLICY_STATUS"),
+                ("GetBucketAcl", "GET.ACL"), ("PutObjectAcl", "PUT.ACL"),
+                ("GetBucketTagging", "GET.TAGGING"),
+                ("GetObjectTagging", "GET.OBJECT_TAGGING"),
+                ("GetBucketRequestPayment", "GET.REQUEST_PAYMENT"),
+                ("GetPublicAccessBlock", "GET.PUBLIC_ACCESS_BLOCK"),
+                ("GetBucketOwnershipControls", "GET.OWNERSHIP_CONTROLS"),
+                ("GetObjectLockConfiguration",
+                 "GET.OBJECT_LOCK_CONFIGURATION"),
+                ("GetObjectAttributes", "GET.OBJECT_ATTRIBUTES"),
+                ("ListBucketIntelligentTieringConfigurations",
+                 "GET.INTELLIGENT_TIERING"),
+                ("GetBucketLifecycleConfiguration", "GET.LIFECYCLE")):
+            row = g.OPERATIONS[name]
+            self.assertEqual(g.log_operation(row, row.method, row.level),
+                             "REST." + logged)
+        for arguments, logged in (
+                ((None, "GET", "bucket"), "REST.GET.BUCKET"),
+                ((None, "OPTIONS", "object"), "REST.OPTIONS.PREFLIGHT"),
+                ((g.OPERATIONS["GetObject"], "GET", "object", True),
+                 "WEBSITE.GET.OBJECT")):
+            self.assertEqual(g.log_operation(*arguments), logged)
+
+
+class LoggingCase(OperationCase):
+    """`box`, whose log may go to `logs`."""
+
+    ALLOWED = {"Version": "2012-10-17", "Statement": [{
+        "Effect": "Allow", "Principal": {"Service": g.LOGGING_SERVICE},
+        "Action": "s3:PutObject", "Resource": "arn:aws:s3:::logs/x/*",
+        "Condition": {"ArnLike": {"aws:SourceArn": "arn:aws:s3:::box"}}}]}
+
+    def setUp(self):
+        super().setUp()
+        self.reports = []
+        self.service = self.server.server.service
+        self.service.store.report = self.reports.append
+        self.forget()
+        self.addCleanup(self.forget)
+        self.ok(self.s3.put("/logs"))
+        self.allow()
+
+    def forget(self):
+        """Both buckets as if they were new, or not there."""
+        shutil.rmtree(self.path(gos3rve.STATE), ignore_errors=True)
+        shutil.rmtree(self.path("..", "logs"), ignore_errors=True)
+
+    def allow(self, policy=None, bucket="logs"):
+        self.ok(self.s3.put("/" + bucket, json.dumps(
+            policy or self.ALLOWED).encode(), {"policy": ""}), 204)
+
+    def put_logging(self, inner="", **target):
+        return self.s3.put("/box", (
+            "<BucketLoggingStatus>%s</BucketLoggingStatus>" % logging_xml(
+                inner, **target)).encode(), {"logging": ""})
+
+    def stop_logging(self):
+        self.ok(self.s3.put("/box", b"<BucketLoggingStatus/>",
+                            {"logging": ""}))
+
+    def deliver(self):
+        """Deliver at once; how many objects."""
+        self.ok(self.s3.head("/logs"))  # what came before it is spooled
+        return g.deliver_logs(self.service, time.time())
+
+    def lines(self, bucket="logs"):
+        """The fields of all delivered lines, by name."""
+        found = []
+        for key in self.s3.keys(bucket, prefix="x/"):
+            text = self.ok(self.s3.get("/%s/%s" % (bucket, key)))
+            found += text.body.decode("latin-1").splitlines()
+        return [g.LogLine(*LogLines.ATHENA.match(line).groups())
+                for line in found]
+
+    def logged(self):
+        self.deliver()
+        return self.lines()
+
+
+class LoggingRequests(LoggingCase):
+
+    def test_it_is_put_given_back_and_turned_off(self):
+        self.ok(self.put_logging())
+        answer = self.ok(self.s3.get("/box", {"logging": ""}))
+        self.assertEqual(answer.one("LoggingEnabled/TargetBucket"), "logs")
+        self.assertIn(logging_xml().encode(), answer.body)
+        self.stop_logging()
+        answer = self.ok(self.s3.get("/box", {"logging": ""}))
+        self.assertEqual(len(answer.xml()), 0)
+
+    def test_targets_that_are_refused(self):
+        self.ok(self.s3.put("/far", (
+            "<CreateBucketConfiguration><LocationConstraint>eu-west-1"
+            "</LocationConstraint></CreateBucketConfiguration>").encode()))
+        self.addCleanup(self.s3.delete, "/far")
+        for bucket, code, words in (
+                ("none", "InvalidTargetBucketForLogging", "does not exist"),
+                ("..", "InvalidTargetBucketForLogging", "does not exist"),
+                ("far", "CrossLocationLoggingProhibitted", "Cross S3")):
+            answer = self.put_logging(bucket=bucket)
+            self.error(answer, code)
+            self.assertIn(words, answer.one("Message"))
+        self.error(self.put_logging(prefix="p" * 1000), "KeyTooLongError")
+        self.error(self.put_logging(log_grants(
+            ("Group", "URI", g.ALL_USERS, "READ"))),
+            "AccessControlListNotSupported")
+        self.assertNotIn("logging", self.service.store.bucket("box").config)
+
+    def test_a_target_that_others_pay_for_or_that_retains_is_refused(self):
+        self.ok(self.s3.put("/logs", (
+            "<RequestPaymentConfiguration><Payer>Requester</Payer>"
+            "</RequestPaymentConfiguration>").encode(),
+            {"requestPayment": ""}))
+        answer = self.put_logging()
+        self.error(answer, "InvalidTargetBucketForLogging")
+        self.assertIn("Requester Pays", answer.one("Message"))
+        shutil.rmtree(self.path("..", "logs"))
+        self.ok(self.s3.put("/logs", headers={
+            "x-amz-bucket-object-lock-enabled": "true"}))
+        self.ok(self.put_logging())
+        body = (b"<ObjectLockConfiguration><ObjectLockEnabled>Enabled"
+                b"</ObjectLockEnabled><Rule><DefaultRetention><Mode>"
+                b"GOVERNANCE</Mode><Days>1</Days></DefaultRetention></Rule>"
+                b"</ObjectLockConfiguration>")
+        self.ok(self.s3.put("/logs", body, {"object-lock": ""}, headers={
+            "content-md5": digest64("md5", body)}))
+        answer = self.put_logging()
+        self.error(answer, "InvalidTargetBucketForLogging")
+        self.assertIn("retention", answer.one("Message"))
+
+    def test_requests_are_logged_with_their_facts(self):
+        self.ok(self.put_logging())
+        agent = {"user-agent": "test/1 (x)", "referer": "http://here/"}
+        answers = [
+            self.s3.put("/box/a b", b"hello"),
+            self.s3.get("/box/a b", headers=agent),
+            self.s3.get("/box/a b", headers={"range": "bytes=1-2"}),
+            self.s3.get("/box/a b", {"versionId": "null"}),
+            self.s3.get("/box/none"), self.s3.head("/box"),
+            self.s3.get("/box/a b", signed=False),
+            self.s3.send("GET", self.s3.presign("GET", "/box/a b")[
+                len(self.s3.url):])]
+        lines = self.logged()
+        self.assertEqual([line[6:8] + line[9:13] for line in lines], [
+            ("REST.PUT.OBJECT", "a%2520b", "200", "-", "-", "5"),
+            ("REST.GET.OBJECT", "a%2520b", "200", "-", "5", "5"),
+            ("REST.GET.OBJECT", "a%2520b", "206", "-", "2", "5"),
+            ("REST.GET.OBJECT", "a%2520b", "200", "-", "5", "5"),
+            ("REST.GET.OBJECT", "none", "404", "NoSuchKey",
+             str(len(answers[4].body)), "-"),
+            ("REST.HEAD.BUCKET", "-", "200", "-", "-", "-"),
+            ("REST.GET.OBJECT", "a%2520b", "403", "AccessDenied",
+             str(len(answers[6].body)), "-"),
+            ("REST.GET.OBJECT", "a%2520b", "200", "-", "5", "5")])
+        owner = self.service.accounts.first.user_id
+        for line, answer in zip(lines, answers):
+            self.assertEqual((line.bucket_owner, line.bucket,
+                              line.remote_ip, line.host), (
+                owner, "box", "127.0.0.1", self.s3.netloc))
+            self.assertEqual(line.request_id,
+                             answer.headers["x-amz-request-id"])
+            self.assertEqual(line.host_id, answer.headers["x-amz-id-2"])
+            self.assertLessEqual(int(line.turn_around_ms),
+                                 int(line.total_ms))
+            moment = time.strptime(line.time, "%d/%b/%Y:%H:%M:%S +0000")
+            self.assertLess(abs(calendar.timegm(moment) - time.time()), 60)
+        self.assertEqual(lines[1].request_uri, '"GET /box/a%20b HTTP/1.1"')
+        self.assertEqual(lines[1][15:17], ('"http://here/"', '"test/1 (x)"'))
+        self.assertEqual(lines[3].version_id, "null")
+        signed = ("SigV4", "-", "AuthHeader")
+        self.assertEqual(lines[0][19:22], signed)
+        self.assertEqual(lines[6][19:22], ("-", "-", "-"))
+        self.assertEqual(lines[6].requester, "-")
+        self.assertEqual(lines[7][19:22], ("SigV4", "-", "QueryString"))
+        self.assertIn("X-Amz-Signature=REDACTED", lines[7].request_uri)
+
+    def test_refused_before_the_bucket_was_looked_for(self):
+        self.ok(self.put_logging())
+        self.s3.send("GET", "/box/k", headers={
+            "authorization": "AWS4-HMAC-SHA256 x"})
+        self.s3.request("OPTIONS", "/box/k", headers={
+            "origin": "http://x", "access-control-request-method": "GET"})
+        self.s3.put("/box", query={"unknown": ""})
+        self.s3.get("/none/k")
+        self.assertEqual([line[6] + " " + line[10]
+                          for line in self.logged()], [
+            "REST.GET.OBJECT AuthorizationHeaderMalformed",
+            "REST.OPTIONS.PREFLIGHT AccessForbidden",
+            "REST.PUT.BUCKET NotImplemented"])
+
+    def test_each_key_of_a_batch_and_the_source_of_a_copy(self):
+        self.fill("a", "b c")
+        self.ok(self.put_logging())
+        self.ok(self.s3.put("/logs/copy", headers={
+            "x-amz-copy-source": "/box/b%20c"}))
+        body = (b"<Delete><Object><Key>b c</Key></Object><Object><Key>none"
+                b"</Key></Object><Object><Key>a</Key><VersionId>bad"
+                b"</VersionId></Object><Quiet>true</Quiet></Delete>")
+        self.ok(self.s3.post("/box", {"delete": ""}, body, headers={
+            "content-md5": digest64("md5", body)}))
+        lines = self.logged()
+        self.assertEqual([line[6:8] + line[9:11] + line[12:13]
+                          + line[17:18] for line in lines], [
+            ("REST.COPY.OBJECT_GET", "b%2520c", "200", "-", "1", "-"),
+            ("REST.POST.MULTI_OBJECT_DELETE", "-", "200", "-", "-", "-"),
+            ("BATCH.DELETE.OBJECT", "b%20c", "204", "-", "-", "-"),
+            ("BATCH.DELETE.OBJECT", "none", "204", "-", "-", "-"),
+            ("BATCH.DELETE.OBJECT", "a", "404", "NoSuchVersion", "-",
+             "bad")])
+        self.assertEqual(lines[0].request_uri,
+                         '"PUT /logs/copy HTTP/1.1"')
+        self.assertEqual(len({line.request_id for line in lines[1:]}), 1)
+
+    def test_what_lifecycle_rules_do_is_logged(self):
+        self.fill("old")
+        body = ("<LifecycleConfiguration>%s</LifecycleConfiguration>" % rule(
+            DAYS % 1)).encode()
+        self.ok(self.s3.put("/box", body, {"lifecycle": ""}, headers={
+            "content-md5": digest64("md5", body)}))
+        self.ok(self.put_logging())
+        g.run_lifecycle(self.service, time.time() + 3 * 86400)
+        line, = self.logged()
+        self.assertEqual((line.operation, line.key, line.requester,
+                          line.object_size, line.request_uri), (
+            "S3.EXPIRE.OBJECT", "old", "AmazonS3", "1", "-"))
+
+    def test_a_website_s_requests_have_their_own_name(self):
+        self.fill("page")
+        self.ok(self.put_logging())
+        self.s3.send("GET", "/page", headers={
+            "host": "box.s3-website.localhost:1"})
+        line, = self.logged()
+        self.assertEqual((line.operation, line.status, line.error_code), (
+            "WEBSITE.GET.OBJECT", "404", "NoSuchWebsiteConfiguration"))
+
+    def test_a_new_target_gets_what_comes_after_it(self):
+        self.ok(self.put_logging())
+        self.fill("one")
+        self.ok(self.put_logging(prefix="x/second-"))
+        first = self.s3.keys("logs")
+        self.assertEqual(len(first), 1)
+        self.fill("two")
+        self.stop_logging()
+        self.fill("three")
+        self.assertEqual(self.deliver(), 0)
+        self.assertEqual([key.startswith("x/second-") for key in
+                          self.s3.keys("logs")], [False, True])
+        self.assertEqual([line.key for line in self.lines()],
+                         ["one", "-", "two"])
+
+    def test_nothing_is_spooled_without_a_configuration(self):
+        self.fill("k")
+        self.s3.get("/box/k")
+        self.assertFalse(os.path.exists(self.path(gos3rve.STATE, "logs")))
+
+
+class LogDelivery(LoggingCase):
+
+    def test_the_object_is_the_target_owner_s_under_its_key(self):
+        self.ok(self.put_logging())
+        self.fill("k")
+        self.assertEqual(self.deliver(), 1)
+        self.assertEqual(self.deliver(), 0)
+        key, = self.s3.keys("logs")
+        self.assertRegex(key, r"\Ax/\d{4}(-\d\d){5}-[0-9A-F]{16}\Z")
+        answer = self.ok(self.s3.head("/logs/" + key))
+        self.assertEqual(answer.headers["content-type"], "text/plain")
+        answer = self.ok(self.s3.get("/logs/" + key, {"acl": ""}))
+        self.assertEqual(answer.all("AccessControlList/Grant/Grantee/ID"), [
+            self.service.accounts.first.user_id])
+
+    def test_a_partitioned_key(self):
+        self.ok(self.put_logging(PARTITIONED % (SOURCE % "EventTime")))
+        self.fill("k")
+        self.deliver()
+        key, = self.s3.keys("logs")
+        self.assertRegex(key, r"\Ax/%s/us-east-1/box/(\d{4})/(\d\d)/(\d\d)"
+                         r"/\1-\2-\3-00-00-00-[0-9A-F]{16}\Z"
+                         % self.service.accounts.first.user_id)
+
+    def test_the_target_may_be_the_source(self):
+        self.ok(self.put_logging(bucket="box"))
+        policy = json.loads(json.dumps(self.ALLOWED).replace(
+            ":::logs/x/", ":::box/x/"))
+        self.allow(policy, "box")
+        self.fill("k")
+        self.assertEqual(self.deliver(), 1)
+        self.assertEqual(self.deliver(), 0)     # it does not log itself
+        self.assertEqual([line.operation for line in self.lines("box")], [
+            "REST.PUT.BUCKETPOLICY", "REST.PUT.OBJECT"])
+
+    def test_versions_encryption_and_retention_of_the_target_hold(self):
+        self.ok(self.put_logging())
+        body = (b"<ServerSideEncryptionConfiguration><Rule>"
+                b"<ApplyServerSideEncryptionByDefault><SSEAlgorithm>AES256"
+                b"</SSEAlgorithm></ApplyServerSideEncryptionByDefault>"
+                b"</Rule></ServerSideEncryptionConfiguration>")
+        if g.libcrypto():
+            self.ok(self.s3.put("/logs", body, {"encryption": ""}, headers={
+                "content-md5": digest64("md5", body)}))
+        self.service.store.update_bucket(
+            self.service.store.bucket("logs"), lambda config: config.update(
+                versioning="Enabled",
+                object_lock={"Mode": "GOVERNANCE", "Days": 1}))
+        self.fill("k")
+        self.assertEqual(self.deliver(), 1)
+        key, = self.s3.keys("logs")
+        headers = self.ok(self.s3.head("/logs/" + key)).headers
+        self.assertEqual(headers["x-amz-object-lock-mode"], "GOVERNANCE")
+        self.assertRegex(headers["x-amz-version-id"], r"\A[0-9a-f]{32}\Z")
+        if g.libcrypto():
+            self.assertEqual(headers["x-amz-server-side-encryption"],
+                             "AES256")
+        self.assertEqual([line.key for line in self.lines()], ["k"])
+
+    def test_it_waits_for_its_permission(self):
+        self.ok(self.s3.delete("/logs", {"policy": ""}), 204)
+        self.ok(self.put_logging())   # where ACLs are off S3 takes it
+        self.fill("k")
+        self.assertEqual(self.deliver(), 0)
+        self.assertIn("not delivered: AccessDenied", self.reports[0])
+        denied = json.loads(json.dumps(self.ALLOWED).replace(
+            "s3:::box", "s3:::other"))
+        self.allow(denied)
+        self.assertEqual(self.deliver(), 0)
+        self.allow()
+        self.assertEqual(self.deliver(), 1)
+        self.assertEqual([line.key for line in self.lines()], ["k"])
+
+    def test_a_target_that_is_gone_costs_a_bounded_spool(self):
+        self.ok(self.put_logging())
+        shutil.rmtree(self.path("..", "logs"))
+        with mock.patch.object(g, "MAX_SPOOLED_BYTES", 3000):
+            for number in range(30):
+                self.s3.put("/box/k%d" % number, b"x")
+                if number % 10 == 9:
+                    g.deliver_logs(self.service, time.time())
+            logs = self.path(gos3rve.STATE, "logs")
+            size = sum(os.path.getsize(os.path.join(logs, name))
+                       for name in os.listdir(logs))
+        self.assertLess(size, 2 * 3000)
+        self.assertIn("NoSuchBucket", self.reports[0])
+
+    def test_a_crash_after_the_publication_delivers_nothing_twice(self):
+        class Crash(BaseException):
+            pass
+
+        def crash(request):
+            real(request)
+            raise Crash
+        for versioning in (None, "Enabled"):
+            real = g.put_object
+            self.service.store.update_bucket(
+                self.service.store.bucket("logs"),
+                lambda config: config.update(versioning=versioning))
+            self.ok(self.put_logging())
+            self.fill("k")
+            self.s3.head("/logs")
+            with mock.patch.object(g, "put_object", crash):
+                with self.assertRaises(Crash):
+                    g.deliver_logs(self.service, time.time())
+            self.assertEqual(len(self.service.store.bucket(
+                "box").spooled_logs()), 1)
+            self.deliver()
+            self.assertEqual(self.service.store.bucket(
+                "box").spooled_logs(), [])
+        answer = self.ok(self.s3.get("/logs", {"versions": ""}))
+        self.assertEqual(len(answer.all("Version")), 2)
+
+    def test_several_deliverers_make_each_line_once(self):
+        self.ok(self.put_logging())
+        for number in range(8):
+            self.fill("k%d" % number)
+        self.s3.head("/logs")
+        counts = together(6, lambda _: g.deliver_logs(
+            self.service, time.time()))
+        self.assertEqual(sum(counts), len(self.s3.keys("logs")))
+        self.assertEqual(sorted(line.key for line in self.lines()),
+                         ["k%d" % number for number in range(8)])
+
+
+class LoggingWithAcls(AclCase):
+    """The log delivery group, target grants, other owners."""
+
+    def put_logging(self, inner="", client=None, bucket="box"):
+        return (client or self.alice).put("/" + bucket, (
+            "<BucketLoggingStatus>%s</BucketLoggingStatus>"
+            % logging_xml(inner)).encode(), {"logging": ""})
+
+    def logs(self, acl="log-delivery-write"):
+        self.assertEqual(self.alice.put("/logs").status, 200)
+        self.assertEqual(self.alice.put("/logs", query={"acl": ""}, headers={
+            "x-amz-acl": acl}).status, 200)
+
+    def test_the_group_needs_its_permissions(self):
+        self.logs("private")
+        answer = self.put_logging()
+        self.assertEqual((answer.code, answer.one("Message")), (
+            "InvalidTargetBucketForLogging", "You must give the log-delivery "
+            "group WRITE and READ_ACP permissions to the target bucket"))
+        group = 'uri="%s"' % g.LOG_DELIVERY
+        self.alice.put("/logs", query={"acl": ""}, headers={
+            "x-amz-grant-write": group})
+        self.assertEqual(self.put_logging().status, 400)
+        self.alice.put("/logs", query={"acl": ""}, headers={
+            "x-amz-grant-write": group, "x-amz-grant-read-acp": group})
+        self.assertEqual(self.put_logging().status, 200)
+        self.alice.put("/logs", query={"acl": ""}, headers={
+            "x-amz-acl": "private"})
+        self.alice.put("/logs", json.dumps(LoggingCase.ALLOWED).encode(),
+                       {"policy": ""})
+        self.assertEqual(self.put_logging().status, 200)
+
+    def test_the_owner_alone_and_to_a_bucket_of_the_same_owner(self):
+        self.logs()
+        self.alice.put("/box", json.dumps({
+            "Version": "2012-10-17", "Statement": [{
+                "Effect": "Allow", "Principal": "*",
+                "Action": "s3:PutBucketLogging",
+                "Resource": "arn:aws:s3:::box"}]}).encode(), {"policy": ""})
+        self.assertEqual(self.put_logging(client=self.bob).code,
+                         "AccessDenied")
+        self.bob.put("/bobs")
+        answer = self.put_logging(client=self.bob, bucket="bobs")
+        self.assertEqual((answer.code, answer.one("Message")[:17]), (
+            "InvalidTargetBucketForLogging", "The owner for the"))
+
+    def test_grants_and_the_need_of_an_acl(self):
+        self.logs()
+        self.assertEqual(self.put_logging(log_grants(
+            ("CanonicalUser", "ID", BOB.user_id, "READ"))).status, 200)
+        self.alice.put("/box/k", b"x", headers={"x-amz-acl": "public-read"})
+        for client in (self.alice, self.bob):
+            client.get("/box/k")
+            client.get("/none")         # the line before it is spooled
+        self.assertEqual(g.deliver_logs(self.server.server.service,
+                                        time.time()), 1)
+        key, = self.alice.keys("logs")
+        text = self.bob.get("/logs/" + key).body.decode()
+        lines = [g.LogLine(*LogLines.ATHENA.match(line).groups())
+                 for line in text.splitlines()]
+        self.assertEqual([(line.requester, line.acl_required)
+                          for line in lines], [
+            (ALICE.user_id, "-"), (ALICE.user_id, "-"),
+            (BOB.user_id, "Yes")])
+        answer = self.alice.get("/logs/" + key, {"acl": ""})
+        self.assertEqual(answer.all("AccessControlList/Grant/Permission"), [
+            "READ", "FULL_CONTROL"])
+
+    def test_a_target_made_anew_by_somebody_else_gets_nothing(self):
+        self.logs()
+        self.assertEqual(self.put_logging().status, 200)
+        self.alice.put("/box/k", b"x")
+        self.assertEqual(self.alice.delete("/logs").status, 204)
+        self.alice.get("/none")
+        self.assertEqual(self.bob.put("/logs").status, 200)
+        self.bob.put("/logs", query={"acl": ""}, headers={
+            "x-amz-acl": "log-delivery-write"})
+        self.assertEqual(g.deliver_logs(self.server.server.service,
+                                        time.time()), 0)
+        self.assertEqual(self.bob.keys("logs"), [])
+
+
 # --- lifecycle: the document ---
 
 def at(text):
@@ -12008,14 +12825,13 @@ class LifecycleRequests(LockCase):
 
     def test_what_changed_meanwhile_is_left(self):
         self.fill("k")
-        store = self.server.store
-        bucket = store.bucket("box")
+        service = self.server.server.service
+        bucket = service.store.bucket("box")
         info = bucket.find("k")
         self.ok(self.s3.put("/box/k", b"new"))
-        self.assertFalse(gos3rve._carry_out(
-            store, bucket, info, gos3rve.Due("expire", "r")))
-        self.assertFalse(gos3rve._carry_out(
-            store, bucket, info, gos3rve.Due("transition", "r", "GLACIER")))
+        for due in (gos3rve.Due("expire", "r"),
+                    gos3rve.Due("transition", "r", "GLACIER")):
+            self.assertFalse(gos3rve._carry_out(service, bucket, info, due))
         self.body("k", b"new")
         self.assertNotIn("x-amz-storage-class",
                          self.s3.head("/box/k").headers)
@@ -15804,6 +16620,22 @@ class ServerTls(HttpCase):
         self.assertEqual(self.ok(answer, 206).body, data[5:10])
         self.assertEqual(self.s3.keys("box"), ["k"])
 
+    def test_the_access_log_of_a_bucket_names_cipher_and_version(self):
+        for path, body in (("/logs", b""), ("/box", (
+                "<BucketLoggingStatus>%s</BucketLoggingStatus>"
+                % logging_xml()).encode())):
+            self.ok(self.s3.put(path, body, {"logging": ""} if body else {}))
+        self.s3.head("/box")
+        self.s3.head("/none")
+        logs = self.path(gos3rve.STATE, "logs")
+        with open(os.path.join(logs, os.listdir(logs)[0])) as file:
+            line = gos3rve.LogLine(*LogLines.ATHENA.match(
+                file.readline().rstrip("\n")).groups())
+        shutil.rmtree(self.path(gos3rve.STATE))
+        self.assertEqual(line.operation, "REST.HEAD.BUCKET")
+        self.assertRegex(line.tls_version, r"\ATLSv1\.[23]\Z")
+        self.assertRegex(line.cipher, r"\A[A-Z][A-Z0-9_-]+\Z")
+
     def test_trailers_are_checked(self):
         data = b"hello world" * 1000
         for checksum, status in ((crc64(data), 200), (crc64(b"x"), 400)):
@@ -16117,6 +16949,47 @@ class ConcurrentWrites(unittest.TestCase):
                          {"PreconditionFailed"})
         self.assertEqual(clients[0].get(key).etag, won[0].etag)
         return won[0].headers["etag"]
+
+
+class LogsOfTwoServers(unittest.TestCase):
+    """Two servers on one directory, one of them killed: every line that
+    was spooled is delivered, and none twice."""
+
+    def configure(self, client):
+        """`box` logs to `logs`."""
+        for path, query, body in (
+                ("/logs", "policy", json.dumps(LoggingCase.ALLOWED)),
+                ("/box", "logging", "<BucketLoggingStatus>%s"
+                 "</BucketLoggingStatus>" % logging_xml())):
+            answer = client.put(path, body.encode(), {query: ""})
+            self.assertIn(answer.status, (200, 204), answer.body)
+
+    def delivered(self, client):
+        """The request ids of all delivered lines."""
+        text = "".join(client.get("/logs/" + key).body.decode()
+                       for key in client.keys("logs"))
+        return [line.split()[6] for line in text.splitlines()]
+
+    def test_each_line_is_delivered_once(self):
+        directory, ids = temporary_directory(self), []
+        options = ("-bucket", "box", "-bucket", "logs", "-day_seconds", "1")
+        with ServerProcess(directory, *options) as one, \
+                ServerProcess(directory, *options) as two:
+            clients = [one.client(), two.client()]
+            self.configure(clients[0])
+            for number in range(60):
+                answer = clients[number % 2].put("/box/k%d" % number, b"x")
+                ids.append(answer.headers["x-amz-request-id"])
+            for client in clients:
+                client.get("/none")     # the lines before it are spooled
+                client.close()
+            one.kill()
+            client = two.client()
+            self.addCleanup(client.close)
+            wait_for(lambda: set(ids) <= set(self.delivered(client)))
+            found = self.delivered(client)
+            self.assertEqual(len(found), len(set(found)))
+
 
 ###############################################################################
 # 11. Configuration and command line
