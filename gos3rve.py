@@ -4147,7 +4147,7 @@ class Bucket:
         stays when deliver() raises."""
         path = os.path.join(self._state, "logs", name)
         try:
-            file = open(path, "rb")
+            file = open(path, "r+b")    # NFS locks no other for writing
         except _ABSENT:
             return 0
         with file:

@@ -11686,63 +11686,50 @@ class LoggingDocuments(DocumentCase):
                     layout)), "me", bucket, name), key)
 
 
+# How Athena reads logs: userguide/using-s3-access-logs-to-identify-
+# requests.html
+ATHENA = re.compile(
+    r"([^ ]*) ([^ ]*) \[(.*?)\] ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) "
+    r'([^ ]*) ("[^"]*"|-) (-|[0-9]*) ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) '
+    r'([^ ]*) ([^ ]*) ("[^"]*"|-) ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) '
+    r"([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*)\Z")
+
+
+def read_log(text):
+    """The lines of a log, as LogLines of texts."""
+    return [g.LogLine(*ATHENA.match(line).groups())
+            for line in text.splitlines()]
+
+
 class LogLines(unittest.TestCase):
 
-    # What Athena reads logs with: userguide/using-s3-access-logs-to-
-    # identify-requests.html
-    ATHENA = re.compile(
-        r"([^ ]*) ([^ ]*) \[(.*?)\] ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) "
-        r'([^ ]*) ("[^"]*"|-) (-|[0-9]*) ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) '
-        r'([^ ]*) ([^ ]*) ("[^"]*"|-) ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) '
-        r"([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*) ([^ ]*)\Z")
-    OWNER = "79a59df900b949e55d96a1e698fbacedfd6e09d98eacf8f8d5218e7cd47ef2be"
-    NAME = "amzn-s3-demo-bucket1"
-    HOST = NAME + ".s3.us-west-1.amazonaws.com"
-    GCM, SHA = "ECDHE-RSA-AES128-GCM-SHA256", "ECDHE-RSA-AES128-SHA"
-    POINT = "arn:aws:s3:us-west-1:123456789012:accesspoint/example-AP"
-    # userguide/LogFormat.html: operation, key, URI, status, code, bytes,
-    # size, total, turn-around, seconds, ids, cipher and the last three
-    EXAMPLES = (
-        ("REST.GET.VERSIONING", None, "GET /%s?versioning", 200, None, 113,
-         None, 7, None, 38, "3E57427F3EXAMPLE", "s9lzHYrFp76ZVxRcpX9+5cjA"
-         "nEH2ROuNkd2BHfIa6UkFVdtjf5mKR3/eTPFvsiP/XV/VLi31234=", GCM,
-         POINT, "Yes", "us-east-1"),
-        ("REST.GET.LOGGING_STATUS", None, "GET /%s?logging", 200, None, 242,
-         None, 11, None, 38, "891CE47D2EXAMPLE", "9vKBE6vMhrNiWHZmb2L0mXOc"
-         "qPGzQOI5XLnCtZNPxev+Hf+7tpT6sxDwDty4LHBUOZJG96N1234=", GCM,
-         None, None, "us-east-1"),
-        ("REST.GET.BUCKETPOLICY", None, "GET /%s?policy", 404,
-         "NoSuchBucketPolicy", 297, None, 38, None, 38, "A1206F460EXAMPLE",
-         "BNaBsXZQQDbssi6xMBdBU2sLt+Yf5kZDmeBUP35sFoKa3sLLeMC78iwEIWxs99CR"
-         "UrbS4n11234=", GCM, None, "Yes", "us-west-1"),
-        ("REST.PUT.OBJECT", "s3-dg.pdf", "PUT /%s/s3-dg.pdf", 200, None,
-         None, 4406583, 41754, 28, 117, "DD6CC733AEXAMPLE", "10S62Zv81kBW7"
-         "BB6SX4XJ48o6kpcl6LPwEoizZQQxJd5qDSCTLX0TgS37kYUBKQW3+bPdrg1234=",
-         SHA, None, "Yes", "us-west-1"))
+    # userguide/LogFormat.html; %o: the owner, %b: the bucket
     PUBLISHED = (
-        '%s %s [06/Feb/2019:00:00:38 +0000] 192.0.2.3 %s 3E57427F3EXAMPLE '
-        'REST.GET.VERSIONING - "GET /%s?versioning HTTP/1.1" 200 - 113 - 7 '
+        '%o %b [06/Feb/2019:00:00:38 +0000] 192.0.2.3 %o 3E57427F3EXAMPLE '
+        'REST.GET.VERSIONING - "GET /%b?versioning HTTP/1.1" 200 - 113 - 7 '
         '- "-" "S3Console/0.4" - s9lzHYrFp76ZVxRcpX9+5cjAnEH2ROuNkd2BHfIa6'
         'UkFVdtjf5mKR3/eTPFvsiP/XV/VLi31234= SigV4 '
-        'ECDHE-RSA-AES128-GCM-SHA256 AuthHeader %s TLSV1.2 '
-        'arn:aws:s3:us-west-1:123456789012:accesspoint/example-AP Yes '
-        'us-east-1',
-        '%s %s [06/Feb/2019:00:00:38 +0000] 192.0.2.3 %s 891CE47D2EXAMPLE '
-        'REST.GET.LOGGING_STATUS - "GET /%s?logging HTTP/1.1" 200 - 242 - '
+        'ECDHE-RSA-AES128-GCM-SHA256 AuthHeader '
+        '%b.s3.us-west-1.amazonaws.com TLSV1.2 arn:aws:s3:us-west-1:'
+        '123456789012:accesspoint/example-AP Yes us-east-1',
+        '%o %b [06/Feb/2019:00:00:38 +0000] 192.0.2.3 %o 891CE47D2EXAMPLE '
+        'REST.GET.LOGGING_STATUS - "GET /%b?logging HTTP/1.1" 200 - 242 - '
         '11 - "-" "S3Console/0.4" - 9vKBE6vMhrNiWHZmb2L0mXOcqPGzQOI5XLnCtZ'
         'NPxev+Hf+7tpT6sxDwDty4LHBUOZJG96N1234= SigV4 '
-        'ECDHE-RSA-AES128-GCM-SHA256 AuthHeader %s TLSV1.2 - - us-east-1',
-        '%s %s [06/Feb/2019:00:00:38 +0000] 192.0.2.3 %s A1206F460EXAMPLE '
-        'REST.GET.BUCKETPOLICY - "GET /%s?policy HTTP/1.1" 404 '
+        'ECDHE-RSA-AES128-GCM-SHA256 AuthHeader '
+        '%b.s3.us-west-1.amazonaws.com TLSV1.2 - - us-east-1',
+        '%o %b [06/Feb/2019:00:00:38 +0000] 192.0.2.3 %o A1206F460EXAMPLE '
+        'REST.GET.BUCKETPOLICY - "GET /%b?policy HTTP/1.1" 404 '
         'NoSuchBucketPolicy 297 - 38 - "-" "S3Console/0.4" - BNaBsXZQQDbss'
         'i6xMBdBU2sLt+Yf5kZDmeBUP35sFoKa3sLLeMC78iwEIWxs99CRUrbS4n11234= '
-        'SigV4 ECDHE-RSA-AES128-GCM-SHA256 AuthHeader %s TLSV1.2 - Yes '
-        'us-west-1',
-        '%s %s [06/Feb/2019:00:01:57 +0000] 192.0.2.3 %s DD6CC733AEXAMPLE '
-        'REST.PUT.OBJECT s3-dg.pdf "PUT /%s/s3-dg.pdf HTTP/1.1" 200 - - '
+        'SigV4 ECDHE-RSA-AES128-GCM-SHA256 AuthHeader '
+        '%b.s3.us-west-1.amazonaws.com TLSV1.2 - Yes us-west-1',
+        '%o %b [06/Feb/2019:00:01:57 +0000] 192.0.2.3 %o DD6CC733AEXAMPLE '
+        'REST.PUT.OBJECT s3-dg.pdf "PUT /%b/s3-dg.pdf HTTP/1.1" 200 - - '
         '4406583 41754 28 "-" "S3Console/0.4" - 10S62Zv81kBW7BB6SX4XJ48o6k'
         'pcl6LPwEoizZQQxJd5qDSCTLX0TgS37kYUBKQW3+bPdrg1234= SigV4 '
-        'ECDHE-RSA-AES128-SHA AuthHeader %s TLSV1.2 - Yes us-west-1')
+        'ECDHE-RSA-AES128-SHA AuthHeader %b.s3.us-west-1.amazonaws.com '
+        'TLSV1.2 - Yes us-west-1')
 
     def line(self, **fields):
         return g.LogLine("o", "b", 0, "::1", None, "R",
@@ -11750,26 +11737,23 @@ class LogLines(unittest.TestCase):
                          **fields)
 
     def text(self, **fields):
-        """The fields of such a line as they are read again."""
-        return self.ATHENA.match(g.log_line_text(self.line(
-            **fields))).groups()
+        """Such a line as it is read again."""
+        line, = read_log(g.log_line_text(self.line(**fields)))
+        return line
 
     def test_the_lines_that_aws_publishes(self):
-        start = calendar.timegm((2019, 2, 6, 0, 0, 0))
-        for example, published in zip(self.EXAMPLES, self.PUBLISHED):
-            (operation, key, uri, status, code, sent, size, total, turn,
-             second, request_id, host_id, cipher, point, acl,
-             region) = example
-            line = g.LogLine(
-                self.OWNER, self.NAME, start + second, "192.0.2.3",
-                self.OWNER, request_id, operation, key,
-                uri % self.NAME + " HTTP/1.1", status, code, sent, size,
-                total, turn, "-", "S3Console/0.4", None, host_id, "SigV4",
-                cipher, "AuthHeader", self.HOST, "TLSV1.2", point, acl,
-                region)
-            self.assertEqual(g.log_line_text(line), published % (
-                self.OWNER, self.NAME, self.OWNER, self.NAME, self.HOST))
-            self.assertTrue(self.ATHENA.match(g.log_line_text(line)))
+        for text in self.PUBLISHED:
+            text = text.replace("%b", "amzn-s3-demo-bucket1").replace(
+                "%o", "79a59df900b949e55d96a1e698fbacedfd6e09d98eacf8f8d5218e"
+                "7cd47ef2be")
+            read = read_log(text)[0]
+            line = g.LogLine(*[
+                None if field == "-" else field.strip('"') for field in read])
+            self.assertEqual(g.log_line_text(line._replace(
+                time=calendar.timegm(time.strptime(
+                    read.time, "%d/%b/%Y:%H:%M:%S +0000")))), text)
+        self.assertEqual((read.bytes_sent, read.source_region), (
+            "-", "us-west-1"))
 
     def test_a_key_is_encoded_twice_but_in_batches_once(self):
         for operation, key, text in (
@@ -11779,7 +11763,7 @@ class LogLines(unittest.TestCase):
                 ("WEBSITE.GET.OBJECT", "a b", "a%2520b"),
                 ("BATCH.DELETE.OBJECT", "a b%", "a%20b%25"),
                 ("S3.EXPIRE.OBJECT", "a b\n", "a%20b%0A")):
-            self.assertEqual(self.text(operation=operation, key=key)[7],
+            self.assertEqual(self.text(operation=operation, key=key).key,
                              text)
 
     def test_no_text_of_a_client_s_ends_a_field_or_a_line(self):
@@ -11787,11 +11771,12 @@ class LogLines(unittest.TestCase):
         fields = self.text(version_id=evil, host=evil, error_code=evil,
                            request_uri="GET /\n HTTP/1.1", referer="r\r",
                            user_agent="u\n")
-        self.assertEqual(fields[17], "a%20b%0D%0Ac%00%C3%A9")
-        self.assertEqual(fields[22], fields[17])
-        self.assertEqual((fields[8], fields[15], fields[16]), (
+        self.assertEqual(fields.version_id, "a%20b%0D%0Ac%00%C3%A9")
+        self.assertEqual(fields.host, fields.version_id)
+        self.assertEqual((fields.request_uri, fields.referer,
+                          fields.user_agent), (
             '"GET /%0A HTTP/1.1"', '"r%0D"', '"u%0A"'))
-        self.assertEqual(self.text(version_id="", host="")[17], "-")
+        self.assertEqual(self.text(version_id="").version_id, "-")
 
     def test_signatures_and_tokens_are_not_logged(self):
         for target, logged in (
@@ -11891,12 +11876,9 @@ class LoggingCase(OperationCase):
 
     def lines(self, bucket="logs"):
         """The fields of all delivered lines, by name."""
-        found = []
-        for key in self.s3.keys(bucket, prefix="x/"):
-            text = self.ok(self.s3.get("/%s/%s" % (bucket, key)))
-            found += text.body.decode("latin-1").splitlines()
-        return [g.LogLine(*LogLines.ATHENA.match(line).groups())
-                for line in found]
+        return read_log("".join(
+            self.ok(self.s3.get("/%s/%s" % (bucket, key))).body.decode()
+            for key in self.s3.keys(bucket, prefix="x/")))
 
     def logged(self):
         self.deliver()
@@ -11991,14 +11973,21 @@ class LoggingRequests(LoggingCase):
             moment = time.strptime(line.time, "%d/%b/%Y:%H:%M:%S +0000")
             self.assertLess(abs(calendar.timegm(moment) - time.time()), 60)
         self.assertEqual(lines[1].request_uri, '"GET /box/a%20b HTTP/1.1"')
-        self.assertEqual(lines[1][15:17], ('"http://here/"', '"test/1 (x)"'))
+        self.assertEqual((lines[1].referer, lines[1].user_agent), (
+            '"http://here/"', '"test/1 (x)"'))
+        self.assertEqual((lines[0].referer, lines[0].user_agent),
+                         ('"-"', '"-"'))
         self.assertEqual(lines[3].version_id, "null")
-        signed = ("SigV4", "-", "AuthHeader")
-        self.assertEqual(lines[0][19:22], signed)
-        self.assertEqual(lines[6][19:22], ("-", "-", "-"))
-        self.assertEqual(lines[6].requester, "-")
-        self.assertEqual(lines[7][19:22], ("SigV4", "-", "QueryString"))
+        for index, requester, signature, kind in (
+                (0, owner, "SigV4", "AuthHeader"), (6, "-", "-", "-"),
+                (7, owner, "SigV4", "QueryString")):
+            line = lines[index]
+            self.assertEqual((line.requester, line.signature, line.cipher,
+                              line.authentication, line.tls_version),
+                             (requester, signature, "-", kind, "-"))
         self.assertIn("X-Amz-Signature=REDACTED", lines[7].request_uri)
+        self.assertEqual({(line.access_point_arn, line.source_region)
+                          for line in lines}, {("-", "-")})
 
     def test_refused_before_the_bucket_was_looked_for(self):
         self.ok(self.put_logging())
@@ -12262,9 +12251,7 @@ class LoggingWithAcls(AclCase):
         self.assertEqual(g.deliver_logs(self.server.server.service,
                                         time.time()), 1)
         key, = self.alice.keys("logs")
-        text = self.bob.get("/logs/" + key).body.decode()
-        lines = [g.LogLine(*LogLines.ATHENA.match(line).groups())
-                 for line in text.splitlines()]
+        lines = read_log(self.bob.get("/logs/" + key).body.decode())
         self.assertEqual([(line.requester, line.acl_required)
                           for line in lines], [
             (ALICE.user_id, "-"), (ALICE.user_id, "-"),
@@ -16629,8 +16616,7 @@ class ServerTls(HttpCase):
         self.s3.head("/none")
         logs = self.path(gos3rve.STATE, "logs")
         with open(os.path.join(logs, os.listdir(logs)[0])) as file:
-            line = gos3rve.LogLine(*LogLines.ATHENA.match(
-                file.readline().rstrip("\n")).groups())
+            line = read_log(file.read())[0]
         shutil.rmtree(self.path(gos3rve.STATE))
         self.assertEqual(line.operation, "REST.HEAD.BUCKET")
         self.assertRegex(line.tls_version, r"\ATLSv1\.[23]\Z")
@@ -17857,14 +17843,31 @@ class RecipesOverHTTP(ClientCase):
         need_client(self, "rclone", "curl")
         self.assertEqual(self.session("rclone").count("hello\n"), 2)
 
-    def test_s3cmd(self):
-        need_client(self, "s3cmd", "curl")
+    def s3cmd_setup(self):
+        """Configure s3cmd as the README does, and for TLS."""
         self.recipe("s3cmd-setup")
         if self.cert:
             with open(os.path.join(self.home, ".s3cfg"), "a") as file:
                 file.write("use_https = True\nsignurl_use_https = True\n"
                            "ca_certs_file = %s\n" % self.cert)
+
+    def test_s3cmd(self):
+        need_client(self, "s3cmd", "curl")
+        self.s3cmd_setup()
         self.assertIn("hello\n", self.session("s3cmd"))
+
+    def test_access_logs(self):
+        need_client(self, "aws", "s3cmd")
+        self.s3cmd_setup()
+        self.assertIn("Target prefix: s3://logs/mine/",
+                      self.recipe("access-logs"))
+        self.client("sh", "-ec", "echo x > x; s3cmd put x s3://mine/x; "
+                    "s3cmd accesslog s3://mine --no-access-logging")
+        log = self.client("sh", "-ec", "mkdir down; s3cmd get -r --quiet "
+                          "s3://logs/mine/ down/ >&2; cat down/*")
+        self.client("s3cmd", "rb", "-rf", "s3://mine", "s3://logs")
+        self.assertIn("REST.PUT.OBJECT",
+                      [line.operation for line in read_log(log)])
 
     def test_s5cmd(self):
         need_client(self, "s5cmd", "curl")
