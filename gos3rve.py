@@ -158,7 +158,7 @@ ERRORS = {
         409, "The bucket that you tried to create already exists, and you "
              "own it."),
     "BucketNotEmpty": (409, "The bucket you tried to delete is not empty."),
-    "CrossLocationLoggingProhibitted": (
+    "CrossLocationLoggingProhibitted": (        # so spelled by S3
         403, "Cross S3 location logging not allowed."),
     "EntityTooLarge": (
         400, "Your proposed upload exceeds the maximum allowed object "
@@ -4160,7 +4160,7 @@ class Bucket:
                 return 0                # somebody else was quicker
             done = deliver(file)
             if fcntl:
-                os.unlink(path)
+                _unlink(path)           # before anybody else can lock it
         _unlink(path)                   # where an open file stays
         return done
 
@@ -4168,7 +4168,9 @@ class Bucket:
         """Remove the oldest files of the spool beyond `limit` bytes; how
         many bytes are gone."""
         logs, gone = os.path.join(self._state, "logs"), 0
-        for name in sorted(_listdir(logs), reverse=True):
+        # of one day, what is not claimed yet is the newest
+        for name in sorted(_listdir(logs), reverse=True,
+                           key=lambda name: name[:8] + (name[8:] or "~")):
             path = os.path.join(logs, name)
             with contextlib.suppress(FileNotFoundError):
                 size = os.stat(path).st_size
@@ -12279,7 +12281,11 @@ def _common_fields(request, bucket, wire):
         signature=("SigV4" if v4 else "SigV2") if signed else None,
         cipher=wire.cipher, authentication=None if is_form or not signed
         else "QueryString" if presigned else "AuthHeader",
-        host=wire.headers.get("host"), tls_version=wire.tls_version)
+        host=wire.headers.get("host"), tls_version=wire.tls_version,
+        request_uri="%s %s HTTP/%d.%d" % ((wire.method, _SECRETS.sub(
+            r"\1=REDACTED", wire.target)) + wire.version),
+        referer=wire.headers.get("referer", "-"),
+        user_agent=wire.headers.get("user-agent", "-"))
 
 
 def _request_line(request, response, wire):
@@ -12288,14 +12294,10 @@ def _request_line(request, response, wire):
     return _common_fields(request, request.bucket, wire)._replace(
         operation=log_operation(row, wire.method, request.level,
                                 request.is_site),
-        key=request.key or None, request_uri="%s %s HTTP/%d.%d" % (
-            (wire.method, _SECRETS.sub(r"\1=REDACTED", wire.target))
-            + wire.version), status=response.status,
+        key=request.key or None, status=response.status,
         error_code=response.code, bytes_sent=wire.sent or None,
         object_size=_object_size(request, response),
         total_ms=int(wire.total_ms), turn_around_ms=int(wire.turn_around_ms),
-        referer=wire.headers.get("referer", "-"),
-        user_agent=wire.headers.get("user-agent", "-"),
         version_id=request.query.get("versionId"),
         acl_required="Yes" if _needed_acl(request, response) else None)
 
@@ -12306,12 +12308,9 @@ def _noted_line(request, noted, wire):
         operation=noted.operation, key=noted.key, status=noted.status,
         error_code=noted.code, object_size=noted.size,
         version_id=noted.version_id)
-    if noted.operation == BATCH_DELETE:
-        return line
-    return line._replace(request_uri="%s %s HTTP/%d.%d" % (
-        (wire.method, _SECRETS.sub(r"\1=REDACTED", wire.target))
-        + wire.version), referer=wire.headers.get("referer", "-"),
-        user_agent=wire.headers.get("user-agent", "-"))
+    if noted.operation == BATCH_DELETE:         # these have none of their own
+        return line._replace(request_uri=None, referer=None, user_agent=None)
+    return line
 
 
 def _object_size(request, response):
@@ -12420,7 +12419,8 @@ def _deliver_file(service, bucket, name, file):
     """Put a claimed file into the target bucket, in the way of every
     PutObject: permission, encryption, versioning and lock of the target
     hold.  Its key is its own, so that a file which a crash left behind
-    is not delivered again.  1, or 0 for a file that nobody wants."""
+    is not delivered again.  Target grants are left out where ACLs have
+    been turned off since.  1, or 0 for a file that nobody wants."""
     logging = bucket.config.get("logging")
     size = os.fstat(file.fileno()).st_size
     if logging is None or not size:
@@ -14283,7 +14283,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log(self, response):
         """One line of the access log, and those of the bucket's own."""
         if self.asked is not None:
-            log_access(self.asked, response, self._on_wire)
+            try:
+                log_access(self.asked, response, self._on_wire)
+            except (S3Error, OSError) as error:
+                self.server.report("%s access log: %s" % (self.request_id,
+                                                          error))
         if not self.server.access_log:
             return
         asked, account = self.asked, None

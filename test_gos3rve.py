@@ -4172,10 +4172,11 @@ class SpooledLogs(StorageCase):
         path = self.path(gos3rve.STATE, "logs", "20260102")
         self.assertEqual(os.path.getsize(path), 33)
         self.assertEqual(len(self.reports), 1)
-        self.bucket.append_log("20260103", b"0123456789\n")
+        self.bucket.claim_logs("2026-01-03-00-00-00")
+        self.bucket.append_log("20260102", b"0123456789\n")
         self.assertEqual(self.bucket.trim_logs(50), 0)
-        self.assertEqual(self.bucket.trim_logs(20), 33)
-        self.assertEqual(self.logs(), ["20260103"])
+        self.assertEqual(self.bucket.trim_logs(40), 33)
+        self.assertEqual(self.logs(), ["20260102"])
 
     def test_a_deleted_bucket_takes_no_line(self):
         self.bucket.append_log("20260102", b"a\n")
@@ -12062,6 +12063,13 @@ class LoggingRequests(LoggingCase):
                           self.s3.keys("logs")], [False, True])
         self.assertEqual([line.key for line in self.lines()],
                          ["one", "-", "two"])
+
+    def test_a_request_is_answered_when_its_line_cannot_be_written(self):
+        self.ok(self.put_logging())
+        self.by_hand(gos3rve.STATE + "/logs", b"in the way")
+        self.fill("k")
+        self.body("k", b"x")
+        self.assertIn("access log of box: ", self.reports[0])
 
     def test_nothing_is_spooled_without_a_configuration(self):
         self.fill("k")
