@@ -14475,8 +14475,8 @@ class Server(http.server.ThreadingHTTPServer):
              lambda: self.service.store.sweep(self._upload_ttl)),
             (lifecycle_pause(day), "lifecycle rules: %d changes",
              lambda: run_lifecycle(self.service, time.time(), ended.is_set)),
-            (log_pause(day), "access logs: %d objects", lambda: deliver_logs(
-                self.service, time.time(), ended.is_set)))
+            (log_pause(day), "access logs: %d objects delivered",
+             lambda: deliver_logs(self.service, time.time(), ended.is_set)))
         due = [time.monotonic()] * len(chores)
         while True:
             for index, (pause, text, work) in enumerate(chores):
