@@ -12166,7 +12166,8 @@ _UNSAFE_IN_FIELD = re.compile(r"[^!-~]+")
 _UNSAFE_IN_QUOTES = re.compile(r"[\x00-\x1f\x7f]+")
 # What gives whoever reads it a right: it is not logged
 _SECRETS = re.compile(
-    r"(?<=[?&])((?:X-Amz-)?Signature|X-Amz-Security-Token)=[^&]*")
+    r"(?<=[?&])((?:X-Amz-)?Signature|X-Amz-Security-Token)=[^&]*",
+    re.IGNORECASE)                      # SigV2 writes the token so
 
 # Subresource -> what the operation's name ends in, where that is not the
 # subresource's own name in capitals
@@ -12276,8 +12277,9 @@ def _common_fields(request, bucket, wire):
         and request.operation.name == "PostObject"
     return LogLine(
         request.access(bucket).owner_id, bucket.name, request.now,
-        request.client, caller.user_id if caller.is_root else caller.arn,
-        request.request_id, "", host_id=request.request_id,
+        request.client, caller.user_id if caller.is_root
+        else caller.session_arn or caller.arn, request.request_id, "",
+        host_id=request.request_id,
         signature=("SigV4" if v4 else "SigV2") if signed else None,
         cipher=wire.cipher, authentication=None if is_form or not signed
         else "QueryString" if presigned else "AuthHeader",

@@ -11787,6 +11787,8 @@ class LogLines(unittest.TestCase):
                  "/b/k?AWSAccessKeyId=a&Signature=REDACTED"),
                 ("/b/k?X-Amz-Security-Token=s3cret&versionId=2",
                  "/b/k?X-Amz-Security-Token=REDACTED&versionId=2"),
+                ("/b/k?x-amz-security-token=s3cret",
+                 "/b/k?x-amz-security-token=REDACTED"),
                 ("/b/X-Amz-Signature=key", "/b/X-Amz-Signature=key")):
             self.assertEqual(g._SECRETS.sub(r"\1=REDACTED", target), logged)
 
@@ -14709,6 +14711,22 @@ class SessionRequests(StsCase):
     """Sessions at S3: their policies, signatures and owners."""
 
     HOME = allow(["s3:GetObject", "s3:PutObject"], "arn:aws:s3:::box/home/*")
+
+    def test_an_access_log_names_the_session(self):
+        self.addCleanup(shutil.rmtree, self.path(gos3rve.STATE))
+        self.ok(self.s3.put("/logs"))
+        self.addCleanup(self.s3.delete, "/logs")
+        self.ok(self.s3.put("/box", (
+            "<BucketLoggingStatus>%s</BucketLoggingStatus>"
+            % logging_xml()).encode(), {"logging": ""}))
+        role = self.role()
+        role.head("/box")
+        role.head("/none")              # the line before it is spooled
+        logs = self.path(gos3rve.STATE, "logs")
+        with open(os.path.join(logs, os.listdir(logs)[0])) as file:
+            line, = read_log(file.read())
+        self.assertEqual(line.requester, "arn:aws:sts::%s:assumed-role/app/"
+                         "tests" % self.ACCOUNT)
 
     def test_a_session_policy_limits_every_operation(self):
         self.fill("home/k", "k")
