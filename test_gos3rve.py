@@ -18824,6 +18824,11 @@ class BenchError(Exception):
     """What fails a case, in words."""
 
 
+# what an endpoint can do to a Client, too
+BENCH_ERRORS = (BenchError, OSError, http.client.HTTPException,
+                ElementTree.ParseError, AssertionError)
+
+
 @functools.lru_cache(maxsize=1)
 def pattern():
     """Noise that large bodies repeat.  Its length is a prime, so that no
@@ -19066,11 +19071,11 @@ class Link:
         if not self._reply.feed(data):
             return False
         self._reply.check(self._ask)
-        if self._pieces == 1:
-            self._usual[self._ask.method] = len(data)
         self.fresh = False
         if not data or "close" in self._reply.headers.get("connection", ""):
             self.connect()
+        elif self._pieces == 1:
+            self._usual[self._ask.method] = len(data)
         return True
 
 
@@ -19853,8 +19858,7 @@ def run_rounds(bench, say):
             try:
                 rounds.append(case.run(bench))
                 text = "%.5g %s" % (rounds[-1]["rate"], case.unit)
-            except (BenchError, OSError, http.client.HTTPException,
-                    ElementTree.ParseError, AssertionError) as error:
+            except BENCH_ERRORS as error:
                 found[case.name] = text = "failed: %s" % error
             say("%d/%d %-24s %s" % (turn + 1, bench.options.rounds,
                                     case.title, text))
@@ -19964,7 +19968,10 @@ def bench(argv):
         if options.growth:
             report["growth"] = growth(bench)
         report["memory_mib"] = peak_memory(pid) if pid else []
-        bench.remove()
+        try:
+            bench.remove()
+        except BENCH_ERRORS as error:
+            say("the buckets were not removed: %s" % error)
     report["cases"] = {case.name: summary(case, rounds[case.name])
                        for case in CASES if case.name in rounds}
     if options.json:
