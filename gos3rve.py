@@ -112,6 +112,7 @@ MAX_HEADERS = 200
 # 1,000 keys of 1,024 bytes, every byte written as an entity, in a Delete
 MAX_XML_BYTES = 8 * MIB
 MAX_XML_DEPTH = 32
+MAX_JSON_DEPTH = 64
 # 10,000 parts, each with its number, ETag and checksums
 MAX_XML_ELEMENTS = 1 << 17
 MAX_LINE_BYTES = 8 * KIB            # a chunk header or trailer line
@@ -799,6 +800,39 @@ def storage_class(headers):
     return name
 
 
+# --- JSON ---
+
+# a string, to its end or to that of the text; else a bracket
+_JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
+
+
+def parse_json(text, **hooks):
+    """The value of a JSON text, or of its bytes in UTF-8; hooks: those of
+    json.loads.  ValueError when it is none, or deeper than MAX_JSON_DEPTH.
+
+    json.loads recurses: RecursionError at 1,000 brackets, and in 3.13 the
+    end of the process where a thread's stack is small.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH \
+            and _json_depth(text) > MAX_JSON_DEPTH:
+        raise ValueError("nested too deep")
+    return json.loads(text, **hooks)
+
+
+def _json_depth(text):
+    """How deep the brackets of a JSON text are nested."""
+    depth = most = 0
+    for token in _JSON_TOKEN.findall(text):
+        if token in "[{":
+            depth += 1
+            most = max(most, depth)
+        elif token in "]}":
+            depth -= 1
+    return most
+
+
 ###############################################################################
 # 3. XML
 ###############################################################################
@@ -1179,7 +1213,7 @@ def open_session(token, key_id, accounts, now):
             mac, _session_hmac(account, "token", data)):
         raise invalid
     # ours from here on: neither a bomb nor malformed
-    own_key_id, *fields, tags = json.loads(zlib.decompress(packed).decode())
+    own_key_id, *fields, tags = parse_json(zlib.decompress(packed))
     session = Session(*fields, tuple(map(tuple, tags)))
     if own_key_id != key_id:
         raise invalid
@@ -2967,10 +3001,7 @@ _RECORD_TYPES = {"size": int, "mtime_ns": int, "etag": str, "headers": dict,
 
 def load_json(data):
     """The dict in some JSON bytes, or ValueError."""
-    try:
-        value = json.loads(data)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    value = parse_json(data)
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
     return value
@@ -5167,7 +5198,7 @@ def load_master_keys(path):
         raise ValueError("the key file %s is open to others; run chmod 600 "
                          "on it" % path)
     try:
-        return _parse_master_keys(json.loads(data.decode("utf-8")))
+        return _parse_master_keys(parse_json(data))
     except ValueError as error:
         reason = error.args[0] if type(error) is ValueError else "no JSON"
         raise ValueError("the key file %s is not in order: %s"
@@ -6488,10 +6519,9 @@ def _policy_json(data):
                          "must be '{'")
     if len(data) <= MAX_POLICY_TEXT_BYTES:
         try:
-            document = json.loads(data.decode("utf-8"),
-                                  object_pairs_hook=_unique,
+            document = parse_json(data, object_pairs_hook=_unique,
                                   parse_constant=_no_constant)
-        except (ValueError, TypeError, RecursionError):
+        except ValueError:
             raise _malformed("This policy contains invalid Json") from None
         normal = json.dumps(document, separators=(",", ":"),
                             ensure_ascii=False)
@@ -7205,11 +7235,11 @@ def _load_policy(encoded):
     try:
         text = re.sub(r"\\(.)", _policy_escape, data.decode("utf-8"),
                       flags=re.DOTALL)
-        policy = json.loads(text, parse_constant=_no_json,
+        policy = parse_json(text, parse_constant=_no_json,
                             parse_float=_no_json)
         if not isinstance(policy, dict):
             raise ValueError
-    except (ValueError, RecursionError):
+    except ValueError:
         raise _invalid_policy("Invalid JSON.") from None
     return policy
 
@@ -11398,8 +11428,8 @@ def _kms_context(headers):
     if text is None:
         return None
     try:
-        context = json.loads(base64.b64decode(
-            text.encode("ascii"), validate=True).decode("utf-8"))
+        context = parse_json(base64.b64decode(text.encode("ascii"),
+                                              validate=True))
     except ValueError:
         context = None
     if not isinstance(context, dict) or not all(

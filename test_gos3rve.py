@@ -912,6 +912,43 @@ class Headers(Refusing):
                          {"x-amz-storage-class": value})
 
 
+class JsonIn(unittest.TestCase):
+    """What is too deep must not reach the parser of CPython 3.13, which
+    ends the process in a thread with a small stack."""
+
+    MOST = gos3rve.MAX_JSON_DEPTH
+
+    def test_depth_is_bounded_and_strings_do_not_count(self):
+        most = self.MOST
+        for text, depth in (
+                ("[" * most + "]" * most, most), ("[],{}" * 200, 1),
+                ('{"a":[' * 3 + "]}" * 3, 6), ('"' + "[" * 500 + '"', 0),
+                ('["\\"' + "[" * 500 + '"]', 1), ('["\\\\",[[]]]', 3),
+                ('"' + "[" * 500, 0), ("]" * 500 + "[", 0), ("", 0)):
+            with self.subTest(text=text[:20]):
+                self.assertEqual(max(0, gos3rve._json_depth(text)), depth)
+        text = "[" * most + "]" * most
+        self.assertEqual(gos3rve.parse_json(text), json.loads(text))
+        text = json.dumps({"a": ["[" * 500, "\\\"" * 99 + "{" * 99]})
+        self.assertEqual(gos3rve.parse_json(text.encode()), json.loads(text))
+
+    def test_everything_else_is_a_value_error(self):
+        for text in ("[" * (self.MOST + 1) + "]" * (self.MOST + 1),
+                     "[" * 10 ** 6, '{"a":' * 5000 + "1" + "}" * 5000,
+                     '[{"a":' * 99999, b"\xff", b"\xff\xfe[\0", "", "x",
+                     '"\\"' * 10 ** 6):
+            with self.subTest(text=text[:20]), \
+                    self.assertRaises(ValueError):
+                gos3rve.parse_json(text)
+
+    def test_nothing_else_parses(self):
+        """But for the copy of what has been parsed: update_bucket()."""
+        with open(gos3rve.__file__, encoding="utf-8") as file:
+            source = file.read()
+        self.assertEqual(re.findall(r"json\.loads?\(\S*", source), [
+            "json.loads(text,", "json.loads(json.dumps(bucket.config))"])
+
+
 ###############################################################################
 # 3. XML
 ###############################################################################
@@ -13826,7 +13863,8 @@ class EncryptionOfWrites(EncryptionCase):
 
     def test_a_context_is_a_map_of_texts(self):
         for text in ("x", "", b64(b"[]"), b64(b"{"), b64(b'{"a": 1}'),
-                     b64(b'{"a": {"b": "c"}}'), b64(b"\xff"), "\xe4"):
+                     b64(b'{"a": {"b": "c"}}'), b64(b"\xff"), "\xe4",
+                     b64(b'{"a":' * 5000 + b'"b"' + b"}" * 5000)):
             self.refuses("InvalidArgument", 400, "string-string map",
                          g.put_encryption, dict(
                              self.KMS, **{g.KMS_CONTEXT_HEADER: text}))
