@@ -2946,15 +2946,21 @@ def is_natural(key):
     """True when a key can be a relative path as it is."""
     if not key or key[0] == "/" or key[-1] == "/" or "\0" in key:
         return False
-    segments = key.split("/")
-    for segment in segments:
-        if not segment or segment == "." or segment == "..":
+    for segment in key.split("/"):
+        if not segment or segment == "." or segment == ".." \
+                or is_reserved(segment):
             return False
         if len(segment) > 63 and len(segment.encode()) > MAX_FILE_NAME_BYTES:
             return False
         if os.name == "nt" and _WINDOWS_BAD.search(segment):
             return False
-    return segments[0].lower() != STATE
+    return True
+
+
+def is_reserved(name):
+    """True for a file name that no key leads to, in any directory: what is
+    one bucket's state may lie far below another bucket."""
+    return name[0] == "." and name[:len(STATE)].lower() == STATE
 
 
 def odd_name(key):
@@ -3404,11 +3410,15 @@ class Bucket:
         return os.path.join(self._odd, odd_name(key))
 
     def _is_inside(self, real):
-        """True for a real path in the bucket and not in its state."""
-        if not real.startswith(self._real_slash):
-            return real == self._real
-        rest = real[len(self._real_slash):]
-        return rest != STATE and not rest.startswith(STATE + os.sep)
+        """True for a real path in the bucket, or where links may lead, and
+        in no bucket's state."""
+        if real == self._real:
+            return True
+        if real.startswith(self._real_slash):
+            real = real[len(self._real_slash):]
+        elif not self._follow:
+            return False
+        return os.sep + STATE not in os.sep + real.lower()
 
     def _check_inside(self, fd, path):
         """Raise FileNotFoundError when an open file lies elsewhere.
@@ -3416,8 +3426,6 @@ class Bucket:
         The kernel tells where the descriptor is: nothing can be swapped
         between the check and the use.
         """
-        if self._follow:
-            return
         try:
             real = os.readlink("/proc/self/fd/%d" % fd)
         except OSError:
@@ -3431,7 +3439,7 @@ class Bucket:
     def resolve_inside(self, path):
         """The real path of a symlink that may be followed, or None."""
         real = os.path.realpath(path)
-        return real if self._follow or self._is_inside(real) else None
+        return real if self._is_inside(real) else None
 
     # reading
 
@@ -4479,13 +4487,12 @@ class Walker:
         """Read a directory of objects: files, directories and symlinks to
         such; nothing else in it can be an object."""
         entries, links = [], []
-        at_root = stamp[:2] == self._bucket.identity
         with os.scandir(path) as found:
             for entry in found:
                 name = entry.name
                 if not name.isascii() and not _is_utf8(name):
                     continue
-                if at_root and name.lower() == STATE:
+                if is_reserved(name):
                     continue
                 if entry.is_symlink():
                     if self._bucket.resolve_inside(entry.path) is None:

@@ -2620,12 +2620,13 @@ LONG = "/".join(["long" * 25] * 10)[:1000] + "/" + "e" * 23
 ODD_KEYS = ("..", ".", "../../etc/passwd", "a/../b", "a/./b", "./a", "a//b",
             "//", "/", "/a", "//a", "a//", "dir/", "dir/sub/", "s" * 600,
             "d/" + "s" * 256, "\u00e9" * 512, "x\0y", "\0", ".gos3rve",
+            ".gos3rvex", "x/.gos3rve/y", "x/.GOS3RVE-keys.json",
             ".gos3rve/x", ".gos3rve/bucket.json", ".gos3rve/locks/00",
             ".GOS3RVE/x", "q" * 1023 + "/", "\U0001f600" * 250 + "//")
 NATURAL_KEYS = ("a", "b/c", "a%2Fb", "%00", "%", "+", "a b", " ", "~",
                 "'quoted'", '"quoted"', "&<>", "\\", "a\nb", "\x01", "\x7f",
                 "\U0001f600", "caf\u00e9", "cafe\u0301", "\ufffe", "...",
-                "..a", ".hidden", ".gos3rvex", "x/.gos3rve/y", "*?[]", LONG,
+                "..a", ".hidden", ".gos3rv/e", "x/gos3rve/y", "*?[]", LONG,
                 "n" * 255, "\u00e9" * 127, "deep/" * 200 + "x", "k%2Fx",
                 "con", "nul.txt", "-rf", "\U0010ffff", "\ue000")
 
@@ -3371,6 +3372,41 @@ class Strangers(StorageCase):
         self.assertNotEqual(open_and_read(self.path(
             gos3rve.STATE, "locks", "00")) if os.path.exists(self.path(
                 gos3rve.STATE, "locks", "00")) else b"", b"3")
+
+    def test_state_of_a_bucket_within_a_bucket_is_out_of_reach(self):
+        by_hand(os.path.join(self.buckets, ".gos3rve-keys.json"), b"key")
+        self.put("odd//", b"2")
+        for follow in (False, True):
+            self.restart(mapped={"up": self.directory},
+                         follow_symlinks=follow)
+            up = self.store.bucket("up")
+            for name in ("state", "keys"):
+                with contextlib.suppress(FileExistsError):
+                    os.symlink({"state": "buckets/box/.gos3rve",
+                                "keys": "buckets/.gos3rve-keys.json"}[name],
+                               os.path.join(self.directory, name))
+            for prefix in ("", "buckets/box/.gos3rve/", "buckets/.",
+                           "state/"):
+                listed = [entry.key for entry in self.store.list_objects(
+                    up, prefix, limit=10 ** 6).entries]
+                self.assertEqual([key for key in listed if key not in (
+                    "buckets/box/real/x", "outside/secret")], [])
+            for number, key in enumerate((
+                    "buckets/box/.gos3rve/bucket.json",
+                    "buckets/.gos3rve-keys.json", "keys",
+                    "buckets/.GOS3RVE-keys.json", "state/bucket.json",
+                    "buckets/box/.gos3rve/odd/kodd%2F%2F")):
+                with self.subTest(key=key, follow=follow):
+                    self.assertIsNone(up.find(key))
+                    self.assert_refused("NoSuchKey", up.open, key)
+                    if "/." in key:     # the key is one like any other
+                        self.put(key, b"%d" % number, bucket=up)
+                        self.assertEqual(up.find(key).size, 1)
+                    self.store.delete_object(up, key)
+            self.assertEqual(self.bucket.owner, "alice")
+            self.assertEqual(self.read("odd//")[1], b"2")
+            self.assertEqual(open_and_read(os.path.join(
+                self.buckets, ".gos3rve-keys.json")), b"key")
 
     def test_put_beside_a_linked_directory_keeps_what_lies_in_it(self):
         self.link("real", "link")
