@@ -2641,6 +2641,14 @@ def has_xattrs(directory):
         return False
 
 
+def open_files():
+    """How many descriptors this process has open; 0 where none can tell."""
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return 0
+
+
 # These tests make and remove some 100,000 files: in memory, if that will do.
 MEMORY = "/dev/shm" if has_xattrs("/dev/shm") else None
 HAVE_XATTRS = has_xattrs(MEMORY)
@@ -3245,7 +3253,9 @@ class DamagedRecords(StorageCase):
 
     def test_damaged_upload_is_no_upload(self):
         for data in (b"", b"{", b"[]", b"{}", b'{"key": 1}', b"\xff",
-                     b'{"key": "k", "initiated_ns": "x"}', b"[" * 100000):
+                     b'{"key": "k", "initiated_ns": "x"}', b"[" * 100000,
+                     b'{"key": "k", "initiated_ns": 1, "sse": {}}',
+                     b'{"key": "k", "initiated_ns": 1, "sse": null}'):
             with self.subTest(data=data[:20]):
                 upload_id = self.store.create_upload(self.bucket, "k", {})
                 by_hand(os.path.join(self.uploads, "box", upload_id,
@@ -9347,12 +9357,12 @@ class ReviewedRequests(OperationCase):
     def test_refused_copies_and_broken_downloads_leave_nothing_open(self):
         self.s3.put("/box/k", b"1")
         self.s3.get("/box/k")
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_files()
         for _ in range(10):
             self.error(self.s3.put("/box/l", headers={
                 "x-amz-copy-source": "/box/k", "if-none-match": "x"}),
                 "NotImplemented")
-        self.assertLessEqual(len(os.listdir("/proc/self/fd")), before + 1)
+        self.assertLessEqual(open_files(), before + 1)
 
     def test_a_copy_of_a_file_put_by_hand_keeps_its_type(self):
         with open(self.path("a.html"), "w") as file:
@@ -11469,6 +11479,28 @@ class ObjectLockRequests(LockCase):
         self.assertEqual(self.s3.get("/locked", {"object-lock": ""}).one(
             "ObjectLockEnabled"), "Enabled")
 
+    @unittest.skipUnless(gos3rve.libcrypto(), "no libcrypto")
+    def test_the_encryption_of_what_is_locked_stays(self):
+        """API_UpdateObjectEncryption: the lock must go first."""
+        for mode in ("GOVERNANCE", "COMPLIANCE", None):
+            key = mode or "hold"
+            self.ok(self.s3.put("/box/" + key, b"x", headers={
+                "x-amz-server-side-encryption": "AES256"}))
+            self.ok(self.hold("ON", key) if mode is None else
+                    self.retain(mode, self.UNTIL, key))
+            self.error(self.update_encryption(key), "AccessDenied")
+            self.assertEqual(self.s3.head("/box/" + key).headers[
+                "x-amz-server-side-encryption"], "AES256")
+        self.ok(self.hold("OFF", "hold"))
+        self.ok(self.update_encryption("hold"))
+
+    def update_encryption(self, key):
+        return self.document(
+            "/box/" + key, "encryption", "<SSE-KMS><KMSKeyArn>arn:aws:kms:"
+            "us-east-1:111122223333:alias/aws/s3</KMSKeyArn></SSE-KMS>",
+            "ObjectEncryption",
+            {"x-amz-bypass-governance-retention": "true"})
+
     def test_without_it_nothing_can_be_locked(self):
         self.unlock_tree()
         self.switch_versions()
@@ -13256,6 +13288,7 @@ class SiteRequests(OperationCase):
 # --- encryption ---
 
 CHUNK = g.SEAL_CHUNK_BYTES
+HEADER, STEP = g.SEAL_HEADER_BYTES, CHUNK + g.SEAL_TAG_BYTES
 SECRET, OTHER_SECRET = bytes(range(32)), bytes(range(1, 33))
 SEQUENCE, OTHER_SEQUENCE = b"prefix00", b"prefix01"
 # about every edge between 0 and 5 chunks
@@ -13264,14 +13297,14 @@ SEAL_SIZES = sorted({max(0, CHUNK * count + more) for count in range(6)
 
 
 PINNED = (
-    (0, "778b370164c9a342ce0fa5fe37904aec"
-        "833f9c9aab3439d34fba67042da411f4"),
-    (1, "ade196a18a855705c0d7343d9d98b400"
-        "76ccfd2b4ec84568e98f2907e27154dc"),
-    (65536, "147f693f539f279caa567cac94ce0574"
-        "7171a8fb1f6726e28f3af654f9d05a98"),
-    (131149, "70ede7e52013330730cbcf087e337938"
-        "3c98816bcf782a14f36170e6b1314792"))
+    (0, "2218bbeff9e392e22c3b2a6c88690360"
+        "d56c426dce4e6aca56011a36f90adba1"),
+    (1, "ffd0f0e7fa7136be7c328c7c65583702"
+        "600c0479219d1c8c88485c936adfbb32"),
+    (65536, "c439c73b77698041963606ee6ee42cef"
+        "24199159519193922e839f33cd01f57c"),
+    (131149, "725efa1c026363977eeef28eaaf2cbfc"
+        "164975396be356b28c2f3a7d32ad7f98"))
 
 
 def plain_bytes(size, seed=1):
@@ -13339,6 +13372,12 @@ class Sealing(unittest.TestCase):
             plain = bytes(i * i % 251 for i in range(size))
             self.assertEqual(hashlib.sha256(seal(plain)).hexdigest(), digest)
 
+    def test_a_header_tells_the_format_and_the_prefix(self):
+        self.assertEqual(seal(b"x")[:HEADER],
+                         b"\xffgos3\0\1\x10" + SEQUENCE)
+        self.assertEqual(1 << g.SEAL_FORMAT[-1], CHUNK)
+        self.assertEqual(g.read_header(seal(b"")[:HEADER]), SEQUENCE)
+
     def test_no_16_bytes_of_plain_text_are_in_the_sealed(self):
         plain = (b"the same words again and again, " * 5000)[:CHUNK + 5000]
         sealed = seal(plain)
@@ -13347,7 +13386,7 @@ class Sealing(unittest.TestCase):
                              for at in range(len(sealed))))
 
     def test_sizes_that_no_sealed_content_has(self):
-        for size in (0, 1, 15, CHUNK + 17, CHUNK + 32, 2 * CHUNK + 33):
+        for size in (0, 1, 31, CHUNK + 33, CHUNK + 48, 2 * CHUNK + 49):
             with self.subTest(size=size), self.assertRaises(g.SealError):
                 g.plain_size(size)
 
@@ -13387,7 +13426,7 @@ class SealedRanges(unittest.TestCase):
             [g.Sequence(len(plain), SEQUENCE)], 9 * CHUNK + 5, 10 * CHUNK + 5))
         self.assertEqual(b"".join(blocks),
                          plain[9 * CHUNK + 5:10 * CHUNK + 5])
-        self.assertEqual(asked, [(9 * (CHUNK + 16), 2 * (CHUNK + 16))])
+        self.assertEqual(asked, [(0, HEADER), (HEADER + 9 * STEP, 2 * STEP)])
 
     def test_blocks_are_bounded_and_never_empty(self):
         plain = plain_bytes(20 * CHUNK + 1)
@@ -13439,13 +13478,16 @@ class Tampering(unittest.TestCase):
             unseal(bytes(sealed), len(self.plain), **options)
 
     def chunks(self):
-        return [self.sealed[at:at + CHUNK + 16]
-                for at in range(0, len(self.sealed), CHUNK + 16)]
+        """The header, and each chunk."""
+        return [self.sealed[:HEADER]] + [
+            self.sealed[at:at + STEP]
+            for at in range(HEADER, len(self.sealed), STEP)]
 
     def test_any_changed_byte(self):
         random_ = random.Random(5)
-        places = [0, CHUNK - 1, CHUNK, CHUNK + 15, CHUNK + 16,
-                  len(self.sealed) - 1, len(self.sealed) - 17]
+        places = list(range(HEADER)) + [
+            HEADER + at for at in (0, CHUNK - 1, CHUNK, STEP - 1, STEP)]
+        places += [len(self.sealed) - 1, len(self.sealed) - 17]
         places += [random_.randrange(len(self.sealed)) for _ in range(40)]
         for place in places:
             sealed = bytearray(self.sealed)
@@ -13464,7 +13506,7 @@ class Tampering(unittest.TestCase):
     def test_chunks_before_the_changed_one_still_come(self):
         plain = plain_bytes(8 * CHUNK)
         sealed = bytearray(seal(plain))
-        sealed[6 * (CHUNK + 16)] ^= 1
+        sealed[HEADER + 6 * STEP] ^= 1
         blocks = g.open_range(reader(bytes(sealed)), SECRET,
                                 [g.Sequence(len(plain), SEQUENCE)], 0,
                                 len(plain))
@@ -13473,33 +13515,36 @@ class Tampering(unittest.TestCase):
             next(blocks)
 
     def test_a_cut_at_any_place(self):
-        for length in (0, 1, 16, CHUNK, CHUNK + 16, 3 * (CHUNK + 16),
-                       len(self.sealed) - 1):
+        for length in (0, 1, HEADER, CHUNK, HEADER + STEP,
+                       HEADER + 3 * STEP, len(self.sealed) - 1):
             self.refuses(self.sealed[:length])
 
     def test_a_cut_at_a_chunk_even_when_the_size_is_told_so(self):
         for count in (1, 2, 3):
-            sealed = self.sealed[:count * (CHUNK + 16)]
+            sealed = self.sealed[:HEADER + count * STEP]
             with self.assertRaises(g.SealError):
                 unseal(sealed, count * CHUNK)
             with self.assertRaises(g.SealError):
                 unseal(sealed)
 
     def test_a_longer_one_is_no_size_or_no_sequence(self):
-        for more in (b"x", bytes(16), bytes(17), self.chunks()[0]):
+        for more in (b"x", bytes(16), bytes(17), self.chunks()[1]):
             with self.assertRaises(g.SealError):
                 unseal(self.sealed + more)
 
     def test_chunks_in_another_order(self):
-        first, second, third, last = self.chunks()
-        self.refuses(second + first + third + last)
-        self.refuses(first + first + third + last)
-        self.refuses(first + third + last)
+        header, first, second, third, last = self.chunks()
+        self.refuses(header + second + first + third + last)
+        self.refuses(header + first + first + third + last)
+        self.refuses(header + first + third + last)
+        self.refuses(first + second + third + last)
 
     def test_chunks_of_another_object(self):
         other = seal(self.plain, prefix=OTHER_SEQUENCE)
         self.refuses(other)
-        self.refuses(other[:CHUNK + 16] + self.sealed[CHUNK + 16:])
+        for end in (HEADER, HEADER + STEP):
+            self.refuses(other[:end] + self.sealed[end:])
+            self.refuses(self.sealed[:end] + other[end:])
         self.refuses(seal(self.plain, key=OTHER_SECRET))
 
     def test_an_empty_object_is_checked_too(self):
@@ -13508,7 +13553,11 @@ class Tampering(unittest.TestCase):
         with self.assertRaises(g.SealError):
             unseal(sealed, key=OTHER_SECRET)
         with self.assertRaises(g.SealError):
-            unseal(bytes(16))
+            unseal(sealed[:HEADER] + bytes(16))
+
+    def test_another_version_of_the_format(self):
+        for format_ in (b"\2\x10", b"\1\x11"):
+            self.refuses(g.SEAL_MAGIC + format_ + self.sealed[8:])
 
     def test_parts_in_another_order(self):
         parts = [plain_bytes(CHUNK, 1), plain_bytes(CHUNK, 2)]
@@ -13545,7 +13594,7 @@ class LibcryptoFound(unittest.TestCase):
         with mock.patch.object(g, "libcrypto", lambda: None):
             for act in (lambda: g.Sealer(SECRET, SEQUENCE),
                         lambda: g.wrap_key(SECRET, SECRET, []),
-                        lambda: unseal(bytes(16))):
+                        lambda: unseal(bytes(32))):
                 with self.assertRaises(g.S3Error) as caught:
                     act()
                 self.assertEqual(caught.exception.status, 501)
@@ -13728,7 +13777,8 @@ class KeyFiles(unittest.TestCase):
                 ("alias/aws/s3", SECRET), (arn + "alias/aws/s3", SECRET)):
             self.assertEqual(keys.find(key_id), key)
         for key_id in ("two", "ONE", "", "three", "key/one", "arn:one",
-                       arn, "aws/s3"):
+                       arn, "aws/s3", arn.replace("eu", "eu\r\nx: y")
+                       + "key/one", arn.replace("eu", "\xe4") + "key/one"):
             with self.assertRaises(g.S3Error) as caught:
                 keys.find(key_id)
             self.assertEqual(caught.exception.code, "KMS.NotFoundException")
@@ -13923,8 +13973,11 @@ class EncryptionOfReads(EncryptionCase):
         g.check_read_headers(sse_c())
         for name in (SSE, g.KMS_KEY_HEADER, g.KMS_CONTEXT_HEADER,
                      g.BUCKET_KEY_HEADER):
-            self.refuses("InvalidArgument", 400, "not supported for this",
-                         g.check_read_headers, {name: "AES256"})
+            for known in ({}, {name: "another"}):
+                self.refuses("InvalidArgument", 400,
+                             "not supported for this",
+                             g.check_read_headers, {name: "AES256"}, known)
+            g.check_read_headers({name: "x"}, {name: "x"})
 
     def test_the_key_goes_with_the_object(self):
         for prefix in (g.CUSTOMER, g.COPY_CUSTOMER):
@@ -14019,6 +14072,21 @@ class Envelopes(EncryptionCase):
             self.refuses("KMS.NotFoundException", 400,
                          "Invalid keyId '%s'" % key_id, g.make_envelope,
                          g.Encryption("aws:kms", key_id), self.MASTERS)
+
+    def test_a_record_names_its_master_key(self):
+        for encryption in self.CASES:
+            _, sse = g.make_envelope(encryption, self.MASTERS)
+            if encryption.algorithm == "SSE-C":
+                self.assertNotIn("master", sse)
+                continue
+            others = g.MasterKeys(bytes(32), {"k1": bytes(32)})
+            with self.assertRaisesRegex(g.SealError, sse["master"]):
+                g.open_envelope(sse, None, others)
+            moved = g.MasterKeys(bytes(32), dict(
+                others.keys, old=self.MASTERS.default,
+                older=self.MASTERS.keys["k1"]))
+            self.assertEqual(g.open_envelope(sse, None, moved),
+                             g.open_envelope(sse, None, self.MASTERS))
 
     def test_a_changed_record_does_not_open(self):
         _, sse = g.make_envelope(self.CASES[2], self.MASTERS, ("x",))
@@ -14221,6 +14289,9 @@ class EncryptionRequests(OperationCase):
                         method, path, headers=headers).status, status)
         self.error(self.s3.get("/box/k", {"attributes": ""}, headers={
             "x-amz-object-attributes": "ETag"}), "InvalidRequest")
+        self.error(self.s3.get("/box/plain", {"attributes": ""}, headers={
+            "x-amz-object-attributes": "ETag", SSE: "AES256"}),
+            "InvalidArgument")
         self.error(self.s3.put("/box/new", headers={
             "x-amz-copy-source": "/box/k"}), "InvalidRequest")
 
@@ -14293,47 +14364,248 @@ class EncryptionRequests(OperationCase):
             query, uploadId=upload), headers=sse_c(SECRET)),
             "InvalidRequest", 400)
 
-    def test_a_damaged_file_is_an_error_and_no_wrong_data(self):
-        self.write("k", "s3")
-        sealed = self.sealed()
-        step = CHUNK + 16
-        for name, damaged in (
-                ("a byte", b"\0" + sealed[1:]
-                 if sealed[:1] != b"\0" else b"\1" + sealed[1:]),
-                ("swapped", sealed[step:2 * step] + sealed[:step]
-                 + sealed[2 * step:]),
-                ("nothing", b""), ("plain", self.CONTENT)):
-            with self.subTest(name=name):
-                with open(self.path("k"), "r+b") as file:
-                    file.truncate(0)
-                    file.write(damaged)
-                self.error(self.s3.get("/box/k"), "InternalError", 500)
+    def damage(self, data):
+        """Write other bytes into the file of `k`, its record kept."""
         with open(self.path("k"), "r+b") as file:
             file.truncate(0)
-            file.write(sealed[:-1])
+            file.write(data)
+
+    def damaged_forms(self, kind):
+        """(name, bytes) of everything that may happen to the file of `k`,
+        sealed in more than one chunk."""
+        sealed = self.sealed()
+        self.write("other", kind)
+        other = self.sealed("other")
+        last = HEADER + 3 * STEP
+        for name, place in (
+                ("magic", 0), ("version", 6), ("size", 7), ("prefix", 15),
+                ("first chunk", HEADER), ("its tag", HEADER + STEP - 1),
+                ("second chunk", HEADER + STEP + 9), ("last chunk", last),
+                ("last tag", len(sealed) - 1)):
+            yield name, sealed[:place] + bytes([sealed[place] ^ 1]) \
+                + sealed[place + 1:]
+        chunks = [sealed[at:at + STEP] for at in range(HEADER, last, STEP)]
+        header, end = sealed[:HEADER], sealed[last:]
+        yield "swapped", header + chunks[1] + chunks[0] + chunks[2] + end
+        yield "doubled", header + chunks[0] * 2 + chunks[2] + end
+        yield "another object", other
+        yield "its chunk", header + other[HEADER:HEADER + STEP] \
+            + sealed[HEADER + STEP:]
+        yield "its last chunk", sealed[:last] + other[last:]
+        for cut in (0, 1, HEADER, HEADER + STEP, last, len(sealed) - 1):
+            yield "cut at %d" % cut, sealed[:cut]
+        yield "appended", sealed + b"x"
+        yield "a chunk appended", sealed + chunks[0]
+        yield "plain", self.CONTENT
+
+    def no_wrong_data(self, headers, start=0):
+        """Assert that a GET ends in an error, and gives no byte that is
+        not the content's, from `start` on."""
+        answer = None
         with contextlib.suppress(http.client.HTTPException, OSError):
-            answer = self.s3.get("/box/k")      # cut off at the last chunk
-            self.assertNotEqual(answer.body, self.CONTENT)
-            self.assertLess(len(answer.body), len(self.CONTENT))
+            answer = self.s3.get("/box/k", headers=headers)
+        if answer is None:              # cut off behind good chunks
+            self.s3.close()
+        elif answer.status < 300:
+            self.assertTrue(self.CONTENT[start:].startswith(answer.body))
+            self.assertLess(len(answer.body), len(self.CONTENT) - start)
+        else:
+            self.assertIn(answer.status, (403, 500))
+        return answer
+
+    def test_a_part_may_repeat_what_its_upload_said(self):
+        """As ceph/s3-tests do, test_sse_kms_multipart_upload."""
+        plain = self.ok(self.s3.post("/box/k", {"uploads": ""}))
+        sealed = self.ok(self.s3.post("/box/k", {"uploads": ""},
+                                      headers=self.KMS_HEADERS))
+        for upload, headers, status in (
+                (plain, {}, 200), (plain, {SSE: "AES256"}, 400),
+                (sealed, {}, 200), (sealed, self.KMS_HEADERS, 200),
+                (sealed, {SSE: "AES256"}, 400),
+                (sealed, dict(self.KMS_HEADERS, **{
+                    g.KMS_KEY_HEADER: "another"}), 400)):
+            with self.subTest(headers=headers):
+                self.assertEqual(self.s3.put("/box/k", b"x", {
+                    "partNumber": "1", "uploadId": upload.one("UploadId")},
+                    headers=headers).status, status)
+
+    def test_a_damaged_part_is_none(self):
+        """Its header is what the object's record will tell it by."""
+        upload = self.ok(self.s3.post("/box/k", {"uploads": ""},
+                                      headers=self.S3_HEADERS)
+                         ).one("UploadId")
+        query = {"uploadId": upload, "partNumber": "1"}
+        path = os.path.join(self.server.dir_uploads, "box", upload, "00001")
+        complete = ("<CompleteMultipartUpload><Part><PartNumber>1"
+                    "</PartNumber><ETag>%s</ETag></Part>"
+                    "</CompleteMultipartUpload>")
+        for place in (0, 6, 7):
+            etag = self.ok(self.s3.put("/box/k", b"x", query)).etag
+            status = os.stat(path)
+            with open(path, "r+b") as file:
+                file.seek(place)
+                file.write(b"?")
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+            self.error(self.s3.post("/box/k", {"uploadId": upload}, (
+                complete % etag).encode()), "InvalidPart")
+            self.assertEqual(self.tree(), {})
+        etag = self.ok(self.s3.put("/box/k", b"x", query)).etag
+        self.ok(self.s3.post("/box/k", {"uploadId": upload}, (
+            complete % etag).encode()))
+        self.body("k", b"x")
+
+    def test_a_damaged_file_is_an_error_and_no_wrong_data(self):
+        for kind in self.KINDS[1:]:
+            self.write("k", kind)
+            for name, damaged in list(self.damaged_forms(kind)):
+                with self.subTest(kind=kind, name=name):
+                    self.damage(damaged)
+                    reading = self.reading(kind)
+                    answer = self.no_wrong_data(reading)
+                    if name not in ("second chunk", "last chunk", "last tag",
+                                    "its last chunk"):
+                        self.error(answer, "InternalError", 500)
+                    at = len(self.CONTENT) - 9
+                    tail = self.no_wrong_data(dict(
+                        reading, range="bytes=%d-" % at), at) \
+                        if "last" in name else None
+                    self.assertIn(tail and tail.status, (None, 500))
+
+    def test_the_operator_learns_of_damage_in_the_middle(self):
+        self.write("k", "s3", plain_bytes(8 * CHUNK))
+        sealed = bytearray(self.sealed())
+        sealed[-1] ^= 1
+        self.damage(bytes(sealed))
+        lines = []
+        with mock.patch.object(self.server.server, "report", lines.append), \
+                self.assertRaises((http.client.HTTPException, OSError)):
+            self.s3.get("/box/k")
+        self.s3.close()
+        self.assertIn("damaged", "".join(lines))
+        self.assertIn("not what was sealed", "".join(lines))
+
+    def refused_unread(self, key, headers, words="lost or damaged"):
+        """Assert that no way to read an object gives what is sealed."""
+        lines, target = [], "/box/" + key
+        copied = {"x-amz-copy-source": target}
+        copied.update((name.replace("x-amz-server", "x-amz-copy-source-"
+                                    "server"), value)
+                      for name, value in headers.items())
+        with mock.patch.object(self.server.server, "report", lines.append):
+            for answer in (
+                    self.s3.get(target, headers=headers),
+                    self.s3.get(target, headers=dict(
+                        headers, range="bytes=3-9")),
+                    self.s3.get(target, {"attributes": ""}, headers=dict(
+                        headers, **{"x-amz-object-attributes": "ETag"})),
+                    self.s3.put("/box/copy", headers=copied)):
+                self.error(answer, "InternalError", 500)
+            self.assertEqual(self.s3.head(target, headers=headers).status,
+                             500)
+        self.assertEqual(len(lines), 5)
+        self.assertTrue(all(words in line for line in lines), lines)
+        self.assertEqual(self.s3.get("/box").status, 200)
+
+    def test_cipher_text_is_never_content(self):
+        """A record that is damaged or left behind, current or not."""
+        for kind in self.KINDS[1:]:
+            with self.subTest(kind=kind):
+                reading = self.reading(kind)
+                self.write("k", kind)
+                for key in ("by-hand", "d/e", "odd//"):
+                    self.write(key, "plain", b"y")
+                    shutil.copyfile(self.path("k"), self.path(
+                        gos3rve.STATE, "odd", gos3rve.odd_name(key))
+                        if key == "odd//" else self.path(key))
+                    self.refused_unread(key, {})
+                if has_xattrs(self.path()):
+                    os.setxattr(self.path("k"), gos3rve.XATTR, b"{damaged")
+                    self.refused_unread("k", reading)
+                shutil.copyfile(self.path("k"), self.path("d", "new"))
+                self.refused_unread("d/new", reading)
+
+    def test_a_lost_record_does_not_stand_in_the_way(self):
+        self.write("k", "s3")
+        shutil.copyfile(self.path("k"), self.path("copy"))
+        self.assertEqual(len(self.s3.keys("box")), 2)
+        self.ok(self.s3.put("/box/copy", b"new"))
+        self.body("copy", b"new")
+        self.ok(self.s3.put("/box/k", b"<Tagging><TagSet><Tag><Key>a</Key>"
+                            b"<Value>b</Value></Tag></TagSet></Tagging>",
+                            {"tagging": ""}))
+        self.body("k", self.CONTENT)
+        shutil.copyfile(self.path("k"), self.path("copy"))
+        self.ok(self.s3.delete("/box/copy"), 204)
+
+    def test_content_that_only_looks_sealed(self):
+        data = g.SEAL_MAGIC + b"and no more"
+        self.ok(self.s3.put("/box/k", data))
+        self.body("k", data)
+        self.by_hand("text", g.SEAL_MAGIC[:-1])
+        self.body("text", g.SEAL_MAGIC[:-1])
+
+    DAMAGES = (
+        {}, {"algorithm": "AES256"}, {"algorithm": None}, {"algorithm": 5},
+        {"algorithm": []}, {"algorithm": "aes"}, {"algorithm": "aws:kms"},
+        {"key": None}, {"key": 5}, {"key": {}}, {"key": "\u00e4\n"},
+        {"master": None}, {"master": 7}, {"kms_key_id": 7},
+        {"kms_key_id": None}, {"kms_key_id": "a\r\nb: c"},
+        {"context": ["x"]}, {"bound": 1}, {"bucket_key": "yes"},
+        {"sizes": None}, {"sizes": 5}, {"sizes": []},
+        {"sizes": [5]}, {"sizes": [[5]]}, {"sizes": [["5", 1]]},
+        {"sizes": [[0, 1]]}, {"sizes": [[-5, 1]]}, {"sizes": [[5, -1]]},
+        {"sizes": [[5, 0]]}, {"sizes": [[True, True]]},
+        {"sizes": [[5.0, 1]]}, {"sizes": [[1, 10 ** 9]]},
+        {"sizes": [[0, 10 ** 18]]}, {"sizes": [[10 ** 400, 1]]},
+        {"sizes": [[196624, 1]]}, {"sizes": [[196625, 1], [0, 1]]},
+        {"sizes": {"a": 1}}, {"prefixes": None}, {"prefixes": 5},
+        {"prefixes": ""}, {"prefixes": "AAAA"}, {"prefixes": "A" * 12 * 9})
 
     def test_damaged_records_are_errors(self):
-        self.write("k", "s3")
-        for change in (
-                {"sse": {}}, {"sse": {"algorithm": "AES256"}},
-                {"sse": {"algorithm": "AES256", "key": "x", "sizes": 5,
-                         "prefixes": ""}},
-                {"sse": {"algorithm": ["x"], "key": None}},
-                {"sse": {"algorithm": "aws:kms", "key": "A" * 80,
-                         "sizes": [[1, 1]], "prefixes": "AAAA"}}):
-            with self.subTest(change=change):
-                def damage(record, change=change):
-                    record.update(change)
-                self.server.store.bucket("box").update_record(
-                    "k", None, damage)
-                for method in ("GET", "HEAD"):
-                    self.assertEqual(self.s3.request(method, "/box/k").status,
-                                     500)
-                self.assertEqual(self.s3.get("/box").status, 200)
+        for kind, parts in (("kms", False), ("customer", True)):
+            before = open_files()
+            if parts:                   # completed without the key: unbound
+                self.parts(kind, [self.CONTENT])
+            else:
+                self.write("k", kind)
+            bucket = self.server.store.bucket("box")
+            good = bucket.find("k").record["sse"]
+            self.assertEqual(good["sizes"], [[len(self.CONTENT), 1]])
+            for change in self.DAMAGES:
+                sse = dict(good, **change) if change else {}
+                for name in [name for name in sse if sse[name] is None]:
+                    del sse[name]
+                if sse == good:
+                    continue
+                bucket.update_record(
+                    "k", None, lambda record, sse=sse: record.update(sse=sse))
+                with self.subTest(kind=kind, parts=parts, change=change):
+                    self.refused_unread("k", self.reading(kind), "")
+            self.assertLess(open_files() - before, 9)
+
+    def test_older_versions_are_looked_at_as_well(self):
+        versions = self.path(gos3rve.STATE, "versions")
+        self.addCleanup(shutil.rmtree, versions, ignore_errors=True)
+        self.ok(self.s3.put("/box", b"<VersioningConfiguration><Status>"
+                            b"Suspended</Status></VersioningConfiguration>",
+                            {"versioning": ""}))
+        self.server.store.update_bucket(
+            self.server.store.bucket("box"),
+            lambda config: config.update(versioning="Enabled"))
+        self.addCleanup(self.server.store.update_bucket,
+                        self.server.store.bucket("box"),
+                        lambda config: config.pop("versioning"))
+        version = self.write("k", "s3").headers["x-amz-version-id"]
+        self.write("k", "plain", b"new")
+        query = {"versionId": version}
+        self.assertEqual(self.ok(self.s3.get("/box/k", query)).body,
+                         self.CONTENT)
+        name, = os.listdir(os.path.join(versions, "kk"))
+        path = os.path.join(versions, "kk", name)
+        shutil.copyfile(path, path + "-")
+        os.replace(path + "-", path)
+        self.error(self.s3.get("/box/k", query), "InternalError", 500)
+        self.body("k", b"new")
 
     def test_a_buckets_default(self):
         self.addCleanup(self.s3.delete, "/box", {"encryption": ""})
@@ -14387,9 +14659,26 @@ class EncryptionRequests(OperationCase):
         self.error(self.s3.put("/box/k", (body % "key/none").encode(),
                                {"encryption": ""}), "KMS.NotFoundException")
         self.write("plain", "plain")
-        self.error(self.s3.put("/box/plain", (
-            body % "alias/aws/s3").encode(), {"encryption": ""}),
-            "InvalidRequest")
+        self.write("customer", "customer")
+        for key in ("plain", "customer"):
+            self.error(self.s3.put("/box/" + key, (
+                body % "alias/aws/s3").encode(), {"encryption": ""}),
+                "InvalidRequest")
+        self.server.store.bucket("box").update_record(
+            "k", None, lambda record: record.update(sse={}))
+        self.error(self.s3.put("/box/k", (body % "alias/aws/s3").encode(),
+                               {"encryption": ""}), "InternalError", 500)
+
+    def test_json_that_is_too_deep_is_a_400(self):
+        deep = '{"a":' * 5000 + '"b"' + "}" * 5000
+        self.error(self.s3.put("/box/k", b"x", headers=dict(
+            self.KMS_HEADERS, **{g.KMS_CONTEXT_HEADER: b64(
+                deep.encode())})), "InvalidArgument", 400)
+        for statement in (deep, "[" * 9000 + "]" * 9000):
+            self.error(self.s3.put("/box", (
+                '{"Version": "2012-10-17", "Statement": %s}'
+                % statement).encode(), {"policy": ""}), "MalformedPolicy")
+        self.assertEqual(self.tree(), {})
 
     def test_tags_and_versions_of_encrypted_objects(self):
         self.write("k", "s3")
@@ -14399,7 +14688,13 @@ class EncryptionRequests(OperationCase):
         self.body("k", self.CONTENT)
 
     def test_without_libcrypto_nothing_is_stored(self):
-        with mock.patch.object(gos3rve, "libcrypto", lambda: None):
+        path = os.path.join(self.server.dir_buckets, ".gos3rve-keys.json")
+        keys = self.server.server.service.key_file
+        if os.path.exists(path):
+            os.rename(path, path + "-")
+            self.addCleanup(os.rename, path + "-", path)
+        with mock.patch.object(keys, "_keys", None), \
+                mock.patch.object(gos3rve, "libcrypto", lambda: None):
             for kind in self.KINDS[1:]:
                 self.error(self.s3.put("/box/k", b"x",
                                        headers=self.headers(kind)),
@@ -14409,6 +14704,7 @@ class EncryptionRequests(OperationCase):
                            "NotImplemented", 501)
             self.write("plain", "plain")
         self.assertEqual(list(self.tree()), ["plain"])
+        self.assertFalse(os.path.exists(path))
 
 
 @unittest.skipUnless(g.libcrypto(), "no libcrypto")
@@ -14431,17 +14727,131 @@ class KeyFileServers(unittest.TestCase):
             self.assertEqual(client.get("/box/k").body, b"x")
             self.assertEqual(os.listdir(server.dir_buckets), ["box"])
 
-    def test_a_lost_key_file_is_an_error(self):
-        with gos3rve.serve(buckets=["box"]) as server:
-            client = Client(server.url, server.key_id, server.key_val)
-            self.addCleanup(client.close)
-            self.assertEqual(client.put("/box/k", b"x", headers={
-                SSE: "AES256"}).status, 200)
-            path = os.path.join(server.dir_buckets, ".gos3rve-keys.json")
-            os.unlink(path)
-            server.server.service.key_file._keys = None
-            self.assertEqual(client.get("/box/k").status, 500)
-            self.assertFalse(os.path.exists(path))
+    def server(self, **options):
+        """A server of the directory `self.directory`; its client."""
+        server = gos3rve.serve(self.directory, dir_uploads=self.uploads,
+                               buckets=["box"], **options)
+        self.addCleanup(server.close)
+        self.lines = []
+        server.server.report = server.server.service.key_file._report = \
+            self.lines.append
+        client = Client(server.url, server.key_id, server.key_val)
+        self.addCleanup(client.close)
+        return client
+
+    def setUp(self):
+        self.directory = temporary_directory(self)
+        self.uploads = temporary_directory(self)
+        self.path = os.path.join(self.directory, ".gos3rve-keys.json")
+
+    def put(self, client, key="k", **headers):
+        return client.put("/box/" + key, b"x", headers=headers or {
+            SSE: "AES256"})
+
+    def unavailable(self, answer, *words):
+        """Assert a 500 whose reason is in the log alone."""
+        self.assertEqual((answer.code, answer.status),
+                         ("InternalError", 500))
+        self.assertNotIn(self.directory.encode(), answer.body)
+        line = self.lines.pop()
+        for word in words:
+            self.assertIn(word, line)
+
+    def test_a_lost_key_file_is_an_error_and_no_new_one_is_made(self):
+        client = self.server()
+        self.assertEqual(self.put(client).status, 200)
+        os.rename(self.path, self.path + "-")
+        client = self.server()
+        self.unavailable(client.get("/box/k"), self.path, "cannot be read")
+        self.unavailable(self.put(client), self.path, "bucket box")
+        self.unavailable(client.post("/box/k", {"uploads": ""}, headers={
+            SSE: "aws:kms"}), self.path, "bucket box")
+        self.assertFalse(os.path.exists(self.path))
+        self.assertEqual(client.put("/box/c", b"x", headers=sse_c()).status,
+                         200)
+        os.rename(self.path + "-", self.path)
+        self.assertEqual(client.get("/box/k").body, b"x")
+        self.assertEqual(self.put(client).status, 200)
+
+    def test_while_the_file_is_gone_objects_open_and_none_is_sealed(self):
+        client = self.server()
+        self.put(client)
+        os.rename(self.path, self.path + "-")
+        for _ in range(2):
+            self.assertEqual(client.get("/box/k").body, b"x")
+            self.unavailable(self.put(client), self.path, "is gone")
+        os.rename(self.path + "-", self.path)
+        self.assertEqual(self.put(client).status, 200)
+
+    def test_a_key_file_may_change_while_the_server_runs(self):
+        client = self.server()
+        self.put(client)
+        with open(self.path) as file:
+            keys = json.load(file)
+        keys.update(default=b64(SECRET), keys={"2025": keys["default"]})
+        with open(os.open(self.path + "-", os.O_CREAT | os.O_WRONLY, 0o600),
+                  "w") as file:
+            json.dump(keys, file)
+        os.replace(self.path + "-", self.path)
+        self.put(client, "new")
+        for key in ("k", "new"):
+            self.assertEqual(client.get("/box/" + key).body, b"x")
+        del keys["keys"]["2025"]
+        with open(self.path, "w") as file:
+            json.dump(keys, file)
+        self.unavailable(client.get("/box/k"), "fingerprint")
+        self.assertEqual(client.get("/box/new").body, b"x")
+
+    def test_customer_keys_make_no_key_file_and_need_none(self):
+        client = self.server()
+        self.assertEqual(self.put(client, **sse_c()).status, 200)
+        self.assertFalse(os.path.exists(self.path))
+        self.assertEqual(self.put(client).status, 200)
+        self.assertTrue(os.path.exists(self.path))
+
+    def test_another_key_file_is_told_from_a_damaged_record(self):
+        client = self.server()
+        self.put(client)
+        fingerprint = gos3rve.key_fingerprint(
+            gos3rve.load_master_keys(self.path).default)
+        os.unlink(self.path)
+        gos3rve.ensure_master_keys(self.path)
+        client = self.server()
+        self.unavailable(client.get("/box/k"), fingerprint)
+        self.assertEqual(self.put(client, "new").status, 200)
+        self.assertEqual(client.get("/box/new").body, b"x")
+
+    def test_a_key_file_that_cannot_be_used_is_named_in_the_log_only(self):
+        for text in ("", "{", "{}"):
+            with open(self.path, "w") as file:
+                file.write(text)
+            os.chmod(self.path, 0o600)
+            client = self.server()
+            self.unavailable(self.put(client), self.path, "not in order")
+
+    def test_a_key_file_in_a_bucket_is_refused(self):
+        inside = os.path.join(self.directory, "box", "d")
+        os.makedirs(inside)
+        os.symlink(self.uploads, os.path.join(self.directory, "linked"))
+        for path, mapped, name in (
+                (os.path.join(inside, "keys.json"), (), "box"),
+                (os.path.join(self.uploads, "keys.json"), (), "linked"),
+                (os.path.join(self.directory, "keys.json"),
+                 ["up=" + self.directory], "up")):
+            gos3rve.ensure_master_keys(path)
+            with self.subTest(path=path), self.assertRaisesRegex(
+                    gos3rve.ConfigError, "must not lie in the bucket "
+                    + name):
+                gos3rve.serve(self.directory, sse_key=path, bucket=mapped)
+
+    def test_a_key_file_above_the_buckets_is_in_none(self):
+        gos3rve.ensure_master_keys(self.path)
+        client = self.server(sse_key=self.path,
+                             bucket=["up=" + os.path.dirname(self.path)])
+        self.assertEqual(self.put(client).status, 200)
+        for key in (".gos3rve-keys.json", "box/.gos3rve/bucket.json"):
+            self.assertEqual(client.get("/up/" + key).code, "NoSuchKey")
+        self.assertEqual(client.keys("up"), ["box/k"])
 
 
 # --- temporary credentials: STS ---
