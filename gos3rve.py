@@ -43,6 +43,7 @@ import ipaddress
 import itertools
 import json
 import mimetypes
+import mmap
 import operator
 import os
 import random
@@ -14027,6 +14028,9 @@ MAX_EMPTY_LINES = 8                 # before a request line
 MAX_DRAIN_BYTES = 256 * KIB         # read away to keep the connection
 MAX_LINGER_BYTES = 64 * MIB
 MAX_INLINE_BYTES = 64 * KIB         # file bytes sent along with the head
+# The longest key takes less.  A line of the log stays below PIPE_BUF, 4,096:
+# up to that size what several processes write into a pipe is not mixed.
+MAX_LOGGED_CHARS = 3300
 
 _REQUEST_LINE = re.compile(
     rb"([A-Z]{1,16}) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\Z")
@@ -14039,6 +14043,7 @@ _SINGLE_HEADERS = frozenset((
     "transfer-encoding", "expect", "range", "x-amz-content-sha256",
     "x-amz-date", "x-amz-copy-source", "x-amz-decoded-content-length"))
 _METHODS = ("GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS")
+_VISIBLE = string.ascii_letters + string.digits + string.punctuation
 _HEALTH_PATHS = ("/-/health", "/minio/health/live")
 _WAIT_ERRORS = (BlockingIOError, socket.timeout, ssl.SSLWantReadError,
                 ssl.SSLWantWriteError)
@@ -14507,19 +14512,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.server.access_log:
             return
         asked, account = self.asked, None
-        resource = self.head.target.partition("?")[0] if self.head else "-"
+        resource = "-"
         if asked is not None:
             account = asked.identity and asked.identity.account
             resource = "/" + uri_encode(asked.bucket_name)
             if asked.key:
                 resource += "/" + uri_encode(asked.key, "/-_.~")
+        elif self.head:
+            resource = urllib.parse.quote(self.head.target.partition("?")[0],
+                                          _VISIBLE, "latin-1")
         self.server.access_log({
             "time": iso_date(int(self.now * 1e9)),
             "client": self.client_address[0],
             "account": account.key_id if account else "-",
             "operation": asked.operation.name
             if asked is not None and asked.operation else "-",
-            "method": self.method or "-", "resource": resource,
+            "method": self.method or "-",
+            "resource": resource[:MAX_LOGGED_CHARS],
             "status": response.status, "bytes_in": self.wire.received,
             "bytes_out": self.sent,
             "ms": round((time.perf_counter() - self.started) * 1000, 3),
@@ -14571,18 +14580,34 @@ def new_request_id():
 # The listening socket, a thread for each connection up to a cap, TLS (the
 # certificate is read in 11), the housekeeping thread and an orderly end.
 # Knows nothing of what a request says.
+#
+# With workers the first process binds the socket and serves nothing; it has
+# one thread, so that it may fork at any time:
+#
+#     supervisor -- pipe --> worker 0: accept, connections, housekeeping
+#      (signals)  -- pipe --> worker 1: accept, connections
+#
+# A worker that dies takes its own connections with it and nothing else: the
+# socket and its queue are everybody's, all else is on the disk.  The pipe
+# ends with the supervisor, however it ends, and every worker with the pipe.
 
 MAX_CONNECTIONS = 1000              # threads; further clients wait
 DRAIN_SECONDS = 30                  # for running requests at the end
 HOUSEKEEPING_SECONDS = 60
 THREAD_STACK_BYTES = 512 * KIB      # address space: 1,000 of them in 0.5 GB
+MAX_WORKERS = 64
+MAX_DEFAULT_WORKERS = 4
+GONE = (1 << 31) - 1                # the load of a worker that takes nothing
+ACCEPT_LOOKS, ACCEPT_LOOK_SECONDS = 40, 0.0002
 
 
 class Server(http.server.ThreadingHTTPServer):
     """Listens on (host, port); start() serves in threads, close() ends.
 
     access_log: takes the fields of each request as a dict, or None.
-    report: takes a line for the operator.
+    report: takes a line for the operator.  workers: the processes that
+    will serve, each of which calls start(); the connections' cap is shared
+    out among them.
     """
 
     daemon_threads = True
@@ -14590,22 +14615,30 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
 
     def __init__(self, address, service, tls=None, access_log=None,
-                 report=None, upload_ttl=0):
+                 report=None, upload_ttl=0, workers=1):
         self.service, self.tls = service, tls
         self.access_log = access_log
         self.report = report or (lambda line: None)
         self.idle = set()               # sockets to shut down at the end
         self.stopping = False
-        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS // workers)
         self._upload_ttl = upload_ttl
         self._ended = threading.Event()
         self._running = 0
         self._changed = threading.Condition()
+        # how many connections each worker has, in memory that all of them
+        # see: a hint to whose turn it is, and nothing more
+        self.loads = memoryview(mmap.mmap(-1, 4 * workers)).cast("i")
+        for number in range(workers):
+            self.loads[number] = GONE
+        self._worker = 0
         host = address[0]
         if ":" in host or (host == "" and socket.has_ipv6
                            and _has_dual_stack()):
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
+        if workers > 1:                 # another one may be faster
+            self.socket.setblocking(False)
 
     def server_bind(self):
         """Bind without the name look-up that http.server does."""
@@ -14620,18 +14653,39 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
 
-    def start(self):
-        """Serve in background threads."""
+    def start(self, worker=0):
+        """Serve in background threads, as the worker of that number; the
+        first of them keeps house for all."""
+        self._worker = worker
+        self.loads[worker] = 0
         threading.Thread(target=self.serve_forever, args=(0.1,),
                          name="accept", daemon=True).start()
-        if not self.service.readonly:
+        if worker == 0 and not self.service.readonly:
             threading.Thread(target=self._housekeeping,
                              name="housekeeping", daemon=True).start()
 
+    def _leave_to_others(self):
+        """Wait, within bounds, while another worker has fewer connections
+        and so should accept.
+
+        All workers wake for a connection, and the first one takes it.  Left
+        to that, 16 connections at once were spread over two workers as 16
+        and 0 to 9 and 7; a socket each (SO_REUSEPORT) spreads them by
+        chance, and loses the queue of a worker that dies.
+        """
+        loads = self.loads
+        for _ in range(ACCEPT_LOOKS):
+            if loads[self._worker] <= min(loads):
+                return
+            time.sleep(ACCEPT_LOOK_SECONDS)
+
     def get_request(self):
         """Accept; the TLS handshake is left to the connection's thread."""
+        self._leave_to_others()
         try:
             connection, address = super().get_request()
+        except BlockingIOError:         # another worker took it
+            raise
         except OSError:                 # no descriptor left: do not spin
             self._ended.wait(0.05)
             raise
@@ -14650,8 +14704,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.shutdown_request(request)
                 return
             self._end_idle(1)           # to make room
-        with self._changed:
-            self._running += 1
+        self._count(1)
         try:
             super().process_request(request, client_address)
         except RuntimeError:            # no more threads to be had
@@ -14667,8 +14720,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _leave(self):
         self._slots.release()
+        self._count(-1)
+
+    def _count(self, change):
         with self._changed:
-            self._running -= 1
+            self._running += change
+            if not self.stopping:
+                self.loads[self._worker] = self._running
             self._changed.notify_all()
 
     def shutdown_request(self, request):
@@ -14721,7 +14779,9 @@ class Server(http.server.ThreadingHTTPServer):
     def close(self, drain_seconds=DRAIN_SECONDS):
         """Stop accepting, let running requests finish, close; True when
         all of them did in time."""
-        self.stopping = True
+        with self._changed:
+            self.stopping = True
+            self.loads[self._worker] = GONE
         self._ended.set()
         self.shutdown()
         self.socket.close()
@@ -14738,6 +14798,227 @@ def _has_dual_stack():
         return socket.has_dualstack_ipv6()
     except AttributeError:
         return False
+
+
+# --- workers ---
+
+def have_workers():
+    """True where a server may have several processes: fork, signals and
+    sockets as they are on Linux."""
+    return sys.platform.startswith("linux")
+
+
+def default_workers():
+    """How many processes serve when nobody said: one a core, within
+    MAX_DEFAULT_WORKERS; one where threads use all cores, or where a fork
+    would copy their locks."""
+    threads_suffice = not getattr(sys, "_is_gil_enabled", lambda: True)()
+    if not have_workers() or threads_suffice or threading.active_count() > 1:
+        return 1
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except OSError:                     # a filter of system calls
+        cores = os.cpu_count() or 1
+    return min(cores, MAX_DEFAULT_WORKERS)
+
+
+class Worker:
+    """A worker process, as its supervisor sees it: its number, the pid
+    (None: it does not run), since when, and when to start it again."""
+
+    FIRST_PAUSE, LAST_PAUSE = 0.1, 30   # seconds
+    LONG_LIFE = 30                      # after which all is forgiven
+
+    def __init__(self, number):
+        self.number, self.pid = number, None
+        self.since = self.due = 0
+        self._pause = 0
+
+    def ended(self):
+        """Note its end; the seconds until it is due again: the longer, the
+        more often it ended soon."""
+        now = time.monotonic()
+        if self.pid and now - self.since > self.LONG_LIFE:
+            self._pause = 0
+        pause, self.pid = self._pause, None
+        self._pause = min(max(pause * 2, self.FIRST_PAUSE), self.LAST_PAUSE)
+        self.due = now + pause
+        return pause
+
+
+class Supervisor:
+    """Keeps workers running around one Server that is not started here.
+
+    start() returns when all of them serve, wait() when a signal asks for
+    the end, stop() when they have ended.  A context manager: it has to do
+    with signals as long as that lasts.  report: takes a line for the
+    operator.
+
+    Signals are blocked and waited for, so that none comes amiss, and no
+    handler runs in the midst of a fork.  The workers inherit that: Ctrl-C,
+    which a terminal sends to all processes, is for the supervisor, and a
+    second SIGTERM (a service manager's, besides the supervisor's) does not
+    cut short what the first one lets finish.
+    """
+
+    def __init__(self, workers, report):
+        self._workers = [Worker(number) for number in range(workers)]
+        self._report = report
+        self._server = self._reload = None
+        self._ends = frozenset((signal.SIGINT, signal.SIGTERM))
+        self._signals = self._ends | {signal.SIGHUP, signal.SIGCHLD}
+        self._alive, self._lifeline = os.pipe()
+
+    def __enter__(self):
+        # a shell may have some of them ignored
+        self._handlers = {number: signal.signal(number, signal.SIG_DFL)
+                          for number in self._signals}
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+        os.close(self._alive)
+        os.close(self._lifeline)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    # in a worker
+
+    def _serve(self, number, ready):
+        """A worker's life; does not return.  ready: a pipe that takes "+"
+        once requests are served, else the reason why not."""
+        status = 1
+        try:
+            self._begin(number, ready)
+            while signal.sigwait((signal.SIGTERM, signal.SIGHUP)) \
+                    == signal.SIGHUP:
+                self._reload()
+            self._server.close()
+            status = 0
+        except BaseException:
+            self._report("worker %d: %s" % (os.getpid(),
+                                            traceback.format_exc()))
+        finally:
+            os._exit(status)
+
+    def _begin(self, number, ready):
+        os.close(self._lifeline)
+        try:
+            threading.Thread(target=self._end_with_supervisor,
+                             name="lifeline", daemon=True).start()
+            self._server.start(number)
+            ready.write(b"+")
+        except (OSError, RuntimeError) as error:    # no memory, no threads
+            ready.write(str(error).encode()[:200])
+            os._exit(1)
+        ready.close()
+
+    def _end_with_supervisor(self):
+        os.read(self._alive, 1)
+        os._exit(1)
+
+    # in the supervisor
+
+    def start(self, server, reload):
+        """Start every worker; OSError when one of them cannot serve.
+
+        reload: reads the certificate again, True when that went well.
+        """
+        self._server, self._reload = server, reload
+        for worker in self._workers:
+            self._start(worker)
+
+    def _start(self, worker):
+        """Fork a worker and wait until it serves, or OSError."""
+        reader, writer = os.pipe()
+        with open(reader, "rb", 0) as source, open(writer, "wb", 0) as ready:
+            pid = os.fork()
+            if pid == 0:
+                source.close()
+                self._serve(worker.number, ready)
+            ready.close()
+            worker.pid, worker.since = pid, time.monotonic()
+            said = source.read(200).decode("utf-8", "replace")
+            if said != "+":
+                raise OSError("a worker could not start: "
+                              + (said or "it died"))
+
+    def _await(self, until):
+        """The number of the next signal; None when time is up."""
+        if until is None:
+            return signal.sigwait(self._signals)
+        found = signal.sigtimedwait(self._signals, max(
+            until - time.monotonic(), 0))
+        return found and found.si_signo
+
+    def _kill(self, number):
+        """Send a signal to every worker."""
+        for worker in self._workers:
+            if worker.pid:
+                os.kill(worker.pid, number)
+
+    def _reap(self):
+        """[(Worker, how it ended)] of those that have."""
+        found = []
+        for worker in self._workers:
+            pid, status = os.waitpid(worker.pid, os.WNOHANG) \
+                if worker.pid else (0, 0)
+            if pid:
+                self._server.loads[worker.number] = GONE
+                how = "status %d" % os.WEXITSTATUS(status)
+                if os.WIFSIGNALED(status):
+                    how = "signal %d" % os.WTERMSIG(status)
+                found.append((worker, how))
+        return found
+
+    def wait(self):
+        """Replace workers that end and pass SIGHUP on, until SIGINT or
+        SIGTERM comes."""
+        number = None
+        while number not in self._ends:
+            if number == signal.SIGHUP and self._reload():
+                self._kill(signal.SIGHUP)
+            for worker, how in self._reap():
+                pid, pause = worker.pid, worker.ended()
+                self._report("worker %d ended with %s; it is replaced%s" % (
+                    pid, how, pause and " in %.1f s" % pause or ""))
+            self._replace()
+            number = self._await(min((
+                worker.due for worker in self._workers if not worker.pid),
+                default=None))
+
+    def _replace(self):
+        """Start the workers that are due."""
+        for worker in self._workers:
+            if worker.pid or worker.due > time.monotonic():
+                continue
+            try:
+                self._start(worker)
+            except OSError as error:
+                self._report(str(error))
+                if not worker.pid:      # else there is one to be reaped
+                    worker.ended()
+
+    def stop(self):
+        """End the workers; running requests have DRAIN_SECONDS to finish.
+
+        A second SIGINT or SIGTERM ends this process, and so all of them.
+        """
+        self._kill(signal.SIGTERM)
+        until = time.monotonic() + DRAIN_SECONDS + 5
+        while True:
+            for worker, _ in self._reap():
+                worker.pid = None
+            if not any(worker.pid for worker in self._workers):
+                return
+            number = self._await(until)
+            if number in self._ends:
+                os._exit(1)
+            if number is None:          # stuck
+                self._kill(signal.SIGKILL)
+                return
 
 
 ###############################################################################
@@ -14782,6 +15063,13 @@ def _region(value):
     if not valid_region(value):
         raise ValueError("is no region")
     return value
+
+
+def _workers(value):
+    if not re.match(r"\d{1,2}\Z", value, re.ASCII) \
+            or not 1 <= int(value) <= MAX_WORKERS:
+        raise ValueError("is no number from 1 to %d" % MAX_WORKERS)
+    return int(value)
 
 
 def _duration(value):
@@ -14917,6 +15205,9 @@ OPTIONS = (
            "in buckets without a CORS configuration", True),
     Option("log", _log_format, "text", "Log",
            "access log on stderr: text, json or none"),
+    Option("workers", _workers, None, "Workers",
+           "processes that serve (default: on Linux one a core, at most 4; "
+           "elsewhere 1)"),
     Option("ready_file", _filled, None, "ReadyFile",
            "write the URL into this file once requests are served"),
 )
@@ -15094,6 +15385,8 @@ def make_config(values, users=()):
     key_ids = [values["key_id"]] + [user.key_id for user in users]
     if len(set(key_ids)) != len(key_ids):
         raise ConfigError("two accounts have the same access key id")
+    if values["workers"] not in (None, 1) and not have_workers():
+        raise ConfigError("-workers: more than one process needs Linux")
     if values["tls_key"] and not values["tls_cert"]:
         raise ConfigError("-tls_key needs -tls_cert")
     names = [name for name, _ in values["bucket"]]
@@ -15161,10 +15454,11 @@ class Running:
     """A server that runs, as serve() gives it.
 
     url; key_id and key_val; region; dir_buckets and dir_uploads; server.
-    A context manager that closes at its end.
+    A context manager that closes at its end.  With more than one of
+    `workers` the server is only bound: a Supervisor starts it.
     """
 
-    def __init__(self, config, access_log=None, report=None):
+    def __init__(self, config, access_log=None, report=None, workers=1):
         values = config.values
         self.key_id, self.key_val = values["key_id"], values["key_val"]
         self.region = values["region"] or "us-east-1"
@@ -15189,12 +15483,14 @@ class Running:
             values["day_seconds"])
         self._make_directories(values)
         self.server = Server((values["bind"], values["p"]), service, tls,
-                             access_log, report, values["upload_ttl"])
+                             access_log, report, values["upload_ttl"],
+                             workers)
         self.port = self.server.server_port
         self.url = "%s://%s:%d" % ("https" if tls else "http",
                                    _reachable(values["bind"]), self.port)
         self._values, self._temporary = values, None
-        self.server.start()
+        if workers == 1:
+            self.server.start()
 
     def _make_directories(self, values):
         """The directories and the buckets asked for."""
@@ -15249,6 +15545,8 @@ def serve(dir_buckets=None, buckets=(), **options):
     """
     known = {option.name: option for option in OPTIONS}
     values = {"p": 0, "bind": "127.0.0.1", "log": "none"}
+    if options.get("workers") not in (None, 1, "1"):
+        raise ConfigError("serve() serves in this process: no workers")
     for name, value in options.items():
         if name not in known:
             raise ConfigError("serve() has no option %s" % name)
@@ -15314,8 +15612,8 @@ def help_text():
              "    \tconfiguration file (default \"./config.xml\", which "
              "need not exist)"]
     for option in OPTIONS:
-        kind = {_switch: "", _port: " int", _duration: " duration"}.get(
-            option.cast, " string")
+        kind = {_switch: "", _port: " int", _workers: " int",
+                _duration: " duration"}.get(option.cast, " string")
         text = option.help
         if option.default not in (None, "", (), False) \
                 and "default" not in text:
@@ -15421,7 +15719,24 @@ def main(argv=None):
 
 def run(config):
     """Serve until a signal comes; the exit status."""
-    values, stop = config.values, []
+    values = config.values
+    workers = values["workers"] or default_workers()
+    try:
+        if workers == 1:
+            _serve_alone(config)
+        else:
+            _serve_with_workers(config, workers)
+    except (OSError, S3Error) as error:
+        print("gos3rve: cannot serve: %s" % error, file=sys.stderr)
+        return 1
+    if values["ready_file"]:
+        _unlink(values["ready_file"])
+    return 0
+
+
+def _serve_alone(config):
+    """Serve in threads of this process until a signal comes."""
+    stop = []
 
     def end(number, _):
         if stop:                        # asked twice: at once
@@ -15429,25 +15744,33 @@ def run(config):
         stop.append(number)
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), end)
-    try:
-        running = Running(config, access_writer(values["log"]),
-                          operator_log)
-        if values["ready_file"]:
-            _write_ready(values["ready_file"], running)
-    except (OSError, S3Error) as error:
-        print("gos3rve: cannot serve: %s" % error, file=sys.stderr)
-        return 1
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda *_: _reload(running))
+    with Running(config, access_writer(config.values["log"]),
+                 operator_log) as running:
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, lambda *_: _reload(running))
+        _announce(running, config)
+        while not stop:
+            # The kernel may hand a signal to any thread; Python runs its
+            # handler in this one, but does not wake it from a lock for that.
+            time.sleep(0.1)
+
+
+def _serve_with_workers(config, workers):
+    """Serve in processes of their own until a signal comes."""
+    with Supervisor(workers, operator_log) as supervisor:
+        running = Running(config, access_writer(config.values["log"]),
+                          operator_log, workers)
+        with running.server.socket:
+            supervisor.start(running.server, lambda: _reload(running))
+            _announce(running, config)
+            supervisor.wait()
+
+
+def _announce(running, config):
+    """Say that requests are served."""
+    if config.values["ready_file"]:
+        _write_ready(config.values["ready_file"], running)
     print(banner(running, config, sys.stdout.isatty()), flush=True)
-    while not stop:
-        # The kernel may hand a signal to any thread; Python runs its
-        # handler in this one, but does not wake it from a lock for that.
-        time.sleep(0.1)
-    running.close()
-    if values["ready_file"]:
-        _unlink(values["ready_file"])
-    return 0
 
 
 def _write_ready(path, running):
@@ -15458,15 +15781,17 @@ def _write_ready(path, running):
         os.replace(path + ".new", path)
     except OSError:
         _unlink(path + ".new")
-        running.close()
         raise
 
 
 def _reload(running):
+    """Read the certificate again; True when that went well."""
     try:
         running.reload_certificate()
     except ConfigError as error:
         operator_log("the certificate was not reloaded: %s" % error)
+        return False
+    return True
 
 
 if __name__ == "__main__":

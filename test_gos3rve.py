@@ -16683,6 +16683,20 @@ class HttpLog(HttpCase):
         self.assertIn("box", row["resource"])
         self.assertTrue(row["resource"].endswith("/k"))
 
+    def test_an_entry_fits_a_pipe_s_atomic_write(self):
+        longest = "/box/" + "%E6%97%A5" * 341
+        targets = [longest, "/box/" + "k" * 16000, "/box/" + "\x9b" * 9000]
+        for target in targets:
+            for method in ("GET", "BREW"):
+                raw(self.server.port, ("%s %s HTTP/1.1\r\nHost: x\r\n\r\n" % (
+                    method, target)).encode("latin-1"))
+        rows = self.log.take(6)
+        self.assertEqual(len(rows), 6)
+        for row in rows:
+            self.assertLess(len(json.dumps(row)), 4096)
+            self.assertRegex(row["resource"], r"\A/box/[!-~]+\Z")
+        self.assertIn(longest, [row["resource"] for row in rows])
+
     def test_an_entry_is_one_line_whatever_the_key(self):
         self.s3.put("/box/a b\nc\x1b[1m\u2028", b"x")
         row = self.log.take(1)[0]
@@ -16700,16 +16714,45 @@ def clean_environment(**more):
                  if not name.startswith(("GOS3RVE_", "MINIO_"))}, **more)
 
 
+def children(pid):
+    """The pids of a process's children, the oldest first."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")
+                       if gos3rve.have_workers() else ()):
+        with contextlib.suppress(OSError), \
+                open("/proc/%s/stat" % name) as file:
+            state, parent, *rest = file.read().rpartition(")")[2].split()
+            if int(parent) == pid and state != "Z":
+                found.append((int(rest[17]), int(name)))    # started at
+    return [name for _, name in sorted(found)]
+
+
+def alive(pid):
+    """True while a process runs."""
+    try:
+        with open("/proc/%d/stat" % pid) as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 class Process:
     """gos3rve.py as a process of its own, in a directory of its own; it
-    ends with its test.  text: its banner; stderr(): what it said there."""
+    ends with its test.  text: its banner; stderr(): what it said there.
+    patch: what to change in gos3rve before it runs."""
 
-    def __init__(self, test, *arguments, environment=None, wait=True):
+    def __init__(self, test, *arguments, environment=None, wait=True,
+                 patch=None):
         self.directory = temporary_directory(test)
         self._stderr = open(os.path.join(temporary_directory(test),
                                          "stderr"), "wb")
+        program = [SERVER]
+        if patch:
+            program = ["-c", "import sys; sys.path.insert(0, %r)\n"
+                       "import gos3rve\n%s\nsys.exit(gos3rve.main())"
+                       % (HERE, patch)]
         self.process = subprocess.Popen(
-            [sys.executable, SERVER] + [str(word) for word in arguments],
+            [sys.executable, "-B"] + program + [str(w) for w in arguments],
             cwd=self.directory, env=clean_environment(**environment or {}),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=self._stderr, universal_newlines=True)
@@ -16731,6 +16774,10 @@ class Process:
     def client(self, key_id="KEY", secret="hush-hush"):
         """A Client of it."""
         return Client(self.url, key_id, secret)
+
+    def workers(self):
+        """The pids of its workers."""
+        return children(self.process.pid)
 
     def stderr(self):
         """What it said on stderr so far."""
@@ -16785,15 +16832,19 @@ class ServerEnd(HttpCase):
 
     @unittest.skipUnless(os.name == "posix", "signals of POSIX")
     def test_a_signal_lets_a_running_request_finish_and_exits_0(self):
-        signals = (signal.SIGINT, signal.SIGTERM)
-        servers = [Process(self, "-bucket", "box", *KEYS) for _ in signals]
-        for number, server in zip(signals, servers):
-            with self.subTest(number):
+        cases = [(signal.SIGINT, 0), (signal.SIGTERM, 0)]
+        if gos3rve.have_workers():
+            cases += [(signal.SIGINT, 2), (signal.SIGTERM, 2)]
+        servers = [Process(self, "-bucket", "box", "-workers", workers or 1,
+                           *KEYS) for _, workers in cases]
+        for (number, workers), server in zip(cases, servers):
+            with self.subTest(number, workers=workers):
+                self.assertEqual(len(server.workers()), workers)
                 idle = Peer(server.port)
                 self.addCleanup(idle.close)
                 self.ok(idle.send(HEALTH).answer())
                 peer = self.upload(server, server.client())
-                server.process.send_signal(number)
+                self.signal_all(server, number)
                 self.assertTrue(wait_for(lambda: refused(server.port)))
                 self.assertIsNone(server.process.poll())
                 answer = peer.send(b"world").answer()
@@ -16804,7 +16855,14 @@ class ServerEnd(HttpCase):
                 path = os.path.join(server.directory, "buckets/box/k")
                 with open(path, "rb") as file:
                     self.assertEqual(file.read(), b"helloworld")
-                self.assertNotIn("Traceback", server.stderr())
+                self.assertNotIn("gos3rve:", server.stderr())
+
+    def signal_all(self, server, number):
+        """Send a signal as a terminal and a service manager do: to the
+        server and its workers, too."""
+        server.process.send_signal(number)
+        for pid in server.workers():
+            os.kill(pid, number)
 
     def test_close_waits_for_a_running_request_in_bounds(self):
         server = gos3rve.serve(buckets=["box"])
@@ -16881,6 +16939,256 @@ class ServerEnd(HttpCase):
                 self.assertIn(status, (1, 2))
                 self.assertEqual(out, "")
                 self.assertRegex(err, r"\Agos3rve: [^\n]+\n\Z")
+
+
+class WorkerRules(unittest.TestCase):
+    """What holds for workers without any."""
+
+    def test_the_default_is_one_a_core_within_four(self):
+        for cores, platform, gil, threads, count in (
+                (1, "linux", True, 1, 1), (3, "linux", True, 1, 3),
+                (96, "linux", True, 1, 4), (8, "linux", False, 1, 1),
+                (8, "linux", True, 2, 1), (8, "darwin", True, 1, 1),
+                (8, "win32", True, 1, 1), (None, "linux", True, 1, 2)):
+            affinity = mock.Mock(return_value=range(cores or 0),
+                                 side_effect=None if cores else OSError)
+            with self.subTest((cores, platform, gil, threads)), \
+                    mock.patch.object(sys, "platform", platform), \
+                    mock.patch.object(sys, "_is_gil_enabled", lambda: gil,
+                                      create=True), \
+                    mock.patch.object(threading, "active_count",
+                                      lambda: threads), \
+                    mock.patch.object(os, "sched_getaffinity", affinity,
+                                      create=True), \
+                    mock.patch.object(os, "cpu_count", lambda: 2):
+                self.assertEqual(gos3rve.default_workers(), count)
+
+    def test_more_than_one_is_refused_where_it_cannot_be(self):
+        with mock.patch.object(sys, "platform", "darwin"):
+            self.assertEqual(gos3rve.make_config(
+                {"workers": 1}).values["workers"], 1)
+            with self.assertRaises(gos3rve.ConfigError):
+                gos3rve.make_config({"workers": 2})
+        with self.assertRaises(gos3rve.ConfigError):
+            gos3rve.serve(workers=2)
+        gos3rve.serve(workers=1).close(5)
+
+    def test_a_worker_that_keeps_dying_is_given_time(self):
+        worker = gos3rve.Worker(0)
+        with mock.patch.object(time, "monotonic", lambda: now):
+            for now, since, pause in (
+                    (100, 10, 0), (110, 100, 0.1), (120, 110, 0.2),
+                    (130, 130, 0.4), (1000, 140, 0), (1001, 1000, 0.1)):
+                worker.pid, worker.since = 1, since
+                self.assertEqual(worker.ended(), pause)
+                self.assertEqual(worker.due, now + pause)
+                self.assertIsNone(worker.pid)
+            pauses = [worker.ended() for _ in range(20)]
+        self.assertEqual(pauses[-1], 30)
+
+    def test_the_first_worker_keeps_house(self):
+        config = gos3rve.make_config({
+            "dir_buckets": temporary_directory(self),
+            "dir_uploads": temporary_directory(self), "p": 0,
+            "bind": "127.0.0.1"})
+        for number, kept in ((0, 1), (1, 0)):
+            with mock.patch.object(gos3rve.Server, "_housekeeping") as house:
+                server = gos3rve.Running(config, workers=2)
+                server.server.start(number)
+                server.close(5)
+                self.assertEqual(house.call_count, kept)
+
+
+@unittest.skipUnless(gos3rve.have_workers(), "no workers here")
+class ServerWorkers(HttpCase):
+    """One server with two workers and keys that it made, for all tests
+    that leave it running."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.made = unittest.TestCase()
+        cls.two = Process(cls.made, "-workers", "2", "-bucket", "box",
+                          "-log", "json", "-p", "0", "-bind", "127.0.0.1")
+        while "secret key" not in cls.two.text:
+            cls.two.text += cls.two.process.stdout.readline()
+        cls.keys = re.findall(r"(?:access|secret) key +(\S+)", cls.two.text)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.made.doCleanups()
+        super().tearDownClass()
+
+    def client(self):
+        """A Client of the server."""
+        client = self.two.client(*self.keys)
+        self.addCleanup(client.close)
+        return client
+
+    def begin(self, server, data):
+        """A connection to a server that has sent something."""
+        peer = Peer(server.port)
+        self.addCleanup(peer.close)
+        return peer.send(data)
+
+    def replaced(self, victim):
+        """Kill a worker; the workers once there are two again."""
+        os.kill(victim, signal.SIGKILL)
+        self.assertTrue(wait_for(
+            lambda: victim not in self.two.workers()
+            and len(self.two.workers()) == 2))
+        return self.two.workers()
+
+    @staticmethod
+    def sockets(pid):
+        """How many sockets a process has open."""
+        directory, count = "/proc/%d/fd" % pid, 0
+        for name in os.listdir(directory):
+            with contextlib.suppress(OSError):
+                count += os.readlink(os.path.join(
+                    directory, name)).startswith("socket:")
+        return count
+
+    def test_connections_are_spread_and_know_the_same_account(self):
+        workers = self.two.workers()
+        self.assertEqual(len(workers), 2)
+        before = [self.sockets(pid) for pid in workers]
+        clients = [self.client() for _ in range(16)]
+        answers = together(16, lambda number: clients[number].get("/"))
+        shares = [self.sockets(pid) - count
+                  for pid, count in zip(workers, before)]
+        self.assertEqual(sum(shares), 16)
+        self.assertGreaterEqual(min(shares), 4, shares)
+        owners = {self.ok(answer).one("Owner/ID") for answer in answers}
+        self.assertEqual(len(owners), 1)
+
+    def test_a_killed_worker_is_replaced_under_load(self):
+        victim, other = self.two.workers()
+        done, faults = [], []
+
+        def load(number):
+            client = self.client()
+            while len(done) < 300:
+                key = "/box/%d-%d" % (number, len(done))
+                with contextlib.suppress(OSError,
+                                         http.client.HTTPException):
+                    answer = client.put(key, b"x")
+                    done.append(key)
+                    if answer.status != 200:
+                        faults.append(answer.body)
+                    continue
+                client.close()                  # and try again
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            loads = [pool.submit(load, number) for number in range(4)]
+            self.assertTrue(wait_for(lambda: len(done) > 50))
+            self.assertIn(other, self.replaced(victim))
+            for future in loads:
+                future.result()
+        self.assertEqual(faults, [])
+        self.assertEqual(set(done), {
+            "/box/" + key for key in self.client().keys("box")})
+        self.assertIn("worker %d ended with signal 9; it is replaced"
+                      % victim, self.two.stderr())
+
+    def test_a_killed_housekeeper_s_successor_keeps_house(self):
+        directory = os.path.join(self.two.directory,
+                                 "buckets/box/.gos3rve/tmp")
+        path = os.path.join(directory, "t" + "0" * 24)
+        os.makedirs(directory, exist_ok=True)
+        with open(path, "w") as file:
+            file.write("left by a crash")
+        os.utime(path, (1, 1))
+        for pid in self.two.workers():
+            self.replaced(pid)
+        self.assertTrue(wait_for(lambda: not os.path.exists(path)))
+
+    def test_lines_of_several_workers_are_not_mixed(self):
+        clients = [self.client() for _ in range(8)]
+        keys = [["/box/%d-%d-" % (number, turn) + "\u65e5" * 300
+                 for turn in range(20)] for number in range(8)]
+        together(8, lambda number: [clients[number].head(key)
+                                    for key in keys[number]])
+        expected = {quote(key, "/-_.~") for row in keys for key in row}
+        logged = wait_for(lambda: expected <= {
+            json.loads(line)["resource"]
+            for line in self.two.stderr().splitlines()
+            if not line.startswith("gos3rve: ")})
+        self.assertTrue(logged)
+
+    def start(self, *words, **more):
+        """A server of its own with two workers."""
+        return Process(self, "-bucket", "box", "-workers", "2", *words, *KEYS,
+                       **more)
+
+    def test_workers_end_with_their_killed_supervisor(self):
+        server = self.start()
+        workers = server.workers()
+        self.begin(server, b"PUT /box/k HTTP/1.1\r\n")   # amid a request
+        server.process.kill()
+        server.process.wait()
+        self.assertTrue(wait_for(lambda: refused(server.port)))
+        self.assertTrue(wait_for(lambda: not any(map(alive, workers))))
+
+    def test_a_second_signal_ends_them_all_at_once(self):
+        server = self.start()
+        workers, client = server.workers(), server.client()
+        target = client.presign("PUT", "/box/k")[len(client.url):]
+        self.begin(server, (
+            "PUT %s HTTP/1.1\r\nHost: %s\r\nContent-Length: 10\r\n"
+            "\r\nhello" % (target, client.netloc)).encode())
+        server.process.send_signal(signal.SIGTERM)
+        self.assertTrue(wait_for(lambda: refused(server.port)))
+        self.assertIsNone(server.process.poll())
+        self.assertEqual(server.end(), 1)
+        self.assertTrue(wait_for(lambda: not any(map(alive, workers))))
+
+    def test_workers_that_cannot_start_are_one_sentence_and_status_1(self):
+        start = "def start(self, worker=0):\n    %s\ngos3rve.Server" \
+                ".start = start"
+        cases = (
+            ("def fork():\n    raise BlockingIOError(11, 'not now')\n"
+             "gos3rve.os.fork = fork", "not now"),
+            (start % "raise RuntimeError('no new thread')", "no new thread"),
+            (start % "gos3rve.os._exit(3)", "it died"))
+        servers = [self.start(patch=patch, wait=False) for patch, _ in cases]
+        for (_, word), server in zip(cases, servers):
+            with self.subTest(word):
+                self.assertEqual(server.status(), 1)
+                self.assertEqual(server.text, "")
+                self.assertRegex(server.stderr(), r"\Agos3rve: cannot serve:"
+                                 r" [^\n]*%s\n\Z" % word)
+
+    def test_a_replacement_that_cannot_start_is_tried_again(self):
+        server = self.start(patch=(
+            "forks, fork = [], gos3rve.os.fork\n"
+            "def sometimes():\n    forks.append(1)\n"
+            "    if len(forks) in (3, 4):\n"
+            "        raise BlockingIOError(11, 'not now')\n"
+            "    return fork()\ngos3rve.os.fork = sometimes"))
+        victim, other = server.workers()
+        os.kill(victim, signal.SIGKILL)
+        self.assertTrue(wait_for(lambda: len(server.workers()) == 2
+                                 and victim not in server.workers()))
+        self.assertIn(other, server.workers())
+        self.assertEqual(server.stderr().count("not now"), 2)
+        self.ok(self.begin(server, HEALTH).answer())
+        self.assertEqual(server.end(), 0)
+
+    def test_the_cap_of_connections_is_that_of_all_workers(self):
+        server = self.start(patch="gos3rve.MAX_CONNECTIONS = 4")
+        peers = [self.begin(server, HEALTH) for _ in range(4)]
+        for peer in peers:              # busy until their bodies have come
+            self.ok(peer.answer())
+            peer.send(b"PUT /box/k HTTP/1.1\r\nHost: x\r\n"
+                      b"Content-Length: 5\r\n\r\n")
+        fifth = self.begin(server, HEALTH)
+        fifth.sock.settimeout(0.5)
+        with self.assertRaises(socket.timeout):
+            fifth.sock.recv(1)
+        for peer in peers:
+            peer.send(b"hello")         # refused, and idle from then on
+        fifth.sock.settimeout(20)
+        self.assertEqual(fifth.sock.recv(12), b"HTTP/1.1 200")
 
 
 class ServerConnections(HttpCase):
@@ -17206,6 +17514,39 @@ class ServerTls(HttpCase):
         self.assertEqual(server.end(), 0)
         self.assertNotIn("Traceback", server.stderr())
 
+    @unittest.skipUnless(gos3rve.have_workers(), "no workers here")
+    def test_SIGHUP_is_for_every_worker_and_its_successor(self):
+        directory = temporary_directory(self)
+        cert = shutil.copy(self.cert, os.path.join(directory, "cert"))
+        key = shutil.copy(self.key, os.path.join(directory, "key"))
+        server = Process(self, "-workers", "2", "-tls_cert", cert,
+                         "-tls_key", key, *KEYS)
+        new = make_certificate(self)
+        context = trusting(self.cert, new[0])
+
+        def shown():
+            """What four connections at once are shown: two a worker."""
+            with contextlib.ExitStack() as stack:
+                return {stack.enter_context(Peer(
+                    server.port, context)).sock.getpeercert(True)
+                    for _ in range(4)}
+        old = shown()
+        self.assertEqual(len(old), 1)
+        shutil.copy(new[0], cert)           # its key has not come yet
+        server.process.send_signal(signal.SIGHUP)
+        self.assertTrue(wait_for(lambda: "reloaded" in server.stderr()))
+        self.assertEqual(shown(), old)
+        shutil.copy(new[1], key)
+        server.process.send_signal(signal.SIGHUP)
+        self.assertTrue(wait_for(lambda: not old & shown()))
+        victim = server.workers()[0]
+        os.kill(victim, signal.SIGKILL)
+        self.assertTrue(wait_for(lambda: victim not in server.workers()
+                                 and len(server.workers()) == 2))
+        self.assertFalse(old & shown())
+        self.assertEqual(server.stderr().count("reloaded"), 1)
+        self.assertEqual(server.end(), 0)
+
 class ServerProcess:
     """gos3rve.py as a process of its own over some directories."""
 
@@ -17221,6 +17562,7 @@ class ServerProcess:
              "-dir_uploads", os.path.join(directory, "uploads"),
              "-ready_file", ready] + list(arguments),
             stdout=subprocess.DEVNULL, stderr=self.errors)
+        self.workers = []
         deadline = time.monotonic() + 20
         while not os.path.exists(ready):
             if self.process.poll() is not None \
@@ -17231,6 +17573,7 @@ class ServerProcess:
             time.sleep(0.01)
         with open(ready) as file:
             self.url = file.read().strip()
+        self.workers = children(self.process.pid)
 
     def client(self):
         """A new Client of it."""
@@ -17242,9 +17585,13 @@ class ServerProcess:
         return self.errors.read().decode()
 
     def kill(self):
-        """End it as a power cut of the process would."""
+        """End it and its workers as a power cut would."""
         self.process.kill()
+        for pid in self.workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        wait_for(lambda: not any(map(alive, self.workers)))
 
     def __enter__(self):
         return self
@@ -17316,7 +17663,7 @@ class KilledServer(unittest.TestCase):
                                "box") as server:
                 self.check(server)
                 timer = threading.Timer(self.random.uniform(0, 0.15),
-                                        server.process.kill)
+                                        server.kill)
                 timer.start()
                 with contextlib.suppress(
                         OSError, http.client.HTTPException), \
@@ -17365,7 +17712,8 @@ class ConcurrentWrites(unittest.TestCase):
 
     def test_one_winner_of_32(self):
         directory = temporary_directory(self)
-        with ServerProcess(directory, "-bucket", "box") as one, \
+        workers = ("-workers", "2") if gos3rve.have_workers() else ()
+        with ServerProcess(directory, "-bucket", "box", *workers) as one, \
                 ServerProcess(directory, "-bucket", "box") as two:
             clients = [(one, two)[number % 2].client()
                        for number in range(32)]
@@ -17460,6 +17808,7 @@ SAMPLES = {
     "log": ("json", "json"),
     "object_ownership": ("ObjectWriter", "ObjectWriter"),
     "cors": ("https://a.example", ("https://a.example",)),
+    "workers": ("3", 3),
     "ready_file": ("ready", "ready"),
 }
 SWITCHES = ("sync", "readonly", "follow_symlinks")
@@ -17715,6 +18064,11 @@ WRONG = (
     (["-config", "missing.xml"], {}, None, "missing.xml"),
     (["-config", "."], {}, None, "."),
     ([], {"GOS3RVE_CONFIG": "missing.xml"}, None, "missing.xml"),
+    (["-workers", "0"], {}, None, "-workers"),
+    (["-workers", "x"], {}, None, "-workers"),
+    (["-workers", "65"], {}, None, "-workers"),
+    (["-workers", "-1"], {}, None, "-workers"),
+    ([], {"GOS3RVE_WORKERS": "many"}, None, "GOS3RVE_WORKERS"),
     ([], {"GOS3RVE_P": "x"}, None, "GOS3RVE_P"),
     ([], {"GOS3RVE_SYNC": "maybe"}, None, "GOS3RVE_SYNC"),
     ([], {"GOS3RVE_BUCKET": "fine,No"}, None, "No"),
