@@ -2938,8 +2938,8 @@ MAX_LOOKS = 50                      # for a file that others move about
 # Names kept by the listing cache, over all directories: about 100 bytes
 # each, so 100 MB at the most, and that only below a million-key bucket.
 MAX_CACHED_NAMES = 1000000
-# A directory's mtime is trusted once it is older than its clock's tick: 10
-# ms on Linux (HZ=100), 2 s where the stamp has whole seconds (FAT, ext3).
+# A time on the disk is trusted once it is older than its clock's tick: 10 ms
+# on Linux (HZ=100), 2 s where the stamp has whole seconds (FAT, ext3).
 TICK_NS, COARSE_TICK_NS = 50000000, 2500000000
 SWEEP_GRACE_SECONDS = 60            # between making a file and locking it
 # Of a bucket's access log, while it cannot be delivered
@@ -3394,6 +3394,14 @@ def _looked_at(info, fd):
     return info
 
 
+def _settled(status):
+    """True when any change from now on must show as another time."""
+    # ctime, too: tar and rsync set mtime back
+    changed = max(status.st_mtime_ns, status.st_ctime_ns)
+    coarse = changed % 1000000000 == 0
+    return time.time_ns() - changed > (COARSE_TICK_NS if coarse else TICK_NS)
+
+
 class Bucket:
     """One bucket's directory: where its keys lie, its locks, its record.
 
@@ -3422,7 +3430,11 @@ class Bucket:
 
     @property
     def config(self):
-        """bucket.json as a dict, read again whenever it was replaced."""
+        """bucket.json as a dict, read again whenever it was replaced.
+
+        Other processes replace it, too: an inode is soon used again, so
+        that two of its contents may differ in nothing but the time.
+        """
         path = os.path.join(self._state, "bucket.json")
         try:
             status = os.stat(path)
@@ -3431,6 +3443,7 @@ class Bucket:
         stamp = status.st_ino, status.st_mtime_ns, status.st_size
         known, config = self._config
         if known != stamp:
+            settled = _settled(status)
             with open(path, "rb") as file:
                 data = file.read()
             try:
@@ -3439,7 +3452,8 @@ class Bucket:
                 self._report("%s is damaged and taken as absent: %s"
                              % (path, error))
                 config = {}
-            self._config = stamp, config
+            if settled:
+                self._config = stamp, config
         return config
 
     def save(self, config):
@@ -4373,12 +4387,9 @@ class DirectoryCache:
             if names is not None and names.stamp == stamp:
                 self._known.move_to_end(path)
                 return names
-        # ctime, too: tar and rsync set a directory's mtime back
-        changed = max(status.st_mtime_ns, status.st_ctime_ns)
-        coarse = changed % 1000000000 == 0
-        age = time.time_ns() - changed
+        settled = _settled(status)
         names = read(path, stamp)
-        if age > (COARSE_TICK_NS if coarse else TICK_NS) and not names.links:
+        if settled and not names.links:
             self._keep(path, names)
         return names
 

@@ -4109,6 +4109,18 @@ class Buckets(StorageCase):
         for name in ("..", ".", "", "box/..", "/", gos3rve.STATE, "BOX\0"):
             self.assert_refused("NoSuchBucket", self.store.bucket, name)
 
+    def test_a_record_is_trusted_once_its_time_cannot_come_again(self):
+        path = self.path(gos3rve.STATE, "bucket.json")
+        with open(path, "rb") as file:
+            text = file.read()
+        for owner in (b"carol", b"peggy"):  # of one inode, size and time
+            with open(path, "r+b") as file:
+                file.write(text.replace(b"alice", owner))
+            os.utime(path, (9e9, 9e9))
+            self.assertEqual(self.bucket.owner, owner.decode())
+        with mock.patch.object(gos3rve, "COARSE_TICK_NS", -10 ** 20):
+            self.assertIs(self.bucket.config, self.bucket.config)
+
     def test_bucket_with_anything_in_it_is_not_deleted(self):
         for make in (lambda: by_hand(self.path("f")),
                      lambda: by_hand(self.path("d", "e", "f")),
