@@ -14609,7 +14609,7 @@ THREAD_STACK_BYTES = 512 * KIB      # address space: 1,000 of them in 0.5 GB
 MAX_WORKERS = 64
 MAX_DEFAULT_WORKERS = 4
 GONE = (1 << 31) - 1                # the load of a worker that takes nothing
-ACCEPT_LOOKS, ACCEPT_LOOK_SECONDS = 40, 0.0002
+ACCEPT_PAUSES = (0.0002, 0.0005, 0.001, 0.003, 0.006, 0.02)     # seconds
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -14687,10 +14687,10 @@ class Server(http.server.ThreadingHTTPServer):
         of eight, and loses the queue of a worker that dies.
         """
         loads = self.loads
-        for _ in range(ACCEPT_LOOKS):
+        for pause in ACCEPT_PAUSES:
             if loads[self._worker] <= min(loads):
                 return
-            time.sleep(ACCEPT_LOOK_SECONDS)
+            time.sleep(pause)
 
     def get_request(self):
         """Accept; the TLS handshake is left to the connection's thread."""
