@@ -14893,6 +14893,8 @@ class Supervisor:
         self.stop()
         os.close(self._alive)
         os.close(self._lifeline)
+        while self._await(0) is not None:
+            pass                        # asked again, when all had ended
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

@@ -16829,7 +16829,7 @@ def refused(port):
     return False
 
 
-class ServerEnd(HttpCase):
+class EndCase(HttpCase):
 
     def upload(self, server, client):
         """A Peer in the middle of an upload that the server waits for."""
@@ -16841,6 +16841,9 @@ class ServerEnd(HttpCase):
                        url[len(client.url):], client.netloc)).encode())
         self.assertEqual(peer.answer().status, 100)
         return peer.send(b"hello")
+
+
+class ServerEnd(EndCase):
 
     @unittest.skipUnless(os.name == "posix", "signals of POSIX")
     def test_a_signal_lets_a_running_request_finish_and_exits_0(self):
@@ -16957,15 +16960,15 @@ class WorkerRules(unittest.TestCase):
     """What holds for workers without any."""
 
     def test_the_default_is_one_a_core_within_four(self):
-        for cores, platform, gil, threads, count in (
+        for cores, system, gil, threads, count in (
                 (1, "linux", True, 1, 1), (3, "linux", True, 1, 3),
                 (96, "linux", True, 1, 4), (8, "linux", False, 1, 1),
                 (8, "linux", True, 2, 1), (8, "darwin", True, 1, 1),
                 (8, "win32", True, 1, 1), (None, "linux", True, 1, 2)):
             affinity = mock.Mock(return_value=range(cores or 0),
                                  side_effect=None if cores else OSError)
-            with self.subTest((cores, platform, gil, threads)), \
-                    mock.patch.object(sys, "platform", platform), \
+            with self.subTest((cores, system, gil, threads)), \
+                    mock.patch.object(sys, "platform", system), \
                     mock.patch.object(sys, "_is_gil_enabled", lambda: gil,
                                       create=True), \
                     mock.patch.object(threading, "active_count",
@@ -17030,7 +17033,7 @@ class WorkerRules(unittest.TestCase):
 
 
 @unittest.skipUnless(gos3rve.have_workers(), "no workers here")
-class ServerWorkers(HttpCase):
+class ServerWorkers(EndCase):
     """One server with two workers and keys that it made, for all tests
     that leave it running."""
 
@@ -17165,11 +17168,8 @@ class ServerWorkers(HttpCase):
 
     def test_a_second_signal_ends_them_all_at_once(self):
         server = self.start()
-        workers, client = server.workers(), server.client()
-        target = client.presign("PUT", "/box/k")[len(client.url):]
-        self.begin(server, (
-            "PUT %s HTTP/1.1\r\nHost: %s\r\nContent-Length: 10\r\n"
-            "\r\nhello" % (target, client.netloc)).encode())
+        workers = server.workers()
+        self.upload(server, server.client())
         server.process.send_signal(signal.SIGTERM)
         self.assertTrue(wait_for(lambda: refused(server.port)))
         self.assertIsNone(server.process.poll())
@@ -20528,11 +20528,7 @@ def family(pid):
     """The ids of a process and all its live descendants (Linux)."""
     found = [pid]
     for parent in found:
-        with contextlib.suppress(OSError):
-            for task in os.listdir("/proc/%d/task" % parent):
-                with open("/proc/%d/task/%s/children" % (parent,
-                                                         task)) as file:
-                    found += map(int, file.read().split())
+        found += children(parent)
     return found
 
 
