@@ -2922,13 +2922,15 @@ def sealed_etag(key, md5):
 #                       meta/        records that no xattr can hold
 #                       odd/         objects whose key is no path here
 #                       versions/    <key's name>/<version>: noncurrent
-#                                    versions and delete markers
+#                                    versions and delete markers; `key`
+#                                    where the name is a hash
 #                       logs/        lines of the access log that are not
 #                                    delivered yet
 #                       locks/       one empty file a stripe
 #     <uploads>/<bucket>/<id>/       a multipart upload: upload.json, 00001
 
 STATE = ".gos3rve"
+KEY_FILE = "key"                    # in a directory named by a key's hash
 XATTR = "user.gos3rve"
 LOCK_STRIPES = 32
 MAX_ODD_NAME = 140                  # longer encoded keys are hashed
@@ -3016,13 +3018,31 @@ def odd_name(key):
 NULL_VERSION = "null"
 ENABLED, SUSPENDED = "Enabled", "Suspended"
 _VERSION_ID = re.compile(r"[0-9a-f]{32}\Z")
+_VERSION_NAME = re.compile(
+    r"[0-9a-f]{16}(?:[0-9a-f]{16}|null)(?:\.pending)?\Z")
 _END_OF_TIME_NS = 1 << 63
+PENDING = ".pending"                # see Bucket.add_marker()
 
 
-def new_version_id():
-    """An id that no other version has; later ones sort first."""
-    return "%016x%s" % (_END_OF_TIME_NS - time.time_ns(),
-                        secrets.token_hex(8))
+def new_version_id(names=()):
+    """An id that no other version has and that sorts before those of the
+    key's other versions, `names`: in this order they were acknowledged."""
+    return _version_stamp(time.time_ns(), names) + secrets.token_hex(8)
+
+
+def _version_stamp(now_ns, names):
+    """The first half of an id.  The clock may have been set back since
+    the newest of `names`, or may not have ticked."""
+    stamp = _END_OF_TIME_NS - now_ns
+    if names:
+        stamp = min(stamp, int(names[0][:16], 16) - 1)
+    return "%016x" % max(stamp, 0)
+
+
+def _version_of(name):
+    """The version id of a file under versions/."""
+    name = name.partition(".")[0]
+    return NULL_VERSION if name.endswith(NULL_VERSION) else name
 
 
 def valid_version_id(text):
@@ -3039,6 +3059,7 @@ _CONTENT_FIELDS = ("etag", "checksums", "checksum_type", "parts",
 _RECORD_TYPES = {"size": int, "mtime_ns": int, "etag": str, "headers": dict,
                  "meta": dict, "class": str, "checksums": dict, "key": str,
                 "was": str, "version": str, "marker": bool, "tags": dict,
+                 "replaces": list,
                  "owner": str, "acl": list, "lock": dict, "sse": dict,
                  "checksum_type": str, "parts": list, "upload_id": str,
                  "part_checksums": list}
@@ -3923,17 +3944,27 @@ class Bucket:
 
     def remove(self, key):
         """Remove an object's file; True when there was one."""
-        removed = False
-        for _ in range(2):                  # the natural one and its odd twin
-            found = self._open_key(key)
-            if found is None:
-                break
-            fd, status, path = found
-            os.close(fd)
-            self._unlink_key(key, path)
-            self._drop_sidecar(key, status.st_ino)
-            removed = True
-        return removed
+        found = self._open_key(key)
+        if found is None:
+            return False
+        fd, status, path = found
+        os.close(fd)
+        if path != self._odd_path(key):
+            self._drop_twin(key)
+        self._unlink_key(key, path)
+        self._drop_sidecar(key, status.st_ino)
+        return True
+
+    def _drop_twin(self, key):
+        """Remove the older file under odd/ that a crash may have left of a
+        key, before its file at the natural path ceases to hide it."""
+        path = self._odd_path(key)
+        try:
+            inode = os.stat(path).st_ino
+        except _ABSENT:
+            return
+        _unlink(path)
+        self._drop_sidecar(key, inode)
 
     def _unlink_key(self, key, path):
         if path == self._odd_path(key):
@@ -3974,8 +4005,9 @@ class Bucket:
             renamed = self._name_record(fd, status, key, source)
         finally:
             os.close(fd)
+        if path != self._odd_path(source):
+            self._drop_twin(source)
         self._move(path, key)
-        _unlink(self._odd_path(source))     # an older twin of the file
         if renamed:
             self._drop_sidecar(source, status.st_ino)
         if replaced is not None:
@@ -4026,15 +4058,18 @@ class Bucket:
                     return True
         return False
 
-    # versions; the caller holds the key's lock
+    # versions; the caller holds the key's lock to change any
 
     def _version_directory(self, key):
         return os.path.join(self._versions, odd_name(key))
 
-    def version_names(self, key):
+    def version_names(self, key, current=True):
         """The file names of a key's noncurrent versions and markers, the
-        newest first."""
-        return sorted(_listdir(self._version_directory(key)))
+        newest first; current: False when the key has no file."""
+        return sorted(
+            name for name in _listdir(self._version_directory(key))
+            if _VERSION_NAME.match(name)
+            and not (current and name.endswith(PENDING)))
 
     def _load_version(self, key, name, latest=False):
         """(Info, fd) of a noncurrent version or marker; None if gone."""
@@ -4045,40 +4080,74 @@ class Bucket:
             return None
         try:
             record = self._read_record(fd, status, key)
-            return _looked_at(Info(key, status, record, latest), fd), fd
+            if record or _same_file(path, status):
+                # its name is sure, even where its record is damaged
+                record["version"] = _version_of(name)
+                info = _looked_at(Info(key, status, record), fd)
+                info.latest = latest and info.marker
+                return info, fd
         except BaseException:
             os.close(fd)
             raise
+        os.close(fd)
+        return None
 
     def open_version(self, key, version_id=None):
         """(Info, fd) of a version, the latest for None.  The caller
         closes.  NoSuchKey, NoSuchVersion; a marker is given like others.
         """
-        for _ in range(3):              # it may become current meanwhile
-            found = self._look(key)
-            if found and version_id in (None, found[0].version_id):
-                return found
-            if found:
-                os.close(found[1])
-            name = self._version_name(key, version_id)
-            found = name and self._load_version(
-                key, name, not found and version_id is None)
+        for _ in range(MAX_LOOKS):
+            found = self._seek_version(key, version_id)
             if found:
                 return found
-        if version_id is None:
-            raise S3Error("NoSuchKey", Key=key)
-        raise S3Error("NoSuchVersion", Key=key, VersionId=version_id)
+            # gone, or moved behind our back?
+            current, names = self._snapshot(key)
+            if version_id is None:
+                if current is None and not (
+                        names and self._is_marker(key, names[0])):
+                    raise S3Error("NoSuchKey", Key=key)
+            elif (current is None or current.version_id != version_id) \
+                    and version_id not in map(_version_of, names):
+                raise S3Error("NoSuchVersion", Key=key,
+                              VersionId=version_id)
+        raise S3Error("SlowDown")
+
+    def _seek_version(self, key, version_id):
+        """As open_version(), in one look; None when it was not there."""
+        found = self._look(key)
+        if found and version_id in (None, found[0].version_id):
+            return found
+        if found:
+            os.close(found[1])
+        names = self.version_names(key, bool(found))
+        for name in names:
+            if version_id in (None, _version_of(name)):
+                version = self._load_version(
+                    key, name, not found and name == names[0])
+                if version is None or version_id or version[0].marker:
+                    return version
+                os.close(version[1])
+                return None             # its successor went by hand
+        return None
+
+    def _snapshot(self, key):
+        """(Info of the current version or None, version_names) as they
+        were at one moment: seen twice in turn."""
+        before = None
+        for _ in range(MAX_LOOKS):
+            current = self.glance(key)
+            names = self.version_names(key, current is not None)
+            now = names, current and (current.version_id, current.mtime_ns,
+                                      current.size)
+            if now == before:
+                break
+            before = now
+        return current, names
 
     def _version_name(self, key, version_id):
-        """The file name of a noncurrent version; that of the newest one
-        for None, if it is a marker."""
-        names = self.version_names(key)
-        if version_id is None:
-            return names[0] if names and self._is_marker(
-                key, names[0]) else None
-        for name in names:
-            if name == version_id or (version_id == NULL_VERSION
-                                      and name.endswith(NULL_VERSION)):
+        """The file name of a noncurrent version, or None."""
+        for name in self.version_names(key):
+            if _version_of(name) == version_id:
                 return name
         return None
 
@@ -4089,84 +4158,136 @@ class Bucket:
         return bool(found) and found[0].marker
 
     def versions(self, key):
-        """The Infos of all versions and markers, the newest first."""
-        current = self.find(key)
+        """The Infos of all versions and markers, the newest first, as they
+        were at one moment."""
+        current, names = self._snapshot(key)
         found = [current] if current else []
-        for name in self.version_names(key):
-            version = self._load_version(key, name)
+        known = {info.version_id for info in found}
+        for name in names:
+            # a crash may have left the current one here as well
+            version_id = _version_of(name)
+            if version_id in known:
+                continue
+            version = self._load_version(key, name, not found) \
+                or self._seek_version(key, version_id)
             if version:
                 info, fd = version
                 os.close(fd)
-                # a crash may have left the current one here as well
-                if not current or info.version_id != current.version_id:
-                    info.latest = not found and info.marker
-                    found.append(info)
+                info.latest = not found and info.marker
+                found.append(info)
+                known.add(version_id)
         return found
 
-    def _archive_name(self, key, info):
-        """Where a current version goes: before all that are there."""
-        name = info.version_id
-        if name == NULL_VERSION:
-            name = "%016x%s" % (_END_OF_TIME_NS - info.mtime_ns,
-                                NULL_VERSION)
-        names = self.version_names(key)
-        if name not in names and names and name > names[0] \
-                and info.version_id == NULL_VERSION:
-            name = "%016x%s" % (int(names[0][:16], 16) - 1, NULL_VERSION)
-        return name
+    def settle(self, key):
+        """Finish or undo what a crash has cut off among the versions of a
+        key; version_names() then.  Every change of them starts here."""
+        names = self.version_names(key, False)
+        pending = [name for name in names if name.endswith(PENDING)]
+        nulls = [name for name in names
+                 if _version_of(name) == NULL_VERSION]
+        if not pending and not nulls:
+            return names
+        current = self.find(key)
+        if current is None and pending:
+            self._finish_marker(key, pending[0])
+        elif current:
+            for name in pending:
+                self.drop_version(key, name)
+            if current.version_id == NULL_VERSION:
+                for name in current.record.get("replaces", ()):
+                    if name in nulls:
+                        self.drop_version(key, name)
+        return self.version_names(key)
 
-    def archive(self, key, keep_null=True):
-        """Link the current version in among the noncurrent ones; it stays
-        where it is, too.  keep_null: also when it is the null version."""
+    def archive(self, key, names, keep_null=True):
+        """Link the current version in among the noncurrent ones, `names`,
+        the newest first; the names then.  It stays where it is, too.
+        keep_null: also when it is the null version."""
         found = self._open_key(key)
         if found is None:
-            return
+            return names
         fd, status, path = found
         try:
-            info = Info(key, status, self._read_record(fd, status, key))
-            if info.version_id == NULL_VERSION and not keep_null:
-                return
-            self._name_version(fd, status, key)
-            target = os.path.join(self._make_versions(key),
-                                  self._archive_name(key, info))
-            with contextlib.suppress(FileExistsError):
-                os.link(path, target)
+            record = self._read_record(fd, status, key)
+            name = record.get("version", NULL_VERSION)
+            if name == NULL_VERSION and not keep_null:
+                return names
+            twins = [old for old in names if _version_of(old) == name]
+            directory = self._make_versions(key)
+            if twins and os.stat(os.path.join(
+                    directory, twins[0])).st_ino != status.st_ino:
+                # a file put here by hand replaces no other version
+                name = record["version"] = new_version_id(names)
+                self._write_record(fd, status, key, record)
+            elif twins:
+                return names            # a crash left it
+            elif name == NULL_VERSION:
+                name = _version_stamp(min(
+                    status.st_mtime_ns, time.time_ns()), names) + name
+            os.link(path, os.path.join(directory, name))
         finally:
             os.close(fd)
         if self._sync:
-            sync_directory(os.path.dirname(target))
-
-    def _name_version(self, fd, status, key):
-        """The record tells the key where the directory's name cannot."""
-        if odd_name(key)[0] == "h":
-            record = self._read_record(fd, status, key)
-            if record.get("key") != key:
-                record["key"] = key
-                self._write_record(fd, status, key, record)
+            sync_directory(directory)
+        return sorted(names + [name])
 
     def _make_versions(self, key):
-        """The directory for a key's versions, made."""
+        """The directory for a key's versions, made; it stays as long as
+        the key has any version, for the sake of listings."""
         directory = self._version_directory(key)
         self._make_state("versions")
-        with contextlib.suppress(FileExistsError):
+        try:
             os.mkdir(directory)
+            if self._sync:
+                sync_directory(self._versions)
+        except FileExistsError:
+            pass
+        path = os.path.join(directory, KEY_FILE)
+        if odd_name(key)[0] == "h" and not os.path.exists(path):
+            with self.draft() as draft:
+                draft.write(dump_record({"key": key}))
+                if self._sync:
+                    os.fsync(draft.fd)
+                os.replace(draft.path, path)
+                draft.path = None
+            os.utime(self._versions)    # no listing without it is good
         return directory
 
-    def add_marker(self, key, version_id):
-        """Publish a delete marker as the newest version; its id."""
+    def add_marker(self, key, names, version_id):
+        """Publish a delete marker as the newest version, and remove the
+        key's file.
+
+        That is the moment at which it comes into force: one that is
+        PENDING counts only while there is no file.
+        """
         record = {"marker": True, "key": key}
-        if version_id != NULL_VERSION:
-            record["version"] = version_id
+        name = version_id
+        if version_id == NULL_VERSION:
+            name = _version_stamp(time.time_ns(), names) + name
         directory = self._make_versions(key)
         with self.draft() as draft:
             status = draft.seal(record)
-            info = Info(key, status, record)
             self._write_record(draft.fd, status, key, record)
             if self._sync:
                 os.fsync(draft.fd)
-            os.replace(draft.path, os.path.join(
-                directory, self._archive_name(key, info)))
+            os.replace(draft.path, os.path.join(directory, name + PENDING))
             draft.path = None
+        if self._sync:
+            sync_directory(directory)
+        self.remove(key)
+        self._finish_marker(key, name + PENDING)
+
+    def _finish_marker(self, key, pending):
+        """Make a marker in force one like others.  The null version that a
+        null one replaces goes first."""
+        name = pending[:-len(PENDING)]
+        if _version_of(name) == NULL_VERSION:
+            for old in self.version_names(key):
+                if _version_of(old) == NULL_VERSION and old != name:
+                    self.drop_version(key, old)
+        directory = self._version_directory(key)
+        os.replace(os.path.join(directory, pending),
+                   os.path.join(directory, name))
         if self._sync:
             sync_directory(directory)
 
@@ -4182,64 +4303,76 @@ class Bucket:
         self._drop_sidecar(key, inode)
         if self._sync:
             sync_directory(directory)
-        with contextlib.suppress(OSError):
-            os.rmdir(directory)
 
-    def drop_null(self, key):
-        """Remove the noncurrent null version or marker, if there is one."""
-        for name in self.version_names(key):
-            if name.endswith(NULL_VERSION):
-                self.drop_version(key, name)
-
-    def promote(self, key):
-        """Make the newest noncurrent version current, over what is there;
-        False when it is a marker or there is none."""
-        names = self.version_names(key)
-        if not names or self._is_marker(key, names[0]):
-            return False
+    def promote(self, key, name):
+        """Make a noncurrent version current, over what is there."""
         replaced = self._inode(key)
-        path = os.path.join(self._version_directory(key), names[0])
+        path = os.path.join(self._version_directory(key), name)
         kept = os.stat(path).st_ino
         self._move(path, key)
         if replaced not in (None, kept):
             self._drop_sidecar(key, replaced)
-        with contextlib.suppress(OSError):
-            os.rmdir(self._version_directory(key))
-        return True
 
     def remove_version(self, key, info):
         """Remove one version: the latest makes way for the one before."""
-        if info.marker or not info.latest:
-            newest = self.version_names(key)[:1]
-            name = self._version_name(key, info.version_id)
+        name = self._version_name(key, info.version_id)
+        if not info.latest:
             self.drop_version(key, name)
-            if [name] == newest and self.find(key) is None:
-                self.promote(key)
-            return
-        # a copy of the current one that a crash left among the others
-        twin = self._version_name(key, info.version_id)
-        if twin:
-            self.drop_version(key, twin)
-        if not self.promote(key):
-            self.remove(key)
+        elif info.marker:
+            self._uncover(key, name)
+        else:
+            if name:                    # its twin, after a crash
+                self.drop_version(key, name)
+            names = self.version_names(key)
+            if names and not self._is_marker(key, names[0]):
+                self.promote(key, names[0])
+            else:
+                self.remove(key)
+        self._prune_versions(key)
+
+    def _uncover(self, key, marker):
+        """Remove the latest version, a marker: it is out of force when the
+        one before it has become the key's file."""
+        names = self.version_names(key)[1:]
+        if names and not self._is_marker(key, names[0]):
+            directory = self._version_directory(key)
+            os.replace(os.path.join(directory, marker),
+                       os.path.join(directory, marker + PENDING))
+            if self._sync:
+                sync_directory(directory)
+            self.promote(key, names[0])
+            marker += PENDING
+        self.drop_version(key, marker)
+
+    def _prune_versions(self, key):
+        """Remove the directory of a key that has no version any more."""
+        directory = self._version_directory(key)
+        if set(_listdir(directory)) <= {KEY_FILE} and not self.find(key):
+            _unlink(os.path.join(directory, KEY_FILE))
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
 
     def update_record(self, key, version_id, change):
         """Change the record of a version in place, change(record) being
         given it; its new Info.  MethodNotAllowed for a delete marker."""
         with self.lock(key):
-            info, fd = self.open_version(key, version_id)
-            try:
-                if info.marker:
-                    raise marker_error(info, version_id)
-                status = os.fstat(fd)
-                record = self._read_record(fd, status, key)
-                change(record)
-                self._write_record(fd, status, key, record)
-                if self._sync:
-                    os.fsync(fd)
-                return Info(key, status, record, info.latest)
-            finally:
-                os.close(fd)
+            return self.change_record(key, version_id, change)
+
+    def change_record(self, key, version_id, change):
+        """The same; the caller holds the key's lock."""
+        info, fd = self.open_version(key, version_id)
+        try:
+            if info.marker:
+                raise marker_error(info, version_id)
+            status = os.fstat(fd)
+            record = self._read_record(fd, status, key)
+            change(record)
+            self._write_record(fd, status, key, record)
+            if self._sync:
+                os.fsync(fd)
+            return Info(key, status, record, info.latest)
+        finally:
+            os.close(fd)
 
     # access logs: a file a day, which a deliverer claims by renaming it
 
@@ -4338,7 +4471,7 @@ class Bucket:
         for path in (self._odd, self._versions):
             for _, _, files in os.walk(path, onerror=refuse) \
                     if os.path.exists(path) else ():
-                if files:
+                if files and files != [KEY_FILE]:
                     return False
         return True
 
@@ -4457,11 +4590,31 @@ class Walker:
             if name[:1] == "k":
                 keys.append(urllib.parse.unquote(name[1:]))
             elif name[:1] == "h":
-                for version in _listdir(os.path.join(path, name))[:1]:
-                    with contextlib.suppress(OSError):
-                        keys.append(self._hashed_key(
-                            os.path.join(path, name, version), name))
+                with contextlib.suppress(OSError), open(os.path.join(
+                        path, name, KEY_FILE), "rb") as file:
+                    keys.append(load_record(file.read()).get("key"))
         return Names(stamp, sorted(filter(None, keys)), frozenset())
+
+    def missed(self, prefix, after, last, entries):
+        """True when version_keys() gave some key up to `last` neither by
+        its file nor by its versions: it got its first noncurrent one, and
+        lost its file, between the two looks.  entries: what was made of
+        the keys that it gave."""
+        old = self._names(self._bucket._versions, self._read_versions)
+        new = Walker(self._bucket, self._cache)._names(
+            self._bucket._versions, self._read_versions)
+        if new is None or new is old:
+            return False
+        late = {key for key in set(new.entries).difference(
+            old.entries if old else ())
+            if key.startswith(prefix) and key > after
+            and (last is None or key < last)}
+        if late:
+            late.difference_update(entry.key for entry in entries)
+            rolled = tuple(entry.key for entry in entries
+                           if isinstance(entry, CommonPrefix))
+            late = {key for key in late if not key.startswith(rolled)}
+        return bool(late)
 
     @staticmethod
     def _merge(natural, odd):
@@ -4680,6 +4833,30 @@ def collect_page(keys_after, look, prefix, delimiter, after, limit, skip=""):
     return Page(entries, False)
 
 
+def _collect_versions(keys, look, roll, marker, limit, last):
+    """(Page, the key where it ended or None) from an ordered source of
+    keys.  look(key) -> Infos; roll: prefix and delimiter; marker: a key
+    and a version of it, behind which the page starts; last: a common
+    prefix not to give again."""
+    entries, (prefix, delimiter) = [], roll
+    for key in keys:
+        cut = key.find(delimiter, len(prefix)) if delimiter else -1
+        if cut >= 0:
+            found = [CommonPrefix(key[:cut + len(delimiter)])]
+            if found[0].key == last:
+                continue
+            last = found[0].key
+        else:
+            found = look(key)
+        if key == marker[0]:
+            found = _after_version(found, marker[1])
+        for entry in found:
+            if len(entries) == limit:
+                return Page(entries, bool(limit)), key
+            entries.append(entry)
+    return Page(entries, False), None
+
+
 # --- multipart uploads ---
 
 class Upload:
@@ -4847,17 +5024,29 @@ class Store:
         def step():
             if conditions != ALWAYS:
                 conditions.check(bucket.find(key))
-            versioning = bucket.versioning
-            if versioning is None:
+            if bucket.versioning is None:
                 return bucket.publish(draft, key, record)
-            if versioning == ENABLED:
-                record["version"] = new_version_id()
-            bucket.archive(key, versioning == ENABLED)
-            info = bucket.publish(draft, key, record)
-            if versioning == SUSPENDED:
-                bucket.drop_null(key)
-            return info
+            return self._put_version(bucket, key, draft, record)
         return bucket.retry(key, step)
+
+    @staticmethod
+    def _put_version(bucket, key, draft, record):
+        """Publish a draft as the newest version.  What a null version
+        replaces goes after it has come; its record tells what that is."""
+        enabled, names = bucket.versioning == ENABLED, bucket.settle(key)
+        names = bucket.archive(key, names, enabled)
+        replaced = [] if enabled else [
+            name for name in names if _version_of(name) == NULL_VERSION]
+        for field in ("version", "replaces"):
+            record.pop(field, None)     # of a step that was in the way
+        if enabled:
+            record["version"] = new_version_id(names)
+        elif replaced:
+            record["replaces"] = replaced
+        info = bucket.publish(draft, key, record)
+        for name in replaced:
+            bucket.drop_version(key, name)
+        return info
 
     def delete_object(self, bucket, key, conditions=ALWAYS,
                       version_id=None, allow=None):
@@ -4866,20 +5055,24 @@ class Store:
 
         allow(info) may raise before that version is removed for good.
         """
-        def step():
-            if version_id is not None:
-                return self._delete_version(bucket, key, version_id, allow,
-                                            conditions)
-            if conditions != ALWAYS:
-                conditions.check(bucket.find(key))
-            versioning = bucket.versioning
-            if versioning is None:
-                current = bucket.find(key) if allow else None
-                if current:
-                    allow(current)
-                return Removed(None, False, bucket.remove(key))
-            return self._add_marker(bucket, key, versioning, allow)
-        return bucket.retry(key, step)
+        return bucket.retry(key, lambda: self._delete(
+            bucket, key, conditions, version_id, allow))
+
+    def _delete(self, bucket, key, conditions=ALWAYS, version_id=None,
+                allow=None):
+        """delete_object() for who holds the key's lock."""
+        if version_id is not None:
+            return self._delete_version(bucket, key, version_id, allow,
+                                        conditions)
+        if conditions != ALWAYS:
+            conditions.check(bucket.find(key))
+        versioning = bucket.versioning
+        if versioning is None:
+            current = bucket.find(key) if allow else None
+            if current:
+                allow(current)
+            return Removed(None, False, bucket.remove(key))
+        return self._add_marker(bucket, key, versioning, allow)
 
     @staticmethod
     def _add_marker(bucket, key, versioning, allow):
@@ -4887,16 +5080,16 @@ class Store:
         if versioning == SUSPENDED and current and allow \
                 and current.version_id == NULL_VERSION:
             allow(current)
-        marker = new_version_id() if versioning == ENABLED else NULL_VERSION
-        bucket.archive(key, versioning == ENABLED)
-        if versioning == SUSPENDED:
-            bucket.drop_null(key)
-        bucket.add_marker(key, marker)
-        bucket.remove(key)
+        names = bucket.archive(key, bucket.settle(key),
+                               versioning == ENABLED)
+        marker = new_version_id(names) if versioning == ENABLED \
+            else NULL_VERSION
+        bucket.add_marker(key, names, marker)
         return Removed(marker, True)
 
     @staticmethod
     def _delete_version(bucket, key, version_id, allow, conditions):
+        bucket.settle(key)
         try:
             info, fd = bucket.open_version(key, version_id)
         except S3Error as error:
@@ -4909,6 +5102,27 @@ class Store:
             allow(info)
         bucket.remove_version(key, info)
         return Removed(version_id, info.marker)
+
+    def revise(self, bucket, key, choose):
+        """Delete versions of a key or change their records; how many.
+
+        choose(infos) gets all of them, the newest first, while nobody else
+        can change any, and yields (version id, changes).  Without changes
+        it is delete_object(), for good or, the id being None, not.
+        """
+        def step():
+            count = 0
+            bucket.settle(key)
+            for version_id, changes in choose(bucket.versions(key)):
+                if changes:
+                    bucket.change_record(
+                        key, version_id,
+                        lambda record: record.update(changes))
+                else:
+                    self._delete(bucket, key, version_id=version_id)
+                count += 1
+            return count
+        return bucket.retry(key, step)
 
     def rename_object(self, bucket, source, key, source_check, conditions):
         """Rename atomically, replacing what `key` was.
@@ -4945,25 +5159,16 @@ class Store:
                       version_marker="", limit=MAX_LIST_KEYS, skip=""):
         """A Page of all versions and delete markers, by key and then the
         newest first, behind a key or behind one version of it."""
-        walker = Walker(bucket, self._cache)
-        entries, last = [], skip
         after = skip + "\U0010ffff" if skip else key_marker
-        for key in walker.version_keys(prefix, after, version_marker):
-            cut = key.find(delimiter, len(prefix)) if delimiter else -1
-            if cut >= 0:
-                found = [CommonPrefix(key[:cut + len(delimiter)])]
-                if found[0].key == last:
-                    continue
-                last = found[0].key
-            else:
-                found = bucket.versions(key)
-            if key == key_marker:
-                found = _after_version(found, version_marker)
-            for entry in found:
-                if len(entries) == limit:
-                    return Page(entries, bool(limit))
-                entries.append(entry)
-        return Page(entries, False)
+        for _ in range(MAX_RETRIES):
+            walker = Walker(bucket, self._cache)
+            keys = walker.version_keys(prefix, after, version_marker)
+            page, last = _collect_versions(
+                keys, bucket.versions, (prefix, delimiter),
+                (key_marker, version_marker), limit, skip)
+            if not walker.missed(prefix, after, last, page.entries):
+                break
+        return page
 
     def each_key(self, bucket):
         """The Infos of every key, its versions and delete markers, the
@@ -5195,17 +5400,16 @@ class Store:
                 upload = self._load_upload(path)
             except OSError:
                 continue                # not now: it may well be whole
-            idle = now - max([_modified(path)] + [
-                _modified(os.path.join(path, part))
-                for part in _listdir(path)])
+            idle = now - _last_change(path)
             if upload is None and idle > grace:
                 shutil.rmtree(path, ignore_errors=True)
                 count += 1
             elif upload is not None and ttl and idle > ttl:
                 with contextlib.suppress(S3Error), \
                         self.locked_upload(upload):
-                    self.remove_upload(upload)
-                    count += 1
+                    if now - _last_change(path) > ttl:
+                        self.remove_upload(upload)
+                        count += 1
             else:
                 count += _sweep_drafts(path, now - grace)
         with contextlib.suppress(OSError):
@@ -5220,6 +5424,12 @@ def _file_prefix(path):
         return read_header(_pread(fd, SEAL_HEADER_BYTES, 0))
     finally:
         os.close(fd)
+
+
+def _last_change(path):
+    """The newest mtime, in seconds, of a directory and what lies in it."""
+    return max([_modified(path)] + [_modified(os.path.join(path, name))
+                                    for name in _listdir(path)])
 
 
 def _drop_other_sidecars(sidecar):
@@ -13204,17 +13414,6 @@ def abort_headers(lifecycle, key, initiated):
 
 # --- lifecycle: carried out ---
 
-class Unchanged(NamedTuple):
-    """As WriteConditions: the version is still the one looked at."""
-    info: Info
-
-    def check(self, info):
-        """PreconditionFailed when it is another one, or gone."""
-        if info is None or (info.version_id, info.mtime_ns, info.size) != (
-                self.info.version_id, self.info.mtime_ns, self.info.size):
-            raise S3Error("PreconditionFailed")
-
-
 def lifecycle_pause(day_seconds):
     """Seconds from one run of the lifecycle rules to the next."""
     return min(3600, max(1, day_seconds / 10))
@@ -13223,77 +13422,89 @@ def lifecycle_pause(day_seconds):
 def run_lifecycle(service, now, stopped=lambda: False):
     """Do what is due in every bucket; how many things were done.
 
-    Several servers may do so at once: each deletion is made on the
-    condition that the version is still the one that was looked at.
+    Several servers may do so at once, beside any writer: what seems due
+    is looked at again while nobody can change the key.
     """
     count = 0
     for bucket in service.store.list_buckets():
-        lifecycle = bucket.config.get("lifecycle")
-        if not lifecycle:
+        if not bucket.config.get("lifecycle"):
             continue
+        due = functools.partial(_due_of_key, bucket, now,
+                                service.day_seconds)
         for infos in service.store.each_key(bucket):
             if stopped():
                 return count
-            for info, due in _due_of_key(lifecycle, infos, bucket, now,
-                                         service.day_seconds):
-                count += _carry_out(service, bucket, info, due)
-        count += _abort_due(service, bucket, lifecycle, now)
+            if any(due(infos)):
+                count += _carry_out(service, bucket, infos[0].key, due)
+        count += _abort_due(service, bucket, now)
     return count
 
 
-def _due_of_key(lifecycle, infos, bucket, now, day_seconds):
-    """(Info, Due) of the versions of one key, the newest first."""
-    versioned = bucket.versioning is not None
-    for index, info in enumerate(infos):
+def _due_of_key(bucket, now, day_seconds, infos):
+    """(Info, Due) of the versions of one key, the newest first, as its
+    bucket's rules say now.  What is locked is left."""
+    lifecycle = bucket.config.get("lifecycle")
+    versioned, newer = bucket.versioning is not None, 0
+    for index, info in enumerate(infos if lifecycle else ()):
         due = lifecycle_action(lifecycle, Candidate(
             info.key, info.size, info.mtime, info.record.get("tags", {}),
             info.record.get("class"), info.latest, info.marker,
-            infos[index - 1].mtime if index else None, max(0, index - 1),
+            infos[index - 1].mtime if index else None, newer,
             len(infos) == 1, versioned), now, day_seconds)
+        if due and due.action != TRANSITION and not _is_free(
+                info, due, bucket):
+            due = None
         if due:
             yield info, due
+        # what goes in this run is no newer version to those behind it
+        newer += index > 0 and not (due and due.action == REMOVE)
 
 
-def _carry_out(service, bucket, info, due):
-    """One Due; True when it was done.  A version that is locked, or not
-    the same any more, is left."""
-    store = service.store
-
-    def unlocked(found):
-        check_unlocked(found.record.get("lock", {}), time.time())
-
-    def move(record):
-        if record.get("mtime_ns") != info.record.get("mtime_ns"):
-            raise S3Error("PreconditionFailed")
-        record["class"] = due.storage_class
+def _is_free(info, due, bucket):
+    """True when no lock keeps a version from what is due."""
+    if due.action == EXPIRE and bucket.versioning == ENABLED:
+        return True                     # it stays, behind a marker
     try:
-        if due.action == TRANSITION:
-            bucket.update_record(info.key, info.version_id, move)
-            done = MOVED[due.storage_class]
-        else:
-            removed = store.delete_object(
-                bucket, info.key, Unchanged(info),
-                None if due.action == EXPIRE else info.version_id, unlocked)
-            done = MARKED if due.action == EXPIRE and removed.marker \
-                else EXPIRED
-        log_lifecycle(service, bucket, done, info.key, info.version_id
-                      if due.action == REMOVE else None, info.size)
+        check_unlocked(info.record.get("lock", {}), time.time())
     except S3Error:
-        return False
-    except OSError as error:
-        store.report("lifecycle of %s/%s: %s" % (
-            bucket.name, uri_encode(info.key, "/-_.~"), error))
         return False
     return True
 
 
-def _abort_due(service, bucket, lifecycle, now):
+def _carry_out(service, bucket, key, due):
+    """Do what is due on the versions of a key; how many things."""
+    done = []
+
+    def choose(infos):
+        for info, (action, _, storage_class) in due(infos):
+            removed = info.version_id if action == REMOVE else None
+            yield None if action == EXPIRE else info.version_id, \
+                action == TRANSITION and {"class": storage_class}
+            name = MOVED[storage_class] if action == TRANSITION else \
+                MARKED if action == EXPIRE and bucket.versioning else EXPIRED
+            done.append((name, key, removed, info.size))
+    try:
+        service.store.revise(bucket, key, choose)
+    except (S3Error, OSError) as error:
+        service.store.report("lifecycle of %s/%s: %s" % (
+            bucket.name, uri_encode(key, "/-_.~"), error))
+    for line in done:
+        log_lifecycle(service, bucket, *line)
+    return len(done)
+
+
+def _abort_due(service, bucket, now):
     """Abort the uploads that are due; how many."""
     store, count = service.store, 0
-    for upload in store.list_uploads(bucket):
-        if upload_due(lifecycle, upload.key, upload.initiated_ns // 10 ** 9,
-                      now, service.day_seconds):
-            with contextlib.suppress(S3Error), store.locked_upload(upload):
+
+    def is_due(upload):
+        lifecycle = bucket.config.get("lifecycle")
+        return lifecycle and upload_due(
+            lifecycle, upload.key, upload.initiated_ns // 10 ** 9, now,
+            service.day_seconds)
+    for upload in filter(is_due, store.list_uploads(bucket)):
+        with contextlib.suppress(S3Error), store.locked_upload(upload):
+            if is_due(upload):
                 store.remove_upload(upload)
                 count += 1
                 log_lifecycle(service, bucket, ABORTED, upload.key)
