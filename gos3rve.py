@@ -4160,7 +4160,16 @@ class Bucket:
     def versions(self, key):
         """The Infos of all versions and markers, the newest first, as they
         were at one moment."""
-        current, names = self._snapshot(key)
+        for _ in range(MAX_LOOKS):
+            current, names = self._snapshot(key)
+            infos = self._load_versions(key, current, names)
+            if not names or infos[:1] and infos[0].version_id in (
+                    current and current.version_id, _version_of(names[0])):
+                break                   # else the latest went meanwhile
+        return infos
+
+    def _load_versions(self, key, current, names):
+        """versions(), less those that have gone since the _snapshot()."""
         found = [current] if current else []
         known = {info.version_id for info in found}
         for name in names:

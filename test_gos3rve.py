@@ -3862,6 +3862,258 @@ class CrashPointsWithSidecars(CrashPoints):
     xattrs = False
 
 
+# --- versions ---
+
+class VersionCase(StorageCase):
+    """The bucket has versions."""
+
+    def setUp(self):
+        super().setUp()
+        self.switch("Enabled")
+
+    def switch(self, status):
+        """Set the bucket's versioning."""
+        if self.bucket.versioning != status:
+            self.bucket.save({"versioning": status})
+
+    def remove(self, key, version_id):
+        """Remove a version for good."""
+        return self.store.delete_object(self.bucket, key,
+                                        version_id=version_id)
+
+    def listed(self, key):
+        """The Infos of a key, exactly the first of them the latest."""
+        infos = self.store.list_versions(self.bucket, key).entries
+        self.assertEqual([info.latest for info in infos],
+                         [number == 0 for number in range(len(infos))])
+        return infos
+
+    def contents(self, key):
+        """Version id -> content, the newest first; None for a marker."""
+        found = {}
+        for info in self.listed(key):
+            told, fd = self.bucket.open_version(key, info.version_id)
+            with os.fdopen(fd, "rb") as file:
+                found[info.version_id] = None if told.marker else file.read()
+        return found
+
+
+class Versions(VersionCase):
+    """What becomes of them, by whatever hand and clock."""
+
+    def test_order_is_that_of_writing_whatever_the_clock_says(self):
+        for step in (-10 ** 15, -1, 0, 1):
+            key, ids = "%d." % step, []
+            clock = itertools.count(2 * 10 ** 18, step)
+            with mock.patch.object(time, "time_ns", lambda: next(clock)):
+                for status in ("Suspended", "Enabled", "Enabled"):
+                    self.switch(status)
+                    ids += [self.put(key, b"1").version_id,
+                            self.store.delete_object(
+                                self.bucket, key).version_id]
+                    self.restart()
+            self.assertEqual(list(self.contents(key)), ids[:0:-1])
+
+    def test_file_by_hand_takes_the_place_of_no_version(self):
+        self.switch("Suspended")
+        self.put("k", b"null")
+        self.switch("Enabled")
+        self.put("k", b"1")
+        self.delete("k")
+        by_hand(self.path("k"), b"by hand")
+        self.assertEqual(self.read("k")[1], b"by hand")
+        self.put("k", b"2")
+        self.assertEqual(list(self.contents("k").values()),
+                         [b"2", b"by hand", None, b"1", b"null"])
+
+    def test_version_copied_back_and_changed_by_hand_is_one_more(self):
+        self.put("k", b"1")
+        self.put("k", b"2")
+        old = self.path(gos3rve.STATE, "versions", "kk")
+        os.unlink(self.path("k"))
+        shutil.copy2(os.path.join(old, os.listdir(old)[0]), self.path("k"))
+        with open(self.path("k"), "ab") as file:
+            file.write(b" and more")
+        self.put("k", b"3")
+        self.assertEqual(sorted(self.contents("k").values()),
+                         [b"1", b"1 and more", b"3"])
+
+    def test_file_removed_by_hand_brings_no_older_version_back(self):
+        ids = [self.put("k", b"%d" % n).version_id for n in range(3)]
+        os.unlink(self.path("k"))
+        for version_id in (None, ids[2]):
+            with self.assertRaises(S3Error):
+                self.bucket.open_version("k", version_id)
+        self.remove("k", ids[1])
+        self.assertEqual(self.keys(), [])
+        self.assertEqual([info.version_id for info in
+                          self.bucket.versions("k")], ids[:1])
+
+    def test_what_a_crash_left_under_odd_never_comes_back(self):
+        """`k/`s file, when `k` was in its way, beside its newer one."""
+        for status, act in (("Enabled", bound(self.delete, "k")),
+                            (None, bound(self.delete, "k")),
+                            (None, bound(self.rename, "k", "other"))):
+            self.switch(None)
+            self.put("k", b"new")
+            by_hand(self.path(gos3rve.STATE, "odd", "kk"), b"old")
+            self.switch(status)
+            for at in range(1, 30):
+                with Machine(at, True), contextlib.suppress(Cut):
+                    act()
+                info = self.bucket.find("k")
+                if info is None:
+                    break
+                self.assertEqual(self.read("k")[1], b"new")
+            self.assertIsNone(info)
+
+    def test_strange_files_among_the_versions_are_none(self):
+        self.put("k", b"1")
+        self.put("k", b"2")
+        before = self.contents("k")
+        for name in ("x", "0" * 31, "0" * 16 + "NULL", "0" * 32 + "~"):
+            by_hand(self.path(gos3rve.STATE, "versions", "kk", name))
+        self.assertEqual(self.contents("k"), before)
+        self.put("k", b"3")
+        self.assertEqual(list(self.contents("k"))[1:], list(before))
+
+
+class VersionsWithSidecars(Versions):
+    """The same where the file system has no extended attributes."""
+
+    xattrs = False
+
+
+class MovingVersions(VersionCase):
+    """A reader, between any two calls of whom a version moves: into
+    versions/ and out of it, from one name to another."""
+
+    NAMES = ("open", "stat", "listdir", "scandir", "getxattr")
+    KEYS = "d/k", "k//" + "x" * 200
+
+    def setUp(self):
+        super().setUp()
+        self.ids = {key: [self.put(key, data).version_id
+                          for data in (b"1", b"2")] for key in self.KEYS}
+
+    def behind(self, look, moves, *points):
+        """What look() gives while the moves are made, each before that of
+        the calls which its point says; and how many calls it made."""
+        calls, moves = [], list(moves)
+        points = set(points)
+
+        def wrap(real):
+            def call(*args, **named):
+                if calls[-1:] != [None]:
+                    calls.append(real.__name__)
+                    if len(calls) in points and moves:
+                        calls.append(None)
+                        moves.pop(0)()
+                        calls.pop()
+                return real(*args, **named)
+            return call
+        with contextlib.ExitStack() as stack:
+            for name in self.NAMES:
+                if hasattr(os, name):
+                    stack.enter_context(mock.patch.object(
+                        os, name, wrap(getattr(os, name))))
+            result = look()
+        for move in moves:
+            move()
+        return result, len(calls)
+
+    def each_move(self, look, check, *moves):
+        """check() what look() gives, wherever the moves are made."""
+        for distance in (1, 2, 3, 5, 8, 13):
+            for first in range(1, 500):
+                points = first, first + distance
+                with self.subTest(points=points):
+                    result, count = self.behind(look, moves, *points)
+                    check(result)
+                if count < first:
+                    break
+
+    def hide_and_show(self, key):
+        """Two moves: a delete marker comes and goes."""
+        marker = []
+        return (lambda: marker.append(self.store.delete_object(
+                    self.bucket, key).version_id),
+                lambda: self.remove(key, marker.pop()))
+
+    def put_and_remove(self, key):
+        """Two moves: a newer version comes and goes."""
+        newer = []
+        return (lambda: newer.append(self.put(key, b"3").version_id),
+                lambda: self.remove(key, newer.pop()))
+
+    def check_listing(self, key):
+        def check(infos):
+            found = [info.version_id for info in infos]
+            self.assertEqual([one for one in found if one in self.ids[key]],
+                             self.ids[key][::-1])
+            self.assertEqual(found, sorted(found))
+            self.assertEqual([info.latest for info in infos],
+                             [True] + [False] * (len(infos) - 1))
+        return check
+
+    def test_listings_of_versions(self):
+        for key in self.KEYS:
+            for moves in self.hide_and_show(key), self.put_and_remove(key):
+                self.each_move(lambda: self.store.list_versions(
+                    self.bucket, key).entries, self.check_listing(key),
+                    *moves)
+
+    def test_key_gets_its_first_old_version(self):
+        """The listing looked for those before it looked for files."""
+        def start(key):
+            self.ids[key] = [self.put(key, b"1").version_id]
+
+        def end(key):
+            for info in self.bucket.versions(key):
+                self.remove(key, info.version_id)
+        for key in ("e/k", "e//" + "x" * 200):
+            for at in range(1, 500):
+                start(key)
+                infos, count = self.behind(
+                    lambda: self.store.list_versions(
+                        self.bucket, "e/").entries,
+                    [lambda: self.delete(key)], at)
+                self.check_listing(key)(infos)
+                end(key)
+                if count < at:
+                    break
+
+    def test_a_version_by_its_id(self):
+        for key in self.KEYS:
+            for number, data in enumerate((b"1", b"2")):
+                def look():
+                    info, fd = self.bucket.open_version(
+                        key, self.ids[key][number])
+                    with os.fdopen(fd, "rb") as file:
+                        return info.version_id, file.read()
+                for moves in (self.hide_and_show(key),
+                              self.put_and_remove(key)):
+                    self.each_move(look, lambda found: self.assertEqual(
+                        found, (self.ids[key][number], data)), *moves)
+
+    def test_a_key_that_always_has_a_latest_version(self):
+        for key in self.KEYS:
+            def look():
+                info, fd = self.bucket.open_version(key)
+                with os.fdopen(fd, "rb") as file:
+                    return not info.marker and file.read() in (b"2", b"3")
+            for one in (look, lambda: key in self.keys(prefix=key),
+                        lambda: self.bucket.find(key) is not None):
+                self.each_move(one, self.assertTrue,
+                               *self.put_and_remove(key))
+
+
+class MovingVersionsWithSidecars(MovingVersions):
+    """The same where the file system has no extended attributes."""
+
+    xattrs = False
+
+
 # --- crash points of versions ---
 
 # The versions of a key, the newest first: v a version, n the null version,
