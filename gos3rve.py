@@ -3041,8 +3041,23 @@ def _version_stamp(now_ns, names):
 
 def _version_of(name):
     """The version id of a file under versions/."""
-    name = name.partition(".")[0]
-    return NULL_VERSION if name.endswith(NULL_VERSION) else name
+    return NULL_VERSION if NULL_VERSION in name else name[:32]
+
+
+def _name_of(version_id, names):
+    """The file name, the first among sorted `names`, of a version; None
+    when it is not there."""
+    for name in names:
+        if _version_of(name) == version_id:
+            return name
+    return None
+
+
+def _version_names(names, current):
+    """Those of a directory's names that are versions, the newest first.
+    current: the key has a file, and so no marker pending is in force."""
+    return sorted([name for name in names if _VERSION_NAME.match(name)
+                   and not (current and name.endswith(PENDING))])
 
 
 def valid_version_id(text):
@@ -3059,7 +3074,7 @@ _CONTENT_FIELDS = ("etag", "checksums", "checksum_type", "parts",
 _RECORD_TYPES = {"size": int, "mtime_ns": int, "etag": str, "headers": dict,
                  "meta": dict, "class": str, "checksums": dict, "key": str,
                 "was": str, "version": str, "marker": bool, "tags": dict,
-                 "replaces": list,
+                 "replaces": str,
                  "owner": str, "acl": list, "lock": dict, "sse": dict,
                  "checksum_type": str, "parts": list, "upload_id": str,
                  "part_checksums": list}
@@ -4066,10 +4081,8 @@ class Bucket:
     def version_names(self, key, current=True):
         """The file names of a key's noncurrent versions and markers, the
         newest first; current: False when the key has no file."""
-        return sorted(
-            name for name in _listdir(self._version_directory(key))
-            if _VERSION_NAME.match(name)
-            and not (current and name.endswith(PENDING)))
+        return _version_names(_listdir(self._version_directory(key)),
+                              current)
 
     def _load_version(self, key, name, latest=False):
         """(Info, fd) of a noncurrent version or marker; None if gone."""
@@ -4107,7 +4120,7 @@ class Bucket:
                         names and self._is_marker(key, names[0])):
                     raise S3Error("NoSuchKey", Key=key)
             elif (current is None or current.version_id != version_id) \
-                    and version_id not in map(_version_of, names):
+                    and _name_of(version_id, names) is None:
                 raise S3Error("NoSuchVersion", Key=key,
                               VersionId=version_id)
         raise S3Error("SlowDown")
@@ -4120,36 +4133,31 @@ class Bucket:
         if found:
             os.close(found[1])
         names = self.version_names(key, bool(found))
-        for name in names:
-            if version_id in (None, _version_of(name)):
-                version = self._load_version(
-                    key, name, not found and name == names[0])
-                if version is None or version_id or version[0].marker:
-                    return version
-                os.close(version[1])
-                return None             # its successor went by hand
-        return None
+        name = names[0] if names and version_id is None \
+            else _name_of(version_id, names)
+        version = name and self._load_version(
+            key, name, not found and name == names[0])
+        if version and version_id is None and not version[0].marker:
+            os.close(version[1])        # its successor went by hand
+            return None
+        return version
 
     def _snapshot(self, key):
         """(Info of the current version or None, version_names) as they
         were at one moment: seen twice in turn."""
-        before = None
+        directory, before = self._version_directory(key), None
         for _ in range(MAX_LOOKS):
-            current = self.glance(key)
-            names = self.version_names(key, current is not None)
+            current, names = self.glance(key), _listdir(directory)
             now = names, current and (current.version_id, current.mtime_ns,
                                       current.size)
             if now == before:
                 break
             before = now
-        return current, names
+        return current, _version_names(names, current is not None)
 
     def _version_name(self, key, version_id):
         """The file name of a noncurrent version, or None."""
-        for name in self.version_names(key):
-            if _version_of(name) == version_id:
-                return name
-        return None
+        return _name_of(version_id, self.version_names(key))
 
     def _is_marker(self, key, name):
         found = self._load_version(key, name)
@@ -4192,9 +4200,8 @@ class Bucket:
         key; version_names() then.  Every change of them starts here."""
         names = self.version_names(key, False)
         pending = [name for name in names if name.endswith(PENDING)]
-        nulls = [name for name in names
-                 if _version_of(name) == NULL_VERSION]
-        if not pending and not nulls:
+        null = _name_of(NULL_VERSION, names)
+        if not pending and null is None:
             return names
         current = self.find(key)
         if current is None and pending:
@@ -4202,10 +4209,8 @@ class Bucket:
         elif current:
             for name in pending:
                 self.drop_version(key, name)
-            if current.version_id == NULL_VERSION:
-                for name in current.record.get("replaces", ()):
-                    if name in nulls:
-                        self.drop_version(key, name)
+            if null and null == current.record.get("replaces"):
+                self.drop_version(key, null)
         return self.version_names(key)
 
     def archive(self, key, names, keep_null=True):
@@ -4221,24 +4226,36 @@ class Bucket:
             name = record.get("version", NULL_VERSION)
             if name == NULL_VERSION and not keep_null:
                 return names
-            twins = [old for old in names if _version_of(old) == name]
+            twin = _name_of(name, names)
             directory = self._make_versions(key)
-            if twins and os.stat(os.path.join(
-                    directory, twins[0])).st_ino != status.st_ino:
+            if twin and not _is_like(os.path.join(directory, twin), status):
                 # a file put here by hand replaces no other version
                 name = record["version"] = new_version_id(names)
                 self._write_record(fd, status, key, record)
-            elif twins:
+            elif twin:
                 return names            # a crash left it
             elif name == NULL_VERSION:
                 name = _version_stamp(min(
                     status.st_mtime_ns, time.time_ns()), names) + name
-            os.link(path, os.path.join(directory, name))
+            target = os.path.join(directory, name)
+            if not _link(path, target):
+                self._copy_version(fd, status, key, record, target)
         finally:
             os.close(fd)
         if self._sync:
             sync_directory(directory)
         return sorted(names + [name])
+
+    def _copy_version(self, fd, status, key, record, target):
+        """Copy a version, its time and record with it, to `target`."""
+        with self.draft() as draft:
+            draft.copy(fd, 0, status.st_size)
+            os.utime(draft.path, ns=(status.st_mtime_ns,) * 2)
+            self._write_record(draft.fd, os.fstat(draft.fd), key, record)
+            if self._sync:
+                os.fsync(draft.fd)
+            os.replace(draft.path, target)
+            draft.path = None
 
     def _make_versions(self, key):
         """The directory for a key's versions, made; it stays as long as
@@ -4290,10 +4307,10 @@ class Bucket:
         """Make a marker in force one like others.  The null version that a
         null one replaces goes first."""
         name = pending[:-len(PENDING)]
-        if _version_of(name) == NULL_VERSION:
-            for old in self.version_names(key):
-                if _version_of(old) == NULL_VERSION and old != name:
-                    self.drop_version(key, old)
+        if NULL_VERSION in name:
+            old = self._version_name(key, NULL_VERSION)
+            if old:
+                self.drop_version(key, old)
         directory = self._version_directory(key)
         os.replace(os.path.join(directory, pending),
                    os.path.join(directory, name))
@@ -4483,6 +4500,31 @@ class Bucket:
                 if files and files != [KEY_FILE]:
                     return False
         return True
+
+
+def _is_like(path, status):
+    """True for a file of the same size and time."""
+    found = os.stat(path)
+    return (found.st_size, found.st_mtime_ns) == (status.st_size,
+                                                  status.st_mtime_ns)
+
+
+_NO_LINK = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP,
+            errno.ENOSYS, errno.EMLINK)
+
+
+def _link(path, target):
+    """Make a hard link; False where there can be none.  One of a symlink
+    would lead elsewhere from its new place."""
+    if os.path.islink(path):
+        return False
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        return False
+    return True
 
 
 def _change_mode(fd, mode):
@@ -5042,10 +5084,9 @@ class Store:
     def _put_version(bucket, key, draft, record):
         """Publish a draft as the newest version.  What a null version
         replaces goes after it has come; its record tells what that is."""
-        enabled, names = bucket.versioning == ENABLED, bucket.settle(key)
-        names = bucket.archive(key, names, enabled)
-        replaced = [] if enabled else [
-            name for name in names if _version_of(name) == NULL_VERSION]
+        enabled = bucket.versioning == ENABLED
+        names = bucket.archive(key, bucket.settle(key), enabled)
+        replaced = None if enabled else _name_of(NULL_VERSION, names)
         for field in ("version", "replaces"):
             record.pop(field, None)     # of a step that was in the way
         if enabled:
@@ -5053,8 +5094,8 @@ class Store:
         elif replaced:
             record["replaces"] = replaced
         info = bucket.publish(draft, key, record)
-        for name in replaced:
-            bucket.drop_version(key, name)
+        if replaced:
+            bucket.drop_version(key, replaced)
         return info
 
     def delete_object(self, bucket, key, conditions=ALWAYS,
@@ -5085,9 +5126,9 @@ class Store:
 
     @staticmethod
     def _add_marker(bucket, key, versioning, allow):
-        current = bucket.find(key)
-        if versioning == SUSPENDED and current and allow \
-                and current.version_id == NULL_VERSION:
+        current = bucket.find(key) if allow and versioning != ENABLED \
+            else None
+        if current and current.version_id == NULL_VERSION:
             allow(current)
         names = bucket.archive(key, bucket.settle(key),
                                versioning == ENABLED)

@@ -3967,6 +3967,23 @@ class Versions(VersionCase):
                 self.assertEqual(self.read("k")[1], b"new")
             self.assertIsNone(info)
 
+    def test_current_version_that_cannot_be_linked_is_copied(self):
+        """A symlink that somebody made; a file system without links."""
+        by_hand(self.path("there", "file"), b"linked")
+        os.symlink("there/file", self.path("k"))
+        first = self.put("k", b"1").version_id
+        error = OSError(errno.EPERM, "Operation not permitted")
+        with mock.patch.object(os, "link", side_effect=error):
+            self.put("k", b"2")
+            with mock.patch.object(os, "replace", side_effect=error):
+                with contextlib.suppress(OSError):
+                    self.put("k", b"3")
+            self.delete("k")
+        self.assertEqual(list(self.contents("k").values()),
+                         [None, b"2", b"1", b"linked"])
+        self.assertIn(first, self.contents("k"))
+        self.assertEqual(self.bucket.versions("k")[2].etag, md5_hex(b"1"))
+
     def test_strange_files_among_the_versions_are_none(self):
         self.put("k", b"1")
         self.put("k", b"2")
@@ -4164,17 +4181,13 @@ HISTORIES = (
 )
 
 
-class VersionCrashPoints(CrashCase):
+class VersionCrashPoints(CrashCase, VersionCase):
     """Cut off at any change of the disk, the versions of a key are those
     before or those after, one of them is the latest, and any further
     write goes on from there.  GOS3RVE_CRASH_STEP=1: at every one."""
 
     least_points = 0
-    step = int(os.environ.get("GOS3RVE_CRASH_STEP", "4"))
-
-    def switch(self, status):
-        if self.bucket.versioning != status:
-            self.bucket.save({"versioning": status})
+    step = int(os.environ.get("GOS3RVE_CRASH_STEP", "8"))
 
     def write(self, key, name):
         """Write a version of that name."""
@@ -4201,29 +4214,24 @@ class VersionCrashPoints(CrashCase):
         elif act == "copy":
             self.copy("source", key)
         else:
-            self.remove(key, names, act.split()[1])
+            self.remove_named(key, names, act.split()[1])
 
-    def remove(self, key, names, name):
-        """Remove a version for good."""
-        number = names.index(name)
-        info = self.bucket.versions(key)[number]
-        self.store.delete_object(self.bucket, key,
-                                 version_id=info.version_id)
+    def remove_named(self, key, names, name):
+        """Remove the version of that name."""
+        info = self.bucket.versions(key)[names.index(name)]
+        self.remove(key, info.version_id)
 
     def history(self, key):
         """What the disk, by all that reads it, tells of a key's versions.
         """
-        infos = self.store.list_versions(self.bucket, key, limit=99).entries
-        names, ids = [], []
+        infos, names, ids = self.listed(key), [], []
         for info in infos:
-            self.assertEqual(info.key, key)
             found, fd = self.bucket.open_version(key, info.version_id)
             with os.fdopen(fd, "rb") as file:
                 data = file.read().decode()
             for field in ("version_id", "marker", "latest", "etag", "size"):
                 self.assertEqual(getattr(info, field),
                                  getattr(found, field), field)
-            self.assertEqual(info.latest, not names)
             kind = "NM" if info.marker else "nv"
             self.assertEqual(data == "", info.marker)
             names.append(kind[info.version_id != "null"] + data[1:])
@@ -4248,16 +4256,8 @@ class VersionCrashPoints(CrashCase):
                        else name for name in seen],
                       outcomes[-1:] if done else outcomes)
         self.sweep()
-        # the next write finds nothing of it
-        status = self.random.choice(("Enabled", "Suspended"))
-        self.switch(status)
-        name = self.random.choice(("v8", "M8"))
-        if status == "Suspended":
-            name = {"v8": "n8", "M8": "N8"}[name]
-            seen = [one for one in seen if one[0] not in "nN"]
-        self.write(self.key, name)
-        seen.insert(0, name.rstrip("8") if name[0] in "MN" else name)
-        self.assertEqual(self.history(self.key), seen)
+        seen = self.write_on(seen)
+        self.store.revise(self.bucket, self.key, lambda infos: ())
         old = self.path(gos3rve.STATE, "versions", gos3rve.odd_name(self.key))
         self.assertEqual(
             len([one for one in os.listdir(old) if one != "key"])
@@ -4265,13 +4265,33 @@ class VersionCrashPoints(CrashCase):
             len(seen) - (seen[0][0] in "vn"))
         while seen:
             name = self.random.choice(seen)
-            self.remove(self.key, seen, name)
+            self.remove_named(self.key, seen, name)
             seen.remove(name)
             if len(seen) == 1:
                 self.assertEqual(self.history(self.key), seen)
         self.sweep()
         self.assertEqual(self.keys(), ["source"] * self.source)
         self.assert_clean(self.source)
+
+    def write_on(self, seen):
+        """The next write finds nothing of it, even if it is cut off, too,
+        somewhere.  Gives the versions then."""
+        status, name = self.random.choice((
+            ("Enabled", "v8"), ("Enabled", "M"),
+            ("Suspended", "n8"), ("Suspended", "N")))
+        self.switch(status)
+        after = [name] + [one for one in seen if status == "Enabled"
+                          or one[0] in "vM"]
+        with Machine(self.random.randrange(1, 30), True), \
+                contextlib.suppress(Cut):
+            self.write(self.key, name)
+        self.restart()
+        found = self.history(self.key)
+        self.assertIn(found, (seen, after))
+        if found != after:
+            self.write(self.key, name)
+            self.assertEqual(self.history(self.key), after)
+        return after
 
     def row(self, key, status, before, act, after):
         """One row of HISTORIES, for a key."""
@@ -18355,6 +18375,250 @@ class LogsOfTwoServers(unittest.TestCase):
             found = self.delivered(client)
             self.assertEqual(len(found), len(set(found)))
 
+
+class VersionServers(unittest.TestCase):
+    """Two server processes on one directory, whose bucket has versions.
+
+    What was acknowledged is in `sure`: key -> version id -> content, None
+    for a delete marker; what may have gone without an answer in `doubt`.
+    """
+
+    def setUp(self):
+        self.directory = temporary_directory(self)
+        self.random = random.Random(os.environ.get("GOS3RVE_SEED"))
+        self.servers = [self.start(), self.start()]
+        self.sure = {"key%d" % number: {} for number in range(3)}
+        self.doubt, self.sent = set(), set()
+        client = self.servers[0].client()
+        self.assertEqual(client.put("/box", (
+            "<VersioningConfiguration><Status>Enabled</Status>"
+            "</VersioningConfiguration>").encode(),
+            {"versioning": ""}).status, 200)
+        client.close()
+
+    def start(self):
+        """A server; its end is that of the test at the latest."""
+        server = ServerProcess(self.directory, "-bucket", "box")
+        self.addCleanup(server.__exit__)
+        return server
+
+    def content(self):
+        """Content that no other version has."""
+        data = os.urandom(16) * self.random.choice((1, 30, 5000))
+        self.sent.add(data)
+        return data
+
+    def write(self, client, key, body, kind="put"):
+        """A new version in one of three ways; its id."""
+        path = "/box/" + key
+        if kind == "put":
+            answer = client.put(path, body)
+        elif kind == "copy":
+            source = "/box/source-" + body[:16].hex()
+            answer = client.put(source, body)
+            self.assertEqual(answer.status, 200, answer.body)
+            answer = client.put(path, headers={"x-amz-copy-source": source})
+        else:
+            upload = client.post(path, {"uploads": ""}).one("UploadId")
+            etag = client.put(path, body, {
+                "partNumber": "1", "uploadId": upload}).etag
+            answer = client.post(path, {"uploadId": upload}, (
+                "<CompleteMultipartUpload><Part><PartNumber>1</PartNumber>"
+                "<ETag>%s</ETag></Part></CompleteMultipartUpload>"
+                % etag).encode())
+        self.assertEqual(answer.status, 200, answer.body)
+        version = answer.headers["x-amz-version-id"]
+        self.sure[key][version] = body
+        return version
+
+    def hide(self, client, key):
+        """A delete marker; its id."""
+        answer = client.delete("/box/" + key)
+        self.assertEqual(answer.status, 204, answer.body)
+        version = answer.headers["x-amz-version-id"]
+        self.sure[key][version] = None
+        return version
+
+    def remove(self, client, key, version):
+        """A version goes for good."""
+        self.doubt.add(version)
+        self.sure[key].pop(version, None)
+        answer = client.delete("/box/" + key, {"versionId": version})
+        self.assertEqual(answer.status, 204, answer.body)
+        self.doubt.discard(version)
+
+    def listed(self, client, key):
+        """The versions of a key, as written in `sure`, the newest first;
+        that one, and no other, is the latest."""
+        found, query = {}, {"versions": "", "prefix": key}
+        answer = client.get("/box", query)
+        self.assertEqual(answer.one("IsTruncated"), "false")
+        for element in answer.xml():
+            if element.tag in ("Version", "DeleteMarker"):
+                self.assertEqual(element.findtext("Key"), key)
+                self.assertEqual(element.findtext("IsLatest"),
+                                 "false" if found else "true")
+                version = element.findtext("VersionId")
+                self.assertNotIn(version, found)
+                found[version] = element.tag == "Version" or None
+        self.assertEqual(list(found), sorted(found))
+        return found
+
+    def check(self):
+        """What was acknowledged is there, what is there was sent, and the
+        disk tells of the same.  Gives the number of versions."""
+        self.assertEqual([server.process.poll()
+                          for server in self.servers], [None, None])
+        clients = [server.client() for server in self.servers]
+        for key, sure in self.sure.items():
+            found = self.listed(clients[0], key)
+            self.assertEqual(found, self.listed(clients[1], key))
+            self.assertLessEqual(set(sure), set(found), "lost")
+            for number, version in enumerate(found):
+                content = self.read(clients[number % 2], key, version)
+                if version in sure:
+                    self.assertEqual(content, sure[version])
+                elif version not in self.doubt and content is not None:
+                    self.assertIn(content, self.sent)
+                found[version] = content
+            answer = clients[0].get("/box/" + key)
+            latest = next(iter(found.values()), None)
+            self.assertEqual(answer.status, 404 if latest is None else 200)
+            if latest is not None:
+                self.assertEqual(answer.body, latest)
+            self.assert_disk(key, found)
+            self.sure[key] = found
+        for client in clients:
+            client.close()
+        return sum(map(len, self.sure.values()))
+
+    def read(self, client, key, version):
+        """The content of a version, None of a marker."""
+        answer = client.get("/box/" + key, {"versionId": version})
+        self.assertEqual(answer.headers.get("x-amz-version-id"), version,
+                         answer.body)
+        if answer.status == 405:
+            return None
+        self.assertEqual(answer.status, 200)
+        return answer.body
+
+    def assert_disk(self, key, found):
+        """The newest version is the plain file, if it is no marker; each
+        other one is a file under versions/."""
+        path = os.path.join(self.directory, "buckets", "box")
+        current = next(iter(found.values()), None)
+        self.assertEqual(os.path.exists(os.path.join(path, key)),
+                         current is not None)
+        if current is not None:
+            self.assertEqual(open_and_read(os.path.join(path, key)), current)
+        old = os.path.join(path, gos3rve.STATE, "versions", "k" + key)
+        names = os.listdir(old) if os.path.isdir(old) else []
+        whole = {name.partition(".")[0] for name in names}
+        self.assertLessEqual(set(list(found)[current is not None:]), whole)
+        left = whole - set(found)       # a marker that never came to be
+        self.assertEqual([name for name in names
+                          if name.partition(".")[0] in left],
+                         [name + gos3rve.PENDING for name in left])
+
+
+class KilledVersions(VersionServers):
+    """kill -9 of one of two servers at random moments, and of all that
+    they were doing: no acknowledged version is lost, no other is seen
+    half, one is the latest."""
+
+    rounds = int(os.environ.get("GOS3RVE_KILLS", "8"))
+
+    def act(self, client, seed):
+        """One random change."""
+        chance = random.Random(seed)
+        key = chance.choice(sorted(self.sure))
+        known = list(self.sure[key])
+        kind = chance.choice(("put", "copy", "complete", "hide", "remove",
+                              "remove", "remove", "remove"))
+        if kind == "hide":
+            self.hide(client, key)
+        elif kind == "remove":
+            if known:
+                self.remove(client, key, chance.choice(known))
+        else:
+            self.write(client, key, self.content(), kind)
+
+    def work(self, server, stop):
+        """Changes until a server, or all, shall end; how many."""
+        count = 0
+        with contextlib.closing(server.client()) as client:
+            while not stop.is_set():
+                try:
+                    self.act(client, self.random.random())
+                except (OSError, http.client.HTTPException):
+                    return count
+                count += 1
+        return count
+
+    def test_no_acknowledged_version_is_lost(self):
+        acts = versions = 0
+        for number in range(self.rounds):
+            stop, server = threading.Event(), self.servers[number % 2]
+
+            def kill():
+                time.sleep(self.random.uniform(0.02, 0.15))
+                server.kill()
+                time.sleep(0.01)
+                stop.set()
+            done = run_threads(kill, *[bound(self.work, one, stop)
+                                       for one in self.servers * 4])
+            for error in done:
+                if isinstance(error, Exception):
+                    raise error
+            acts += sum(done[1:])
+            self.servers[number % 2] = self.start()
+            versions = max(versions, self.check())
+        self.assertGreater(acts, self.rounds)
+        if "GOS3RVE_KILLS" in os.environ:
+            print("%d kills, %d changes acknowledged, up to %d versions"
+                  % (self.rounds, acts, versions))
+
+
+class ConcurrentVersions(VersionServers):
+    """16 writers of one key, and readers beside them."""
+
+    turns = int(os.environ.get("GOS3RVE_RACES", "6"))
+
+    def test_sixteen_writers_and_their_readers_lose_no_version(self):
+        clients = [self.servers[number % 2].client() for number in range(20)]
+        first = self.write(clients[0], "key0", self.content())
+        order, stop = [[] for _ in range(16)], threading.Event()
+
+        def writer(number):
+            try:
+                for turn in range(self.turns):
+                    order[number].append(self.write(
+                        clients[number], "key0", self.content()))
+                    if turn % 3 == 2:
+                        self.remove(clients[number], "key0",
+                                    order[number].pop(-2))
+            finally:
+                stop.set()
+
+        def reader(number):
+            client = clients[number]
+            while not stop.is_set():
+                self.assertEqual(client.get("/box/key0").status, 200)
+                self.assertEqual(client.head("/box/key0").status, 200)
+                self.assertEqual(self.read(client, "key0", first),
+                                 self.sure["key0"][first])
+                self.assertIn(first, self.listed(client, "key0"))
+                self.assertIn("key0", client.keys("box"))
+        done = run_threads(*[bound(writer if number < 16 else reader, number)
+                             for number in range(20)])
+        self.assertEqual(done, [None] * 20)
+        self.assertEqual(self.check(), 1 + sum(map(len, order)))
+        found = list(self.sure["key0"])
+        for versions in order:
+            self.assertEqual(versions, sorted(
+                versions, key=found.index, reverse=True))
+        for client in clients:
+            client.close()
 
 ###############################################################################
 # 11. Configuration and command line
