@@ -3018,8 +3018,8 @@ def odd_name(key):
 NULL_VERSION = "null"
 ENABLED, SUSPENDED = "Enabled", "Suspended"
 _VERSION_ID = re.compile(r"[0-9a-f]{32}\Z")
-_VERSION_NAME = re.compile(
-    r"[0-9a-f]{16}(?:[0-9a-f]{16}|null)(?:\.pending)?\Z")
+_VERSION_NAMES = re.compile(        # among names with \0 between them
+    r"(?<![^\0])[0-9a-f]{16}(?:[0-9a-f]{16}|null)(?:\.pending)?(?![^\0])")
 _END_OF_TIME_NS = 1 << 63
 PENDING = ".pending"                # see Bucket.add_marker()
 
@@ -3047,8 +3047,10 @@ def _version_of(name):
 def _name_of(version_id, names):
     """The file name, the first among sorted `names`, of a version; None
     when it is not there."""
-    for name in names:
-        if _version_of(name) == version_id:
+    if version_id == NULL_VERSION:
+        return next((name for name in names if NULL_VERSION in name), None)
+    for name in (version_id, version_id + PENDING):
+        if name in names:
             return name
     return None
 
@@ -3056,8 +3058,11 @@ def _name_of(version_id, names):
 def _version_names(names, current):
     """Those of a directory's names that are versions, the newest first.
     current: the key has a file, and so no marker pending is in force."""
-    return sorted([name for name in names if _VERSION_NAME.match(name)
-                   and not (current and name.endswith(PENDING))])
+    text = "\0".join(sorted(names))
+    found = _VERSION_NAMES.findall(text)
+    if current and PENDING in text:
+        found = [name for name in found if not name.endswith(PENDING)]
+    return found
 
 
 def valid_version_id(text):
@@ -4133,8 +4138,8 @@ class Bucket:
         if found:
             os.close(found[1])
         names = self.version_names(key, bool(found))
-        name = names[0] if names and version_id is None \
-            else _name_of(version_id, names)
+        name = _name_of(version_id, names) if version_id \
+            else names[:1] and names[0]
         version = name and self._load_version(
             key, name, not found and name == names[0])
         if version and version_id is None and not version[0].marker:
@@ -4199,10 +4204,11 @@ class Bucket:
         """Finish or undo what a crash has cut off among the versions of a
         key; version_names() then.  Every change of them starts here."""
         names = self.version_names(key, False)
+        text = " ".join(names)          # there may be thousands
+        if PENDING not in text and NULL_VERSION not in text:
+            return names
         pending = [name for name in names if name.endswith(PENDING)]
         null = _name_of(NULL_VERSION, names)
-        if not pending and null is None:
-            return names
         current = self.find(key)
         if current is None and pending:
             self._finish_marker(key, pending[0])
