@@ -5173,7 +5173,7 @@ class Store:
                 if changes:
                     bucket.change_record(
                         key, version_id,
-                        lambda record: record.update(changes))
+                        operator.methodcaller("update", changes))
                 else:
                     self._delete(bucket, key, version_id=version_id)
                 count += 1
