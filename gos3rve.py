@@ -3978,13 +3978,17 @@ class Bucket:
     def _drop_twin(self, key):
         """Remove the older file under odd/ that a crash may have left of a
         key, before its file at the natural path ceases to hide it."""
-        path = self._odd_path(key)
+        self._drop(key, self._odd_path(key))
+
+    def _drop(self, key, path):
+        """Remove a file and its sidecar; False when it is not there."""
         try:
             inode = os.stat(path).st_ino
         except _ABSENT:
-            return
+            return False
         _unlink(path)
         self._drop_sidecar(key, inode)
+        return True
 
     def _unlink_key(self, key, path):
         if path == self._odd_path(key):
@@ -4326,14 +4330,7 @@ class Bucket:
     def drop_version(self, key, name):
         """Remove a noncurrent version or marker by its file name."""
         directory = self._version_directory(key)
-        path = os.path.join(directory, name)
-        try:
-            inode = os.stat(path).st_ino
-        except _ABSENT:
-            return
-        _unlink(path)
-        self._drop_sidecar(key, inode)
-        if self._sync:
+        if self._drop(key, os.path.join(directory, name)) and self._sync:
             sync_directory(directory)
 
     def promote(self, key, name):

@@ -3967,6 +3967,27 @@ class Versions(VersionCase):
                 self.assertEqual(self.read("k")[1], b"new")
             self.assertIsNone(info)
 
+    def test_version_comes_back_to_where_another_object_stands(self):
+        """Cut off anywhere, too: `d/k` is uncovered, `d` makes way."""
+        for at in range(1, 60):
+            self.put("d/k", b"1")
+            marker = self.store.delete_object(self.bucket, "d/k").version_id
+            self.put("d", b"2")
+            with Machine(at, True) as machine, contextlib.suppress(Cut):
+                self.remove("d/k", marker)
+            self.restart()
+            self.assertEqual(self.read("d")[1], b"2")
+            found = list(self.contents("d/k").values())
+            self.assertIn(found, ([None, b"1"], [b"1"])[machine.count < at:])
+            self.assertEqual("d/k" in self.keys(), found == [b"1"])
+            for key in "d", "d/k":
+                for info in self.bucket.versions(key):
+                    self.remove(key, info.version_id)
+            self.assertEqual(os.listdir(self.path()), [gos3rve.STATE])
+            if machine.count < at:
+                return
+        self.fail("it never came to an end")
+
     def test_current_version_that_cannot_be_linked_is_copied(self):
         """A symlink that somebody made; a file system without links."""
         by_hand(self.path("there", "file"), b"linked")
