@@ -5157,14 +5157,14 @@ class Store:
         return Removed(version_id, info.marker)
 
     def revise(self, bucket, key, choose):
-        """Delete versions of a key or change their records; how many.
+        """Delete versions of a key or change their records.
 
         choose(infos) gets all of them, the newest first, while nobody else
-        can change any, and yields (version id, changes).  Without changes
-        it is delete_object(), for good or, the id being None, not.
+        can change any, yields (version id, changes) and goes on when that
+        is done.  Without changes it is delete_object(), for good or, the
+        id being None, not.
         """
         def step():
-            count = 0
             bucket.settle(key)
             for version_id, changes in choose(bucket.versions(key)):
                 if changes:
@@ -5173,9 +5173,7 @@ class Store:
                         operator.methodcaller("update", changes))
                 else:
                     self._delete(bucket, key, version_id=version_id)
-                count += 1
-            return count
-        return bucket.retry(key, step)
+        bucket.retry(key, step)
 
     def rename_object(self, bucket, source, key, source_check, conditions):
         """Rename atomically, replacing what `key` was.
