@@ -4497,10 +4497,11 @@ class Bucket:
             if files or any(os.path.islink(os.path.join(path, name))
                             for name in directories):
                 return False
-        for path in (self._odd, self._versions):
+        for path, no_content in ((self._odd, ()),
+                                 (self._versions, (KEY_FILE,))):
             for _, _, files in os.walk(path, onerror=refuse) \
                     if os.path.exists(path) else ():
-                if files and files != [KEY_FILE]:
+                if set(files).difference(no_content):
                     return False
         return True
 

@@ -4005,6 +4005,26 @@ class Versions(VersionCase):
         self.assertIn(first, self.contents("k"))
         self.assertEqual(self.bucket.versions("k")[2].etag, md5_hex(b"1"))
 
+    def test_bucket_is_empty_without_versions_and_not_before(self):
+        key = "k//" + "x" * 200
+        version_id = self.put(key, b"1").version_id
+        marker = self.store.delete_object(self.bucket, key).version_id
+        self.assertFalse(self.bucket.is_empty())
+        self.remove(key, marker)
+        self.assertFalse(self.bucket.is_empty())
+        self.remove(key, version_id)
+        self.assertTrue(self.bucket.is_empty())
+        old = self.path(gos3rve.STATE, "versions", gos3rve.odd_name(key))
+        self.assertFalse(os.path.exists(old))
+        by_hand(os.path.join(old, gos3rve.KEY_FILE))    # after a crash
+        self.assertTrue(self.bucket.is_empty())
+        self.switch(None)
+        for key in "ey/x", "ey":        # its name under odd/ is `key`
+            self.put(key, b"1")
+        self.delete("ey/x")
+        self.assert_refused("BucketNotEmpty", self.store.delete_bucket,
+                            self.bucket)
+
     def test_strange_files_among_the_versions_are_none(self):
         self.put("k", b"1")
         self.put("k", b"2")
