@@ -3536,6 +3536,8 @@ class Bucket:
         for path in (self._state, os.path.join(self._state, name)):
             try:
                 os.mkdir(path)
+                if self._sync:
+                    sync_directory(os.path.dirname(path))
             except FileExistsError:
                 continue
             except FileNotFoundError:
@@ -4238,23 +4240,23 @@ class Bucket:
                 return names
             twin = _name_of(name, names)
             directory = self._make_versions(key)
-            if twin and not _is_like(os.path.join(directory, twin), status):
+            if twin and _is_like(os.path.join(directory, twin), status):
+                name = None             # a crash left it there
+            elif twin:
                 # a file put here by hand replaces no other version
                 name = record["version"] = new_version_id(names)
                 self._write_record(fd, status, key, record)
-            elif twin:
-                return names            # a crash left it
             elif name == NULL_VERSION:
                 name = _version_stamp(min(
                     status.st_mtime_ns, time.time_ns()), names) + name
-            target = os.path.join(directory, name)
-            if not _link(path, target):
+            target = name and os.path.join(directory, name)
+            if name and not _link(path, target):
                 self._copy_version(fd, status, key, record, target)
         finally:
             os.close(fd)
         if self._sync:
             sync_directory(directory)
-        return sorted(names + [name])
+        return sorted(names + [name]) if name else names
 
     def _copy_version(self, fd, status, key, record, target):
         """Copy a version, its time and record with it, to `target`."""
