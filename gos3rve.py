@@ -4158,7 +4158,7 @@ class Bucket:
         were at one moment: seen twice in turn."""
         directory, before = self._version_directory(key), None
         for _ in range(MAX_LOOKS):
-            current, names = self.glance(key), _listdir(directory)
+            current, names = self.find(key), _listdir(directory)
             now = names, current and (current.version_id, current.mtime_ns,
                                       current.size)
             if now == before:

@@ -16448,6 +16448,10 @@ class OutsideRequests(OperationCase):
             self.error(self.s3.get("/box/" + key), "NoSuchKey", 404)
             self.error(self.s3.put("/box/copy", headers={
                 "x-amz-copy-source": "/box/" + key}), "NoSuchKey", 404)
+            answer = self.ok(self.s3.get("/box", {
+                "versions": "", "key-marker": key,
+                "version-id-marker": "0" * 32}))
+            self.assertEqual(answer.all("Version/Key"), [])
         self.assertEqual(self.s3.keys("box"), [])
         self.s3.put("/box/dir/new", b"x")
         self.s3.delete("/box/dir/f")
