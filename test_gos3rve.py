@@ -19611,6 +19611,142 @@ class RecipesOverTLS(RecipesOverHTTP):
     test_boto3 = None                   # test_boto3_sends_trailers is it
 
 
+# The README's features by example.  recipe: (clients, operations that it
+# carries out).
+FEATURES = {
+    "aws-acl": (("aws", "curl"), "PutBucketOwnershipControls PutObject "
+                "GetObject GetBucketAcl PutObjectAcl GetObjectAcl"),
+    "aws-cors": (("aws", "curl"), "PutBucketCors"),
+    "aws-encryption": (("aws",), "PutObject HeadObject GetObject "
+                       "PutBucketEncryption"),
+    "aws-lifecycle": (("aws",), "PutBucketLifecycleConfiguration PutObject"),
+    "aws-lock": (("aws",), "CreateBucket PutObjectLockConfiguration "
+                 "PutObject GetObjectRetention PutObjectLegalHold "
+                 "DeleteObject"),
+    "aws-parts": (("aws",), "CreateMultipartUpload UploadPart ListParts "
+                  "CompleteMultipartUpload GetObjectAttributes"),
+    "aws-policy": (("aws", "curl"), "PutBucketPolicy GetBucketPolicyStatus "
+                   "GetObject PutPublicAccessBlock"),
+    "aws-stored": (("aws",), "PutBucketRequestPayment "
+                   "GetBucketRequestPayment PutBucketAccelerateConfiguration "
+                   "GetBucketAccelerateConfiguration "
+                   "PutBucketMetricsConfiguration "
+                   "ListBucketMetricsConfigurations"),
+    "aws-tags": (("aws",), "PutObject GetObjectTagging PutBucketTagging "
+                 "GetBucketTagging"),
+    "aws-versions": (("aws",), "PutBucketVersioning PutObject DeleteObject "
+                     "ListObjectVersions GetObject"),
+    "aws-website": (("aws", "curl"), "PutBucketWebsite PutBucketPolicy "
+                    "GetObject"),
+    "minio-features": (
+        ("minio",), "UploadPartCopy CompleteMultipartUpload "
+        "PutBucketVersioning ListObjectVersions DeleteObjects "
+        "PutBucketTagging GetBucketTagging GetObjectTagging PutBucketPolicy "
+        "GetBucketPolicy PutBucketLifecycleConfiguration "
+        "GetBucketLifecycleConfiguration PutBucketEncryption "
+        "GetBucketEncryption PostObject PutObjectLockConfiguration "
+        "GetObjectLockConfiguration GetObjectLegalHold PutObjectLegalHold "
+        "PutObjectRetention GetObjectRetention"),
+    "rclone-features": (
+        ("rclone",), "PutBucketVersioning ListObjectVersions PutObject "
+        "GetObject DeleteObject ListMultipartUploads AbortMultipartUpload"),
+    "s3cmd-features": (
+        ("s3cmd",), "PutBucketVersioning GetBucketVersioning "
+        "PutBucketPolicy GetBucketPolicy DeleteBucketPolicy PutBucketCors "
+        "GetBucketCors DeleteBucketCors PutBucketLifecycleConfiguration "
+        "GetBucketLifecycleConfiguration DeleteBucketLifecycle "
+        "PutBucketTagging GetBucketTagging DeleteBucketTagging "
+        "PutObjectTagging GetObjectTagging DeleteObjectTagging "
+        "PutBucketOwnershipControls GetBucketOwnershipControls PutObjectAcl "
+        "GetObjectAcl PutPublicAccessBlock GetPublicAccessBlock "
+        "PutBucketRequestPayment GetBucketRequestPayment PutBucketWebsite "
+        "GetBucketWebsite DeleteBucketWebsite"),
+    "s3cmd-lock": (("s3cmd",), "CreateBucket PutObjectLegalHold "
+                   "PutObjectRetention"),
+}
+
+
+class FeatureRecipes(unittest.TestCase):
+    """The README's features by example, each on a server of its own with
+    one bucket.  Most of their time is that of clients that start, so as
+    many run at a time as there are processors."""
+
+    @classmethod
+    def setUpClass(cls):
+        said = _Found.look()
+        cls.directory = tempfile.mkdtemp(prefix="test-gos3rve-")
+        cls.pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        cls.running = {
+            name: cls.pool.submit(cls.carry_out, name)
+            for name, (clients, _) in FEATURES.items()
+            if all(said[client] is not None for client in clients)}
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.pool.shutdown()
+        shutil.rmtree(cls.directory)
+
+    @classmethod
+    def carry_out(cls, name):
+        """(exit status, stdout, all that is printed, [(operation, status)]
+        of the access log) of a recipe."""
+        home, log = os.path.join(cls.directory, name), []
+        os.mkdir(home)
+        with gos3rve.serve(buckets=["mine"]) as server:
+            client = Client(server.url, server.key_id, server.key_val)
+            client.post("/mine/left", query=[("uploads", "")])
+            client.close()
+            server.server.access_log = log.append
+            env = client_environment(home, server)
+            env.update(rclone_environment(server),
+                       AWS_DEFAULT_OUTPUT="text")
+            language, text = recipes()[name]
+            if name.startswith("s3cmd"):
+                text = recipes()["s3cmd-setup"][1] + text
+            done = run_client(
+                ["sh", "-e", "-c", text] if language == "sh"
+                else [sys.executable, "-c", text], home, env)
+        return done + ([(row["operation"], row["status"]) for row in log],)
+
+    def check(self, client, refused=()):
+        """The recipes of a client end well, print what they say they do,
+        and carry out what they are about; all they print on stdout."""
+        output = ""
+        for name, (clients, operations) in FEATURES.items():
+            if not name.startswith(client):
+                continue
+            with self.subTest(name):
+                need_client(self, *clients)
+                status, out, said, log = self.running[name].result(120)
+                self.assertEqual(status, 0, said[-3000:])
+                printed = iter(" ".join(line.split())
+                               for line in out.split("\n"))
+                for line in re.findall(r"^# => (.*)", recipes()[name][1],
+                                       re.MULTILINE):
+                    self.assertIn(line, printed, said)
+                self.assertLessEqual(set(operations.split()), {
+                    done for done, status in log if status < 300})
+                self.assertLessEqual({
+                    done for done, status in log if status >= 500},
+                    set(refused))
+                output += out
+        return output
+
+    def test_aws(self):
+        self.check("aws", refused=["SelectObjectContent"])
+
+    def test_minio(self):
+        self.check("minio")
+
+    def test_rclone(self):
+        out = self.check("rclone")
+        if out:
+            self.assertEqual(out.count('"Key": "left"'), 1)
+
+    def test_s3cmd(self):
+        self.check("s3cmd")
+
+
 class RecipesOfTheServer(unittest.TestCase):
     """What the README says of starting it."""
 
