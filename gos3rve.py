@@ -8689,12 +8689,12 @@ def read_token(request, name="continuation-token"):
                       "is incorrect", ArgumentName=name) from None
 
 
-def need_digest(request):
-    """Several operations insist on a digest of their document."""
+def need_digest(request, message="Missing required header for this "
+                "request: Content-MD5 OR x-amz-checksum-*"):
+    """Several operations insist on a digest of what they are sent."""
     if request.body.checksum is None \
             and "content-md5" not in request.headers:
-        raise S3Error("InvalidRequest", "Missing required header for this "
-                      "request: Content-MD5 OR x-amz-checksum-*")
+        raise S3Error("InvalidRequest", message)
 
 
 # --- documents: the schema ---
@@ -9327,7 +9327,9 @@ def put_object(request):
     record = object_record(request.headers)
     own_record(request, record)
     if "lock" in record:
-        need_digest(request)
+        need_digest(request, "Content-MD5 OR x-amz-checksum- HTTP header is "
+                    "required for Put Object requests with Object Lock "
+                    "parameters")
     conditions = write_conditions(request.headers)
     bucket, key = request.bucket, request.key
     if conditions != ALWAYS:

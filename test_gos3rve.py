@@ -12056,8 +12056,11 @@ class ObjectLockRequests(LockCase):
         self.body("k", b"x")
 
     def test_digests_are_insisted_on(self):
-        self.error(self.s3.put("/box/k", b"y", headers={
-            "x-amz-object-lock-legal-hold": "ON"}), "InvalidRequest")
+        answer = self.s3.put("/box/k", b"y", headers={
+            "x-amz-object-lock-legal-hold": "ON"})
+        self.error(answer, "InvalidRequest")
+        self.assertIn("required for Put Object requests with Object Lock",
+                      answer.one("Message"))
         self.put_version()
         self.error(self.s3.put("/box/k", b"<LegalHold><Status>ON</Status>"
                                b"</LegalHold>", {"legal-hold": ""}),
