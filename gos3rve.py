@@ -8019,6 +8019,7 @@ def actual_cors(rules, method, headers):
 # as_response() makes into one.  No sockets, no paths.
 
 SERVICE, BUCKET, OBJECT, STS = "service", "bucket", "object", "sts"
+CONTROL = "s3control"
 DONE, STORED, REFUSED = "done", "stored", "refused"
 
 
@@ -8051,7 +8052,7 @@ class Request:
                  "headers", "host", "host_bucket", "bucket_name", "key",
                  "frame", "now", "request_id", "operation", "identity",
                  "bucket", "body", "scheme", "client", "caller", "is_site",
-                 "facts", "noted", "_guards")
+                 "is_control", "facts", "noted", "_guards")
 
     def __init__(self, service, method, target, headers, frame, now,
                  request_id, scheme="http", client=None):
@@ -8067,12 +8068,15 @@ class Request:
         self.host = headers.get("host", "")
         self.bucket_name = self.key = ""
         self.host_bucket = host_bucket(self.host, service.domains)
-        self.is_site = False
+        self.is_site, self.is_control = False, is_control(self.raw_path,
+                                                          headers)
         if ".s3-website" in self.host_bucket:
             site = _SITE.match(self.host_bucket)
             if site:
                 self.host_bucket, self.is_site = site[1], True
-        if self.host_bucket:
+        if self.is_control:
+            self.bucket_name = control_bucket(self.raw_path)
+        elif self.host_bucket:
             self.bucket_name = self.host_bucket
             self.key = checked_key(uri_decode(self.raw_path[1:]))
         else:
@@ -8080,7 +8084,9 @@ class Request:
 
     @property
     def level(self):
-        """SERVICE, BUCKET or OBJECT, by what the target names."""
+        """SERVICE, BUCKET, OBJECT or CONTROL, by what the target names."""
+        if self.is_control:
+            return CONTROL
         if self.key:
             return OBJECT
         return BUCKET if self.bucket_name else SERVICE
@@ -8187,6 +8193,26 @@ class Request:
     def flag(self, name):
         """True when a boolean header says so."""
         return self.headers.get(name, "").lower() == "true"
+
+
+# Where S3 Control has the tags of a resource, by its ARN
+CONTROL_TAGS = "/v20180820/tags/"
+
+
+def is_control(raw_path, headers):
+    """True for a request of S3 Control, whose clients put the account's
+    number into this header and before the host's name; its operations are
+    no subresources of a bucket, and no key can be mistaken for one."""
+    return raw_path.startswith(CONTROL_TAGS) \
+        and "x-amz-account-id" in headers
+
+
+def control_bucket(raw_path):
+    """The bucket whose ARN a target of S3 Control ends with; "" for
+    another resource."""
+    match = re.match(r"arn:aws[a-z-]*:s3:::([a-z0-9._-]+)\Z",
+                     urllib.parse.unquote(raw_path[len(CONTROL_TAGS):]))
+    return match[1] if match else ""
 
 
 def bucket_access(service, bucket, config):
@@ -8527,7 +8553,7 @@ def _authorize_row(request, row):
         request.allow("s3:ListBucket")
     elif row.name in _OWN_CHECKS:
         pass
-    elif row.level == BUCKET:
+    elif row.level in (BUCKET, CONTROL):
         request.allow(row.action)
     else:
         request.allow_object(row.action, request.key,
@@ -8561,7 +8587,7 @@ def as_response(result, status):
     return Response(status, result)
 
 
-def error_response(error, request_id, resource=""):
+def error_response(error, request_id, resource="", in_envelope=False):
     """The Response for an S3Error; <Error> is the one root without an
     xmlns."""
     headers = dict(error.headers)
@@ -8572,8 +8598,12 @@ def error_response(error, request_id, resource=""):
     fields += error.fields.items()
     fields += [("Resource", resource), ("RequestId", request_id),
                ("HostId", request_id)]
+    tag = "Error"
+    if in_envelope:
+        tag, fields = "ErrorResponse", [(tag, fields),
+                                        ("RequestId", request_id)]
     response = Response(error.status, headers,
-                        xml_document("Error", fields, xmlns=None))
+                        xml_document(tag, fields, xmlns=None))
     response.code = error.code
     return response
 
@@ -8904,8 +8934,13 @@ def parse_tagging(element, kind="object"):
 
 def tagging_children(tags):
     """The children of a Tagging document."""
-    return [("TagSet", [("Tag", [("Key", key), ("Value", value)])
-                        for key, value in tags.items()])]
+    return [("TagSet", tag_children(tags))]
+
+
+def tag_children(tags):
+    """The elements of {key: value}."""
+    return [("Tag", [("Key", key), ("Value", value)])
+            for key, value in tags.items()]
 
 
 def parse_tagging_header(text):
@@ -10556,6 +10591,58 @@ def delete_bucket_tagging(request):
     _forget(request, "tags")
 
 
+# Terraform's AWS provider reads and writes a bucket's tags by these since
+# 6.23: terraform-provider-aws issue 45292.  The accounts here have no
+# numbers, so it does not matter which one a client names.
+
+CONTROL_XMLNS = "http://awss3control.amazonaws.com/doc/2018-08-20/"
+_TAG_RESOURCE = (need("Tags", (many(
+    "Tag", (need("Key", TEXT), need("Value", TEXT))),)),)
+
+
+@operation("GET", CONTROL)
+def list_tags_for_resource(request):
+    """API_control_ListTagsForResource."""
+    return xml_document("ListTagsForResourceResult", [
+        ("Tags", tag_children(request.bucket.config.get("tags", {})))],
+        CONTROL_XMLNS)
+
+
+@operation("POST", CONTROL, status=204)
+def tag_resource(request):
+    """API_control_TagResource: the other tags stay."""
+    tags = read_document(request.xml("TagResourceRequest"), _TAG_RESOURCE)
+    tags = checked_tags([(tag["Key"], tag["Value"])
+                         for tag in tags["Tags"].get("Tag", ())], "bucket")
+
+    def change(config):
+        config["tags"] = checked_tags(
+            dict(config.get("tags", {}), **tags).items(), "bucket")
+    request.store.update_bucket(request.bucket, change)
+
+
+@operation("DELETE", CONTROL, status=204)
+def untag_resource(request):
+    """API_control_UntagResource: a key that is not there is none to miss."""
+    keys = {value for name, value in request.pairs if name == "tagKeys"}
+
+    def change(config):
+        config["tags"] = {key: value for key, value in config.get(
+            "tags", {}).items() if key not in keys}
+    request.store.update_bucket(request.bucket, change)
+
+
+def serve_control(request):
+    """respond(), errors included: S3 Control's lie in an envelope."""
+    try:
+        if not request.bucket_name:
+            raise S3Error("NotImplemented", "Only buckets have tags here")
+        return respond(request)
+    except S3Error as error:
+        return error_response(error, request.request_id, request.raw_path,
+                              True)
+
+
 @operation("GET", BUCKET, "cors")
 def get_bucket_cors(request):
     """API_GetBucketCors."""
@@ -10595,7 +10682,8 @@ def answer(request):
     """respond(), serve_site() or serve_sts(), and what CORS adds to the
     answer, to errors too."""
     respond_to = serve_site if request.is_site \
-        else serve_sts if is_sts(request) else respond
+        else serve_sts if is_sts(request) \
+        else serve_control if request.is_control else respond
     if request.method == "OPTIONS":     # no signature, no key looked up
         return Response(200, preflight(cors_rules(request), request.headers,
                                        request.level.upper()))
@@ -15913,7 +16001,8 @@ def operations_text():
     rows = []
     for row in sorted(OPERATIONS.values()):
         path = {SERVICE: "/", BUCKET: "/Bucket", OBJECT: "/Bucket/Key",
-                STS: "/?Action=" + row.name}[row.level]
+                STS: "/?Action=" + row.name,
+                CONTROL: CONTROL_TAGS + "BucketARN"}[row.level]
         if row.subresource:
             path += "?" + row.subresource
         rows.append("%-52s %-8s %-6s %s" % (row.name, row.state,

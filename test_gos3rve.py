@@ -11165,6 +11165,79 @@ class TagRequests(OperationCase):
         self.error(self.s3.get("/box", {"tagging": ""}), "NoSuchTagSet")
 
 
+class ControlRequests(OperationCase):
+    """A bucket's tags by S3 Control, as Terraform's AWS provider asks."""
+
+    def setUp(self):
+        super().setUp()
+        shutil.rmtree(self.path(gos3rve.STATE), ignore_errors=True)
+
+    def control(self, method, query=(), body=b"", arn="arn:aws:s3:::box",
+                **headers):
+        return self.s3.request(
+            method, "/v20180820/tags/" + arn, query, body, headers=dict(
+                {"x-amz-account-id": "111122223333"}, **headers))
+
+    def tag(self, **tags):
+        return self.control("POST", body=(
+            '<TagResourceRequest xmlns="http://awss3control.amazonaws.com/'
+            'doc/2018-08-20/"><Tags>%s</Tags></TagResourceRequest>'
+            % "".join("<Tag><Key>%s</Key><Value>%s</Value></Tag>" % pair
+                      for pair in tags.items())).encode())
+
+    def tags(self, **headers):
+        answer = self.ok(self.control("GET", **headers))
+        self.assertEqual(answer.xml().tag, "ListTagsForResourceResult")
+        return dict(zip(answer.all("Tags/Tag/Key"),
+                        answer.all("Tags/Tag/Value")))
+
+    def test_they_are_the_tags_of_the_bucket(self):
+        self.assertEqual(self.tags(), {})
+        self.ok(self.tag(a="1", b="2"), 204)
+        self.ok(self.tag(b="3", c="4"), 204)
+        self.assertEqual(self.tags(), {"a": "1", "b": "3", "c": "4"})
+        self.assertEqual(self.s3.get("/box", {"tagging": ""}).all(
+            "TagSet/Tag/Value"), ["1", "3", "4"])
+        self.ok(self.control("DELETE", [("tagKeys", "a"), ("tagKeys", "c"),
+                                        ("tagKeys", "none")]), 204)
+        self.assertEqual(self.tags(), {"b": "3"})
+        self.ok(self.control("DELETE", [("tagKeys", "b")]), 204)
+        self.error(self.s3.get("/box", {"tagging": ""}), "NoSuchTagSet")
+
+    def test_the_account_s_number_may_go_before_the_host(self):
+        self.ok(self.tag(a="1"), 204)
+        self.assertEqual(self.tags(host="111122223333.localhost"),
+                         {"a": "1"})
+
+    def test_errors_lie_in_an_envelope(self):
+        for answer, status, code in (
+                (self.control("GET", arn="arn:aws:s3:::none"), 404,
+                 "NoSuchBucket"),
+                (self.control("GET", arn="arn:aws:s3:us-east-1:1:accesspoint"
+                              "/p"), 501, "NotImplemented"),
+                (self.control("GET", arn="%"), 501, "NotImplemented"),
+                (self.control("PUT"), 405, "MethodNotAllowed"),
+                (self.tag(**{"aws:x": ""}), 400, "InvalidTag"),
+                (self.tag(**{"k%d" % n: "" for n in range(51)}), 400,
+                 "BadRequest"),
+                (self.control("POST", body=b"<Tagging/>"), 400,
+                 "MalformedXML")):
+            self.assertEqual((answer.status, answer.one("Error/Code")),
+                             (status, code))
+            self.assertTrue(answer.one("RequestId"))
+        self.assertEqual(self.tags(), {})
+
+    def test_without_the_header_it_is_a_key_like_any_other(self):
+        self.error(self.s3.get("/v20180820/tags/arn:aws:s3:::box"),
+                   "NoSuchBucket")
+
+    def test_strangers_are_denied(self):
+        answer = self.s3.send("GET", "/v20180820/tags/arn:aws:s3:::box",
+                              headers={"x-amz-account-id": "1"})
+        self.assertEqual((answer.status, answer.one("Error/Code")),
+                         (403, "AccessDenied"))
+
+
 class CorsRequests(OperationCase):
 
     DOCUMENT = (b"<CORSConfiguration><CORSRule>"
@@ -20583,10 +20656,15 @@ class HouseTables(unittest.TestCase):
             import botocore.loaders
         except ImportError:
             self.skipTest("botocore is not installed")
-        names = {"PostObject"}
+        loader, names = botocore.loaders.Loader(), {"PostObject"}
         for service in ("s3", "sts"):
-            names |= set(botocore.loaders.Loader().load_service_model(
-                service, "service-2")["operations"])
+            names |= set(loader.load_service_model(service, "service-2")[
+                "operations"])
+        control = {row.name for row in gos3rve.OPERATIONS.values()
+                   if row.level == gos3rve.CONTROL}
+        self.assertLessEqual(control, set(loader.load_service_model(
+            "s3control", "service-2")["operations"]))
+        names |= control
         self.assertEqual(names - set(gos3rve.OPERATIONS), set())
         version = tuple(map(int, botocore.__version__.split(".")[:2]))
         if version < (1, 44):           # an older one knows fewer
