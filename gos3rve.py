@@ -8474,6 +8474,7 @@ def find_operation(request):
 _UNDONE_HEADERS = (
     ("x-amz-write-offset-bytes", ()),
     ("x-amz-mfa", ()),
+    ("x-amz-bucket-namespace", ("global",)),
 )
 
 
@@ -8918,8 +8919,8 @@ _TAG_RULES = {
     "bucket": (MAX_BUCKET_TAGS, "Bucket tag count cannot be greater than 50",
                "System tags cannot be added/updated by requester"),
 }
-_TAGGING = (need("TagSet", (many(
-    "Tag", (need("Key", TEXT), need("Value", TEXT))),)),)
+TAGS = (many("Tag", (need("Key", TEXT), need("Value", TEXT))),)
+_TAGGING = (need("TagSet", TAGS),)
 
 
 def parse_tagging(element, kind="object"):
@@ -8928,8 +8929,13 @@ def parse_tagging(element, kind="object"):
     API_PutObjectTagging.html, API_PutBucketTagging.html; kind: `object` or
     `bucket`.  MalformedXML, InvalidTag or BadRequest.
     """
-    tags = read_document(element, _TAGGING)["TagSet"].get("Tag", ())
-    return checked_tags([(tag["Key"], tag["Value"]) for tag in tags], kind)
+    return read_tags(read_document(element, _TAGGING)["TagSet"], kind)
+
+
+def read_tags(value, kind):
+    """The tags of a document of TAGS, as parse_tagging()."""
+    return checked_tags([(tag["Key"], tag["Value"])
+                         for tag in value.get("Tag", ())], kind)
 
 
 def tagging_children(tags):
@@ -9039,10 +9045,10 @@ def create_bucket(request):
     name = request.bucket_name
     if not valid_bucket_name(name):
         raise S3Error("InvalidBucketName", BucketName=name)
-    asked = _asked_location(request)
+    asked = _asked_configuration(request)
     _authorize_create(request, asked)
-    region = _location_constraint(request, asked)
-    config = _new_bucket_config(request)
+    region = _location_constraint(request, asked.get("LocationConstraint"))
+    config = _new_bucket_config(request, asked)
     try:
         bucket = request.store.create_bucket(
             name, request.service.accounts.lasting_id(request.account),
@@ -9063,10 +9069,26 @@ def create_bucket(request):
     return {"Location": "/" + name}
 
 
-def _new_bucket_config(request):
+_CREATE_BUCKET = (Field("LocationConstraint", TEXT), Field("Tags", TAGS))
+
+
+def _asked_configuration(request):
+    """What CreateBucket's document says: {tag: value}."""
+    document = request.xml("CreateBucketConfiguration", required=False)
+    if document is None:
+        return {}
+    for tag in ("Bucket", "Location"):
+        if document.find(tag) is not None:
+            raise S3Error("NotImplemented", "There are no directory buckets")
+    return read_document(document, _CREATE_BUCKET)
+
+
+def _new_bucket_config(request, asked):
     """What CreateBucket's headers say of ownership, ACL and object lock,
-    for bucket.json."""
+    and its document of tags, for bucket.json."""
     owner, config = request.account.user_id, {}
+    if "Tags" in asked:
+        config["tags"] = read_tags(asked["Tags"], "bucket")
     ownership = request.headers.get("x-amz-object-ownership")
     if ownership is not None:
         if ownership not in OWNERSHIPS:
@@ -9092,27 +9114,22 @@ _CREATE_ACTIONS = {
     "x-amz-object-ownership": ("s3:PutBucketOwnershipControls",)}
 
 
-def _authorize_create(request, location):
+def _authorize_create(request, asked):
     """Raise AccessDenied unless the caller may make the bucket.
 
     Any account may: it is a question of a session's policy only.
     """
     context = policy_context(request, None, facts={
-        "s3:LocationConstraint": location})
+        "s3:LocationConstraint": asked.get("LocationConstraint")})
     actions = {"s3:CreateBucket"}
+    if "Tags" in asked:
+        actions.add("s3:TagResource")
     for name in request.headers:
         actions.update(_CREATE_ACTIONS.get(
             "x-amz-acl" if name.startswith("x-amz-grant-") else name, ()))
     for action in actions:
         authorize(request.caller, action, resource_arn(request.bucket_name),
                   None, context)
-
-
-def _asked_location(request):
-    """The text of a LocationConstraint; None for none."""
-    document = request.xml("CreateBucketConfiguration", required=False)
-    return None if document is None else xml_text(
-        document, "LocationConstraint")
 
 
 def _location_constraint(request, asked):
@@ -10596,8 +10613,7 @@ def delete_bucket_tagging(request):
 # numbers, so it does not matter which one a client names.
 
 CONTROL_XMLNS = "http://awss3control.amazonaws.com/doc/2018-08-20/"
-_TAG_RESOURCE = (need("Tags", (many(
-    "Tag", (need("Key", TEXT), need("Value", TEXT))),)),)
+_TAG_RESOURCE = (need("Tags", TAGS),)
 
 
 @operation("GET", CONTROL)
@@ -10611,9 +10627,8 @@ def list_tags_for_resource(request):
 @operation("POST", CONTROL, status=204)
 def tag_resource(request):
     """API_control_TagResource: the other tags stay."""
-    tags = read_document(request.xml("TagResourceRequest"), _TAG_RESOURCE)
-    tags = checked_tags([(tag["Key"], tag["Value"])
-                         for tag in tags["Tags"].get("Tag", ())], "bucket")
+    tags = read_tags(read_document(request.xml("TagResourceRequest"),
+                                   _TAG_RESOURCE)["Tags"], "bucket")
 
     def change(config):
         config["tags"] = checked_tags(

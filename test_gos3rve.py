@@ -7316,6 +7316,26 @@ class BucketRequests(OperationCase):
             self.error(self.s3.put("/bad", body), "MalformedXML", 400)
         self.error(self.s3.head("/bad"), "", 404)
 
+    def test_nothing_of_its_document_is_dropped(self):
+        make = "<CreateBucketConfiguration>%s</CreateBucketConfiguration>"
+        tag = "<Tags><Tag><Key>%s</Key><Value>1</Value></Tag></Tags>"
+        self.ok(self.s3.put("/new", (make % tag % "a").encode()))
+        self.assertEqual(self.s3.get("/new", {"tagging": ""}).all(
+            "TagSet/Tag/Key"), ["a"])
+        for body, code, status in (
+                (tag % "aws:x", "InvalidTag", 400),
+                ("<Other/>", "MalformedXML", 400),
+                ("<Bucket><Type>Directory</Type></Bucket>",
+                 "NotImplemented", 501),
+                ("<Location><Name>use1-az4</Name></Location>",
+                 "NotImplemented", 501)):
+            self.error(self.s3.put("/bad", (make % body).encode()), code,
+                       status)
+        self.error(self.s3.put("/bad", headers={
+            "x-amz-bucket-namespace": "account-regional"}),
+            "NotImplemented", 501)
+        self.error(self.s3.head("/bad"), "", 404)
+
     def test_making_it_twice(self):
         self.create("twice-east")
         self.ok(self.s3.put("/twice-east/k", b"kept"))
