@@ -20185,6 +20185,175 @@ class EveryOperation(unittest.TestCase):
                          self.SAME.get(operation.name, operation.name))
 
 
+# What Terraform's AWS provider asks of a bucket, in its order (resource-
+# BucketRead in internal/service/s3/bucket.go of provider 6, then its other
+# aws_s3_bucket_ resources), and the code by which it knows that there is
+# nothing; any other error ends its plan.
+TERRAFORM_READS = (
+    ("head_bucket", ""),
+    ("get_bucket_policy", "NoSuchBucketPolicy"),
+    ("get_bucket_acl", ""),
+    ("get_bucket_cors", "NoSuchCORSConfiguration"),
+    ("get_bucket_website", "NoSuchWebsiteConfiguration"),
+    ("get_bucket_versioning", ""),
+    ("get_bucket_accelerate_configuration", ""),
+    ("get_bucket_request_payment", ""),
+    ("get_bucket_logging", ""),
+    ("get_bucket_lifecycle_configuration", "NoSuchLifecycleConfiguration"),
+    ("get_bucket_replication", "ReplicationConfigurationNotFoundError"),
+    ("get_bucket_encryption",
+     "ServerSideEncryptionConfigurationNotFoundError"),
+    ("get_object_lock_configuration", "ObjectLockConfigurationNotFoundError"),
+    ("head_bucket", ""),
+    ("get_bucket_tagging", "NoSuchTagSet"),         # until 6.22
+    ("get_bucket_ownership_controls", ""),
+    ("get_public_access_block", "NoSuchPublicAccessBlockConfiguration"),
+    ("get_bucket_notification_configuration", ""),
+    ("get_bucket_abac", ""),
+    ("get_bucket_analytics_configuration", "NoSuchConfiguration"),
+    ("get_bucket_intelligent_tiering_configuration", "NoSuchConfiguration"),
+    ("get_bucket_inventory_configuration", "NoSuchConfiguration"),
+    ("get_bucket_metrics_configuration", "NoSuchConfiguration"),
+    ("get_bucket_metadata_configuration",
+     "MetadataConfigurationNotFound"),
+)
+# Its resources as it writes them: what is behind put_ and get_, the name of
+# the document, the document.  A plan shows no change when the same comes
+# back.
+TERRAFORM_WRITES = (
+    ("bucket_versioning", "VersioningConfiguration", {"Status": "Enabled"}),
+    ("bucket_ownership_controls", "OwnershipControls", {
+        "Rules": [{"ObjectOwnership": "BucketOwnerPreferred"}]}),
+    ("bucket_policy", "Policy", json.dumps({
+        "Version": "2012-10-17", "Statement": [{
+            "Sid": "read", "Effect": "Allow", "Principal": {"AWS": "*"},
+            "Action": ["s3:GetObject"],
+            "Resource": ["arn:aws:s3:::tf-box/public/*"]}]})),
+    ("public_access_block", "PublicAccessBlockConfiguration", {
+        "BlockPublicAcls": True, "IgnorePublicAcls": True,
+        "BlockPublicPolicy": False, "RestrictPublicBuckets": False}),
+    ("bucket_cors", "CORSConfiguration", {"CORSRules": [{
+        "ID": "one", "AllowedHeaders": ["*"], "AllowedMethods": ["PUT"],
+        "AllowedOrigins": ["https://example.com"], "ExposeHeaders": ["ETag"],
+        "MaxAgeSeconds": 3000}]}),
+    ("bucket_website", "WebsiteConfiguration", {
+        "IndexDocument": {"Suffix": "index.html"},
+        "ErrorDocument": {"Key": "error.html"},
+        "RoutingRules": [{"Condition": {"KeyPrefixEquals": "docs/"},
+                          "Redirect": {"ReplaceKeyPrefixWith": "new/"}}]}),
+    ("bucket_accelerate_configuration", "AccelerateConfiguration", {
+        "Status": "Enabled"}),
+    ("bucket_request_payment", "RequestPaymentConfiguration", {
+        "Payer": "Requester"}),
+    ("bucket_lifecycle_configuration", "LifecycleConfiguration", {"Rules": [{
+        "ID": "log", "Status": "Enabled", "Expiration": {"Days": 90},
+        "Filter": {"And": {"Prefix": "log/", "Tags": [
+            {"Key": "rule", "Value": "log"}]}},
+        "Transitions": [{"Days": 30, "StorageClass": "STANDARD_IA"}]}, {
+        "ID": "old", "Status": "Enabled", "Filter": {"Prefix": ""},
+        "NoncurrentVersionExpiration": {"NoncurrentDays": 7,
+                                        "NewerNoncurrentVersions": 2},
+        "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 7}}]}),
+    ("bucket_replication", "ReplicationConfiguration", {
+        "Role": "arn:aws:iam::111122223333:role/r", "Rules": [{
+            "ID": "all", "Status": "Enabled", "Priority": 0, "Filter": {},
+            "DeleteMarkerReplication": {"Status": "Disabled"},
+            "Destination": {"Bucket": "arn:aws:s3:::tf-copy",
+                            "StorageClass": "STANDARD"}}]}),
+    ("bucket_encryption", "ServerSideEncryptionConfiguration", {"Rules": [{
+        "ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"},
+        "BucketKeyEnabled": False}]}),
+    ("object_lock_configuration", "ObjectLockConfiguration", {
+        "ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {
+            "Mode": "GOVERNANCE", "Days": 1}}}),
+    ("bucket_tagging", "Tagging", {"TagSet": [
+        {"Key": "Name", "Value": "My bucket"}]}),
+    ("bucket_analytics_configuration", "AnalyticsConfiguration", {
+        "Id": "one", "Filter": {"Prefix": "log/"},
+        "StorageClassAnalysis": {}}),
+    ("bucket_intelligent_tiering_configuration",
+     "IntelligentTieringConfiguration", {
+         "Id": "one", "Status": "Enabled", "Tierings": [
+             {"AccessTier": "ARCHIVE_ACCESS", "Days": 125}]}),
+    ("bucket_inventory_configuration", "InventoryConfiguration", {
+        "Id": "one", "IsEnabled": True, "IncludedObjectVersions": "All",
+        "Schedule": {"Frequency": "Daily"}, "Destination": {
+            "S3BucketDestination": {"Bucket": "arn:aws:s3:::tf-copy",
+                                    "Format": "ORC"}}}),
+    ("bucket_metrics_configuration", "MetricsConfiguration", {
+        "Id": "one", "Filter": {"And": {"Prefix": "a/", "Tags": [
+            {"Key": "b", "Value": "c"}]}}}),
+)
+
+
+class TerraformReads(ClientCase):
+    """Terraform's AWS provider, its calls made through boto3."""
+
+    def setUp(self):
+        need_client(self, "boto3")
+        super().setUp()
+        import boto3
+        import botocore.exceptions
+        self.s3, self.refusal = boto3.client(
+            "s3", endpoint_url=self.server.url, region_name="us-east-1",
+            aws_access_key_id=self.server.key_id,
+            aws_secret_access_key=self.server.key_val
+        ), botocore.exceptions.ClientError
+        self.addCleanup(self.s3.close)
+
+    def call(self, name, **values):
+        """An operation's answer on tf-box, or the code of its error."""
+        if re.search("analytics|tiering|inventory|metrics", name):
+            values["Id"] = "one"
+        try:
+            answer = getattr(self.s3, name)(Bucket="tf-box", **values)
+        except self.refusal as error:
+            return error.response["Error"]["Code"]
+        del answer["ResponseMetadata"]
+        return answer
+
+    def test_a_new_bucket(self):
+        self.s3.create_bucket(Bucket="tf-box")
+        for name, nothing in TERRAFORM_READS:
+            with self.subTest(name):
+                answer = self.call(name)
+                self.assertEqual(
+                    answer if isinstance(answer, str) else "", nothing)
+        self.assertEqual(self.call("head_bucket")["BucketRegion"],
+                         "us-east-1")
+        self.s3.delete_bucket(Bucket="tf-box")
+        self.assertEqual(self.call("head_bucket"), "404")
+
+    def test_what_was_written_is_read(self):
+        self.s3.create_bucket(Bucket="tf-box", ObjectLockEnabledForBucket=True)
+        for name, argument, document in TERRAFORM_WRITES:
+            with self.subTest(name):
+                answer = self.call("put_" + name, **{argument: document})
+                self.assertNotIsInstance(answer, str)
+        for name, argument, document in TERRAFORM_WRITES:
+            with self.subTest(name):
+                answer = self.call("get_" + name)
+                self.assertNotIsInstance(answer, str)
+                self.assertIn(document, (answer, answer.get(argument), {
+                    key: answer.get(key) for key in document}))
+        grants = self.call("get_bucket_acl")
+        self.call("put_bucket_acl", AccessControlPolicy=grants)
+        self.assertEqual(self.call("get_bucket_acl"), grants)
+
+        # aws_s3_object, and force_destroy
+        self.s3.put_object(Bucket="tf-box", Key="k", Body=b"x", Tagging="a=1")
+        self.s3.head_object(Bucket="tf-box", Key="k", ChecksumMode="ENABLED")
+        self.s3.get_object_tagging(Bucket="tf-box", Key="k")
+        found = self.s3.list_object_versions(Bucket="tf-box")["Versions"]
+        answer = self.s3.delete_objects(
+            Bucket="tf-box", BypassGovernanceRetention=True, Delete={
+                "Quiet": True, "Objects": [{
+                    "Key": item["Key"], "VersionId": item["VersionId"]}
+                    for item in found]})
+        self.assertNotIn("Errors", answer)
+        self.s3.delete_bucket(Bucket="tf-box")
+
+
 class TortureKeys(ClientCase):
     """All of them at once, in either order of arrival: each is put,
     listed, read, copied, moved and deleted, and no other changes."""
