@@ -15676,12 +15676,15 @@ def _load_user(path, element):
     for name in known[:2]:
         if not fields.get(name):
             raise ConfigError("%s: a <User> has no <%s>" % (path, name))
-    key_id = fields["AccessKeyId"]
-    return Account(key_id, fields["SecretAccessKey"],
-                   fields.get("UserId")
-                   or hashlib.sha256(key_id.encode()).hexdigest(),
-                   fields.get("UserName") or key_id,
-                   fields.get("Email", ""))
+    return make_user(*(fields.get(name, "") for name in known))
+
+
+def make_user(key_id, key_val, user_id="", user_name="", user_email=""):
+    """A further Account; its user id follows from its key id."""
+    if not key_id or not key_val:
+        raise ConfigError("a user needs a key_id and a key_val")
+    return Account(key_id, key_val, user_id or hashlib.sha256(
+        key_id.encode()).hexdigest(), user_name or key_id, user_email)
 
 
 def _parse_arguments(argv):
@@ -15915,13 +15918,16 @@ def _reachable(bind):
     return "[%s]" % bind if ":" in bind else bind
 
 
-def serve(dir_buckets=None, buckets=(), **options):
+def serve(dir_buckets=None, buckets=(), users=(), **options):
     """Start a server in this process, for tests: a Running.
 
     dir_buckets: an existing or new directory, None for a temporary one
-    that goes with the server.  buckets: names to make.  options: those of
-    the command line by name (`p` is 0, `bind` 127.0.0.1 and `log` none
-    unless given), as text, number or bool.  ConfigError when wrong.
+    that goes with the server.  buckets: names to make.  users: further
+    accounts, each a dict of `key_id` and `key_val` and, if you like,
+    `user_id`, `user_name` and `user_email`.  options: those of the command
+    line by name (`p` is 0, `bind` 127.0.0.1 and `log` none unless given),
+    as text, number or bool, a list where one may be given more than once.
+    ConfigError when wrong.
 
         with gos3rve.serve(buckets=["mine"]) as s3:
             boto3.client("s3", endpoint_url=s3.url,
@@ -15943,6 +15949,10 @@ def serve(dir_buckets=None, buckets=(), **options):
             values[name] = cast_option(option, str(value), name)
     values["bucket"] = tuple(values.get("bucket", ())) + tuple(
         cast_option(known["bucket"], name, "buckets") for name in buckets)
+    try:
+        users = [make_user(**user) for user in users]
+    except TypeError as error:
+        raise ConfigError("users: %s" % error) from None
     temporary = None
     if dir_buckets is None or "dir_uploads" not in options:
         temporary = tempfile.mkdtemp(prefix="gos3rve-")
@@ -15951,7 +15961,7 @@ def serve(dir_buckets=None, buckets=(), **options):
     values.setdefault("dir_uploads", os.path.join(temporary or "",
                                                   "uploads"))
     try:
-        config = make_config(values)
+        config = make_config(values, users)
         running = Running(config, access_writer(values["log"]),
                           operator_log if values["log"] != "none" else None)
     except BaseException:

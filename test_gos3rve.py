@@ -19331,6 +19331,26 @@ class ConfigServe(unittest.TestCase):
             self.assertEqual(client.get("/").code,
                              "AuthorizationHeaderMalformed")
 
+    def test_further_accounts(self):
+        with gos3rve.serve(buckets=["mine"], object_ownership="ObjectWriter",
+                           users=[{"key_id": "alice", "key_val": "a"},
+                                  {"key_id": "bob", "key_val": "b",
+                                   "user_id": "bob-id", "user_name": "Bob",
+                                   "user_email": "b@example.com"}]) as s3:
+            alice, bob = (Client(s3.url, *pair) for pair in (
+                ("alice", "a"), ("bob", "b")))
+            for client in (alice, bob):
+                self.addCleanup(client.close)
+            self.assertEqual(alice.put("/hers").status, 200)
+            self.assertEqual(bob.get("/hers").code, "AccessDenied")
+            self.assertEqual(alice.put("/hers", query={"acl": ""}, headers={
+                "x-amz-grant-read": 'emailAddress="b@example.com"'}).status,
+                200)
+            self.assertEqual(bob.get("/hers").status, 200)
+            self.assertEqual([bob.get("/").one("Owner/" + name)
+                              for name in ("ID", "DisplayName")],
+                             ["bob-id", "Bob"])
+
     def test_servers_know_nothing_of_each_other(self):
         with gos3rve.serve(buckets=["mine"]) as one:
             with gos3rve.serve() as two:
@@ -19346,7 +19366,12 @@ class ConfigServe(unittest.TestCase):
                         {"tls_cert": "missing.pem"}, {"tls_key": "x"},
                         {"log": "xml"}, {"p": 65536}, {"p": "x"},
                         {"region": "not a region"}, {"key_id": ""},
-                        {"upload_ttl": "soon"}, {"domain": "a b"}):
+                        {"upload_ttl": "soon"}, {"domain": "a b"},
+                        {"users": [{"key_id": "me"}]},
+                        {"users": [{"key_id": "a", "key_val": "b",
+                                    "email": "c"}]},
+                        {"users": [{"key_id": "", "key_val": "b"}]},
+                        {"users": [{"key_id": "a", "key_val": "b"}] * 2}):
             with self.subTest(options):
                 with mock.patch.object(tempfile, "tempdir", directory):
                     with self.assertRaises(gos3rve.ConfigError):
@@ -19943,14 +19968,17 @@ class RecipesOfTheServer(unittest.TestCase):
 
     def test_a_pytest_fixture(self):
         need_client(self, "pytest")
-        path = os.path.join(self.home, "test_recipe.py")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(recipes()["pytest"][1])
+        paths = []
+        for name in ("pytest", "pytest-accounts"):
+            paths.append(os.path.join(self.home, "test_%s.py" % (
+                name.replace("-", "_"))))
+            with open(paths[-1], "w", encoding="utf-8") as file:
+                file.write(recipes()[name][1])
         status, out, said = run_client(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-             path], self.home, client_environment(self.home))
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+            + paths, self.home, client_environment(self.home))
         self.assertEqual(status, 0, said)
-        self.assertIn("1 passed", out)
+        self.assertIn("3 passed", out)
 
     def test_every_recipe_is_run_by_a_test(self):
         with open(os.path.join(HERE, "test_gos3rve.py")) as file:
