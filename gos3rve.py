@@ -8448,6 +8448,8 @@ def find_operation(request):
     would change a bucket.
     """
     query, method, level = request.query, request.method, request.level
+    if level == CONTROL and not request.bucket_name:
+        raise S3Error("NotImplemented", "Only buckets have tags here")
     names = [name for name in query if name in SUBRESOURCES] \
         if query else ()
     if len(names) > 1:
@@ -8590,7 +8592,7 @@ def as_response(result, status):
 
 def error_response(error, request_id, resource="", in_envelope=False):
     """The Response for an S3Error; <Error> is the one root without an
-    xmlns."""
+    xmlns.  in_envelope: as S3 Control has it."""
     headers = dict(error.headers)
     if error.status == 304:
         return Response(304, headers)
@@ -10647,17 +10649,6 @@ def untag_resource(request):
     request.store.update_bucket(request.bucket, change)
 
 
-def serve_control(request):
-    """respond(), errors included: S3 Control's lie in an envelope."""
-    try:
-        if not request.bucket_name:
-            raise S3Error("NotImplemented", "Only buckets have tags here")
-        return respond(request)
-    except S3Error as error:
-        return error_response(error, request.request_id, request.raw_path,
-                              True)
-
-
 @operation("GET", BUCKET, "cors")
 def get_bucket_cors(request):
     """API_GetBucketCors."""
@@ -10697,8 +10688,7 @@ def answer(request):
     """respond(), serve_site() or serve_sts(), and what CORS adds to the
     answer, to errors too."""
     respond_to = serve_site if request.is_site \
-        else serve_sts if is_sts(request) \
-        else serve_control if request.is_control else respond
+        else serve_sts if is_sts(request) else respond
     if request.method == "OPTIONS":     # no signature, no key looked up
         return Response(200, preflight(cors_rules(request), request.headers,
                                        request.level.upper()))
@@ -14759,7 +14749,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             failure = S3Error("InternalError")
             self.server.report("%s %s" % (self.request_id,
                                           traceback.format_exc()))
-        return error_response(failure, self.request_id, resource)
+        return error_response(failure, self.request_id, resource,
+                              self.asked is not None
+                              and self.asked.is_control)
 
     def _report(self, error):
         """Tell the operator of an S3Error, and why: its cause."""
