@@ -8068,12 +8068,13 @@ class Request:
         self.host = headers.get("host", "")
         self.bucket_name = self.key = ""
         self.host_bucket = host_bucket(self.host, service.domains)
-        self.is_site, self.is_control = False, is_control(self.raw_path,
-                                                          headers)
+        self.is_site = False
         if ".s3-website" in self.host_bucket:
             site = _SITE.match(self.host_bucket)
             if site:
                 self.host_bucket, self.is_site = site[1], True
+        self.is_control = not self.is_site and is_control(self.raw_path,
+                                                          headers)
         if self.is_control:
             self.bucket_name = control_bucket(self.raw_path)
         elif self.host_bucket:

@@ -11247,9 +11247,13 @@ class ControlRequests(OperationCase):
             self.assertTrue(answer.one("RequestId"))
         self.assertEqual(self.tags(), {})
 
-    def test_without_the_header_it_is_a_key_like_any_other(self):
+    def test_elsewhere_it_is_a_key_like_any_other(self):
         self.error(self.s3.get("/v20180820/tags/arn:aws:s3:::box"),
                    "NoSuchBucket")
+        answer = self.control("GET", host="none.s3-website.localhost")
+        self.assertEqual(answer.headers["content-type"],
+                         "text/html; charset=utf-8")
+        self.assertIn(b"NoSuchBucket", answer.body)
 
     def test_strangers_are_denied(self):
         answer = self.s3.send("GET", "/v20180820/tags/arn:aws:s3:::box",
