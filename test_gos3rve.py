@@ -15920,6 +15920,8 @@ class SessionRequests(StsCase):
     def test_a_new_bucket(self):
         there = b"<CreateBucketConfiguration><LocationConstraint>eu-west-1" \
             b"</LocationConstraint></CreateBucketConfiguration>"
+        tagged = b"<CreateBucketConfiguration><Tags><Tag><Key>a</Key>" \
+            b"<Value/></Tag></Tags></CreateBucketConfiguration>"
         create = allow("s3:CreateBucket", "arn:aws:s3:::made-*")
         fixed = dict(create, Condition={"StringEquals": {
             "s3:LocationConstraint": "eu-west-1"}})
@@ -15936,6 +15938,8 @@ class SessionRequests(StsCase):
                     "x-amz-object-ownership": "ObjectWriter"}, False),
                 ("lock", create, "/made-4", b"", {
                     "x-amz-bucket-object-lock-enabled": "true"}, False),
+                ("tags", create, "/made-4", tagged, {}, False),
+                ("tags too", allow("s3:*"), "/made-4", tagged, {}, True),
                 ("all", allow("s3:*"), "/made-4", b"", {
                     "x-amz-bucket-object-lock-enabled": "true"}, True)):
             with self.subTest(name):
