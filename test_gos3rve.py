@@ -19784,7 +19784,7 @@ FEATURES = {
         "PutBucketOwnershipControls GetBucketOwnershipControls PutObjectAcl "
         "GetObjectAcl PutPublicAccessBlock GetPublicAccessBlock "
         "PutBucketRequestPayment GetBucketRequestPayment PutBucketWebsite "
-        "GetBucketWebsite DeleteBucketWebsite",
+        "GetBucketWebsite DeleteBucketWebsite PutBucketLogging",
     "s3cmd-lock": "CreateBucket PutObjectLegalHold PutObjectRetention",
 }
 
@@ -20298,6 +20298,8 @@ TERRAFORM_WRITES = (
             "Mode": "GOVERNANCE", "Days": 1}}}),
     ("bucket_tagging", "Tagging", {"TagSet": [
         {"Key": "Name", "Value": "My bucket"}]}),
+    ("bucket_logging", "BucketLoggingStatus", {"LoggingEnabled": {
+        "TargetBucket": "tf-logs", "TargetPrefix": "log/"}}),
     ("bucket_analytics_configuration", "AnalyticsConfiguration", {
         "Id": "one", "Filter": {"Prefix": "log/"},
         "StorageClassAnalysis": {}}),
@@ -20355,7 +20357,9 @@ class TerraformReads(ClientCase):
         self.assertEqual(self.call("head_bucket"), "404")
 
     def test_what_was_written_is_read(self):
-        self.s3.create_bucket(Bucket="tf-box", ObjectLockEnabledForBucket=True)
+        self.s3.create_bucket(Bucket="tf-logs")
+        self.s3.create_bucket(Bucket="tf-box",
+                              ObjectLockEnabledForBucket=True)
         for name, argument, document in TERRAFORM_WRITES:
             with self.subTest(name):
                 answer = self.call("put_" + name, **{argument: document})
