@@ -38,6 +38,7 @@ import hashlib
 import heapq
 import hmac
 import html
+import http.client
 import http.server
 import ipaddress
 import itertools
@@ -2926,7 +2927,9 @@ def sealed_etag(key, md5):
 #                                    where the name is a hash
 #                       logs/        lines of the access log that are not
 #                                    delivered yet
-#                       locks/       one empty file a stripe
+#                       events/      <webhook>/<event>: not delivered yet
+#                       locks/       a file a stripe, with the number of
+#                                    its last event
 #     <uploads>/<bucket>/<id>/       a multipart upload: upload.json, 00001
 
 STATE = ".gos3rve"
@@ -2960,6 +2963,7 @@ _OPEN_NEW = (os.O_RDWR | os.O_CREAT | os.O_EXCL
              | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
 _OPEN_DIRECTORY = (os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
                    | getattr(os, "O_CLOEXEC", 0))
+_OPEN_LOCK = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # what a path that names no regular file answers to open(2), besides these
 _ABSENT_ERRNO = frozenset((errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG,
@@ -3418,6 +3422,16 @@ def sync_directory(path):
         os.close(fd)
 
 
+def try_flock(fd):
+    """Take the lock of an open file; False when somebody holds it."""
+    try:
+        if fcntl:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 # --- buckets ---
 
 _LOGS = "logs"                      # what their lock is called
@@ -3783,15 +3797,18 @@ class Bucket:
                 stack.callback(os.close, self._flock(stripe))
             yield
 
-    def _flock(self, stripe):
-        """A descriptor that holds a stripe's flock until it is closed."""
+    def _open_stripe(self, stripe):
+        """A descriptor of a stripe's file, made where it is missing."""
         path = os.path.join(self._state, "locks", "%02d" % stripe)
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
         try:
-            fd = os.open(path, flags, 0o600)
+            return os.open(path, _OPEN_LOCK, 0o600)
         except FileNotFoundError:
             self._make_state("locks")
-            fd = os.open(path, flags, 0o600)
+            return os.open(path, _OPEN_LOCK, 0o600)
+
+    def _flock(self, stripe):
+        """A descriptor that holds a stripe's flock until it is closed."""
+        fd = self._open_stripe(stripe)
         try:
             if fcntl:
                 fcntl.flock(fd, fcntl.LOCK_EX)
@@ -3799,6 +3816,24 @@ class Bucket:
             os.close(fd)
             raise
         return fd
+
+    def next_number(self, key):
+        """A number above all that this key was given before: nanoseconds
+        since the epoch, or one more than the last.  The caller holds the
+        key's lock; its file keeps the last one, for all processes and for
+        a clock that is set back."""
+        fd = self._open_stripe(zlib.crc32(key.encode()) % LOCK_STRIPES)
+        try:
+            try:
+                last = int(os.read(fd, 16), 16)
+            except ValueError:          # the first one
+                last = 0
+            number = max(time.time_ns(), last + 1)
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.write(fd, b"%016x" % number)
+            return number
+        finally:
+            os.close(fd)
 
     # writing; the caller holds the key's lock
 
@@ -4383,13 +4418,14 @@ class Bucket:
             with contextlib.suppress(OSError):
                 os.rmdir(directory)
 
-    def update_record(self, key, version_id, change):
+    def update_record(self, key, version_id, change, done=None):
         """Change the record of a version in place, change(record) being
-        given it; its new Info.  MethodNotAllowed for a delete marker."""
+        given it; its new Info, which done(info) is given under the lock.
+        MethodNotAllowed for a delete marker."""
         with self.lock(key):
-            return self.change_record(key, version_id, change)
+            return self.change_record(key, version_id, change, done)
 
-    def change_record(self, key, version_id, change):
+    def change_record(self, key, version_id, change, done=None):
         """The same; the caller holds the key's lock."""
         info, fd = self.open_version(key, version_id)
         try:
@@ -4401,7 +4437,10 @@ class Bucket:
             self._write_record(fd, status, key, record)
             if self._sync:
                 os.fsync(fd)
-            return Info(key, status, record, info.latest)
+            info = Info(key, status, record, info.latest)
+            if done:
+                done(info)
+            return info
         finally:
             os.close(fd)
 
@@ -4460,10 +4499,7 @@ class Bucket:
         except _ABSENT:
             return 0
         with file:
-            try:
-                if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_flock(file.fileno()):
                 return 0
             if not _same_file(path, os.fstat(file.fileno())):
                 return 0                # somebody else was quicker
@@ -4937,9 +4973,145 @@ _UPLOAD_ID = re.compile(r"[0-9a-f]{48}\Z")
 _PART_NAME = re.compile(r"\d{5}\Z", re.ASCII)
 
 
+# --- events that wait ---
+
+# What one bucket keeps for one webhook: beyond it the oldest events go
+MAX_SPOOLED_EVENTS = 100000
+EVENT_SECONDS = 24 * 3600           # then one that is refused is given up
+_EVENT_FILE = re.compile(r"[0-9a-f]{32}\Z")
+
+
+class Spool:
+    """The events of one bucket that wait for one webhook, a file each.
+
+    Its name is a number of next_number() and a hash of the key, 16
+    hexadecimal digits each: sorted, the events of a key are in the order
+    of its changes.
+    """
+
+    def __init__(self, bucket, webhook):
+        self._bucket = bucket
+        self._path = os.path.join(bucket.root, STATE, "events", webhook)
+        self._directory = None          # its descriptor, once claimed
+
+    def add(self, key, number, data):
+        """Keep an event, whole at once.  The caller holds the key's lock,
+        under which it was given the number."""
+        name = "%016x%s" % (number, hashlib.sha256(
+            key.encode()).hexdigest()[:16])
+        with self._bucket.draft() as draft:
+            draft.write(data)
+            if self._bucket._sync:
+                os.fsync(draft.fd)
+            path = os.path.join(self._path, name)
+            try:
+                os.replace(draft.path, path)
+            except FileNotFoundError:
+                self._bucket._make_state("events")
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(self._path)
+                os.replace(draft.path, path)
+            draft.path = None
+        if self._bucket._sync:
+            sync_directory(self._path)
+            sync_directory(os.path.dirname(self._path))
+
+    def names(self):
+        """The names of the events, in their order."""
+        return sorted(filter(_EVENT_FILE.match, _listdir(self._path)))
+
+    def read(self, name):
+        """The bytes of an event; None when it is gone."""
+        try:
+            fd = os.open(self._place(name), _OPEN_READ,
+                         dir_fd=self._directory)
+        except _ABSENT:
+            return None
+        with os.fdopen(fd, "rb") as file:
+            return file.read()
+
+    def drop(self, name):
+        """Forget an event; True when it was there."""
+        try:
+            os.unlink(self._place(name), dir_fd=self._directory)
+            return True
+        except _ABSENT:
+            return False
+
+    def _place(self, name):
+        return os.path.join(self._path, name) \
+            if self._directory is None else name
+
+    @contextlib.contextmanager
+    def claim(self):
+        """Be the only one, of all processes, who delivers from here, and
+        go on with it when the bucket is deleted, which moves the files.
+        False when another one is, None when nothing was ever here."""
+        with contextlib.ExitStack() as stack:
+            try:
+                fd = os.open(os.path.join(self._path, "lock"), _OPEN_LOCK,
+                             0o600)
+                stack.callback(os.close, fd)
+                if _HAVE_DIR_FD:
+                    self._directory = os.open(self._path, _OPEN_DIRECTORY)
+                    stack.callback(os.close, self._directory)
+                mine = try_flock(fd)
+            except _ABSENT:
+                mine = None
+            try:
+                yield mine
+            finally:
+                self._directory = None
+
+
+def is_old_event(name, now):
+    """True for the name of an event that waits for longer than it may;
+    now: seconds since the epoch."""
+    return now - int(name[:16], 16) / 1e9 > EVENT_SECONDS
+
+
+class Outbox:
+    """The webhooks (name -> URL), and which buckets have new events for
+    them: what requests tell the threads that deliver."""
+
+    def __init__(self, webhooks=()):
+        self.webhooks = dict(webhooks)
+        self.closed = False
+        self._buckets = {name: set() for name in self.webhooks}
+        self._changed = threading.Condition()
+
+    def add(self, webhook, bucket_name):
+        """A bucket has an event for a webhook."""
+        with self._changed:
+            self._buckets[webhook].add(bucket_name)
+            self._changed.notify_all()
+
+    def take(self, webhook, seconds):
+        """The names of the buckets that got events since the last call,
+        as soon as there are any or the time is up."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.closed or self._buckets[webhook], seconds)
+            found, self._buckets[webhook] = self._buckets[webhook], set()
+            return found
+
+    def rest(self, seconds):
+        """Let the time go by, whatever is added meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.closed, seconds)
+
+    def close(self):
+        """Let everybody who waits go."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+
 # --- the store ---
 
 ALWAYS = WriteConditions()          # no condition at all
+# In the directory of the buckets: one being made, what is left of one
+_NEW, _OLD = ".gos3rve-new-", ".gos3rve-old-"
 
 
 class Store:
@@ -5010,7 +5182,7 @@ class Store:
             raise S3Error("BucketAlreadyExists", BucketName=name)
         os.makedirs(self.dir_buckets, exist_ok=True)
         path = os.path.join(self.dir_buckets,
-                            ".gos3rve-new-" + secrets.token_hex(8))
+                            _NEW + secrets.token_hex(8))
         os.makedirs(os.path.join(path, STATE))
         try:
             write_json(os.path.join(path, STATE, "bucket.json"), dict(
@@ -5031,13 +5203,15 @@ class Store:
     def delete_bucket(self, bucket):
         """Remove an empty bucket and its uploads, or BucketNotEmpty.
 
-        Whoever waits to publish into it meanwhile gets NoSuchBucket.
+        Whoever waits to publish into it meanwhile gets NoSuchBucket.  The
+        name for spool() is returned if some of its events still wait; what
+        is left of the bucket goes with them.
         """
         if bucket.name in self.mapped or os.path.islink(bucket.root) \
                 or os.path.ismount(bucket.root):
             raise S3Error("AccessDenied", "This bucket is a directory that "
                           "the server's operator set up")
-        aside = ".gos3rve-old-" + secrets.token_hex(8)
+        aside = _OLD + secrets.token_hex(8)
         path = os.path.join(self.dir_buckets, aside)
         with bucket.lock_all():
             if not bucket.is_empty():
@@ -5049,9 +5223,12 @@ class Store:
             self._set_uploads_aside(bucket.name, aside)
         if self.sync:
             sync_directory(self.dir_buckets)
-        for directory in (self.dir_buckets, self.dir_uploads):
-            shutil.rmtree(os.path.join(directory, aside),
-                          ignore_errors=True)
+        shutil.rmtree(os.path.join(self.dir_uploads, aside),
+                      ignore_errors=True)
+        if _has_events(path, time.time()):
+            return aside
+        shutil.rmtree(path, ignore_errors=True)
+        return None
 
     def _set_uploads_aside(self, name, aside):
         """Move a deleted bucket's uploads, and nothing else that may lie
@@ -5068,9 +5245,10 @@ class Store:
         with contextlib.suppress(OSError):
             os.rmdir(directory)
 
-    # objects
+    # objects; done(...), where given, is called with what is returned,
+    # once the change is made and before the key's lock is given back
 
-    def put_object(self, bucket, key, draft, record, conditions):
+    def put_object(self, bucket, key, draft, record, conditions, done=None):
         """Publish a draft as an object; its Info.
 
         Atomic: `conditions` (WriteConditions) are checked and the file
@@ -5081,9 +5259,11 @@ class Store:
         def step():
             if conditions != ALWAYS:
                 conditions.check(bucket.find(key))
-            if bucket.versioning is None:
-                return bucket.publish(draft, key, record)
-            return self._put_version(bucket, key, draft, record)
+            info = self._put_version(bucket, key, draft, record) \
+                if bucket.versioning else bucket.publish(draft, key, record)
+            if done:
+                done(info)
+            return info
         return bucket.retry(key, step)
 
     @staticmethod
@@ -5105,30 +5285,37 @@ class Store:
         return info
 
     def delete_object(self, bucket, key, conditions=ALWAYS,
-                      version_id=None, allow=None):
+                      version_id=None, allow=None, done=None):
         """Remove an object or one version of it, or add a delete marker;
         what was Removed.  Nothing happens when there is none.
 
         allow(info) may raise before that version is removed for good.
         """
         return bucket.retry(key, lambda: self._delete(
-            bucket, key, conditions, version_id, allow))
+            bucket, key, conditions, version_id, allow, done))
 
     def _delete(self, bucket, key, conditions=ALWAYS, version_id=None,
-                allow=None):
+                allow=None, done=None):
         """delete_object() for who holds the key's lock."""
         if version_id is not None:
-            return self._delete_version(bucket, key, version_id, allow,
-                                        conditions)
+            removed = self._delete_version(bucket, key, version_id, allow,
+                                           conditions)
+        else:
+            removed = self._delete_latest(bucket, key, allow, conditions)
+        if done:
+            done(removed)
+        return removed
+
+    def _delete_latest(self, bucket, key, allow, conditions):
         if conditions != ALWAYS:
             conditions.check(bucket.find(key))
         versioning = bucket.versioning
-        if versioning is None:
-            current = bucket.find(key) if allow else None
-            if current:
-                allow(current)
-            return Removed(None, False, bucket.remove(key))
-        return self._add_marker(bucket, key, versioning, allow)
+        if versioning is not None:
+            return self._add_marker(bucket, key, versioning, allow)
+        current = bucket.find(key) if allow else None
+        if current:
+            allow(current)
+        return Removed(None, False, bucket.remove(key))
 
     @staticmethod
     def _add_marker(bucket, key, versioning, allow):
@@ -5163,23 +5350,26 @@ class Store:
         """Delete versions of a key or change their records.
 
         choose(infos) gets all of them, the newest first, while nobody else
-        can change any, yields (version id, changes) and goes on when that
-        is done.  Without changes it is delete_object(), for good or, the
-        id being None, not.
+        can change any, yields (version id, changes, done) and goes on when
+        that is done.  Without changes it is delete_object(), for good or,
+        the id being None, not.
         """
         def step():
             bucket.settle(key)
-            for version_id, changes in choose(bucket.versions(key)):
+            for version_id, changes, done in choose(bucket.versions(key)):
                 if changes:
                     bucket.change_record(
                         key, version_id,
-                        operator.methodcaller("update", changes))
+                        operator.methodcaller("update", changes), done)
                 else:
-                    self._delete(bucket, key, version_id=version_id)
+                    self._delete(bucket, key, version_id=version_id,
+                                 done=done)
         bucket.retry(key, step)
 
-    def rename_object(self, bucket, source, key, source_check, conditions):
-        """Rename atomically, replacing what `key` was.
+    def rename_object(self, bucket, source, key, source_check, conditions,
+                      done=None):
+        """Rename atomically, replacing what `key` was; done(info) is given
+        what it is now.
 
         source_check(info) may raise, as may the conditions on `key`.
         """
@@ -5194,6 +5384,9 @@ class Store:
             conditions.check(bucket.find(key))
             if source != key:
                 bucket.rename(source, key)
+            info = bucket.find(key) if done else None
+            if info:
+                done(info)
         bucket.retry(key, step, source)
 
     def list_objects(self, bucket, prefix="", delimiter="", after="",
@@ -5223,6 +5416,27 @@ class Store:
             if not walker.missed(prefix, after, last, page.entries):
                 break
         return page
+
+    def spool(self, name, webhook):
+        """The Spool of a bucket, or of one that was deleted, by the name
+        that spooled() or delete_bucket() gave; or NoSuchBucket."""
+        if not name.startswith(_OLD):
+            return Spool(self.bucket(name), webhook)
+        path = os.path.join(self.dir_buckets, name)
+        return Spool(Bucket(name, path, self, None), webhook)
+
+    def spooled(self, webhook):
+        """The names, for spool(), of the buckets with events that wait for
+        a webhook."""
+        names = [bucket.name for bucket in self.list_buckets()]
+        names += [name for name in _listdir(self.dir_buckets)
+                  if name.startswith(_OLD)]
+        found = set()
+        for name in names:
+            with contextlib.suppress(S3Error, OSError):
+                if self.spool(name, webhook).names():
+                    found.add(name)
+        return found
 
     def each_key(self, bucket):
         """The Infos of every key, its versions and delete markers, the
@@ -5388,7 +5602,8 @@ class Store:
         return Part(int(name), size, status.st_mtime_ns, record["etag"],
                     record.get("checksums", {}), path, prefix)
 
-    def complete_upload(self, bucket, upload, parts, record, conditions):
+    def complete_upload(self, bucket, upload, parts, record, conditions,
+                        done=None):
         """Publish the parts, in their order, as the object; its Info.
 
         The caller holds locked_upload.  The upload's directory goes last:
@@ -5403,7 +5618,7 @@ class Store:
                 finally:
                     os.close(fd)
             info = self.put_object(bucket, upload.key, draft, record,
-                                   conditions)
+                                   conditions, done)
         self.remove_upload(upload)
         return info
 
@@ -5436,8 +5651,9 @@ class Store:
         for directory in (self.dir_buckets, self.dir_uploads):
             for name in _listdir(directory):
                 path = os.path.join(directory, name)
-                if name.startswith((".gos3rve-new-", ".gos3rve-old-")) \
-                        and _modified(path) < now - grace_seconds:
+                if name.startswith((_NEW, _OLD)) \
+                        and _modified(path) < now - grace_seconds \
+                        and not _has_events(path, now):
                     shutil.rmtree(path, ignore_errors=True)
                     count += 1
         for name in _listdir(self.dir_uploads):
@@ -5484,6 +5700,15 @@ def _last_change(path):
     """The newest mtime, in seconds, of a directory and what lies in it."""
     return max([_modified(path)] + [_modified(os.path.join(path, name))
                                     for name in _listdir(path)])
+
+
+def _has_events(path, now):
+    """True when events that may still be delivered wait in the directory
+    of a bucket."""
+    path = os.path.join(path, STATE, "events")
+    return any(not is_old_event(name, now) for webhook in _listdir(path)
+               for name in _listdir(os.path.join(path, webhook))
+               if _EVENT_FILE.match(name))
 
 
 def _drop_other_sidecars(sidecar):
@@ -8029,7 +8254,8 @@ class Service(NamedTuple):
     region: the only one that a scope or location may name, None for any.
     domains: below them a Host names a bucket.  hosts: names under which
     clients behind a proxy sign.  key_file: a KeyFile.
-    day_seconds: what lifecycle rules take for a day.
+    day_seconds: what lifecycle rules take for a day.  outbox: where events
+    go.
     """
     store: Store
     accounts: Accounts
@@ -8042,6 +8268,7 @@ class Service(NamedTuple):
     cors: Tuple[CorsRule, ...] = ()
     key_file: Any = None
     day_seconds: float = 86400
+    outbox: Outbox = Outbox()
 
 
 class Request:
@@ -8762,6 +8989,7 @@ class Field(NamedTuple):
 
 
 MANY = 1 << 30                      # bounded by MAX_XML_BYTES
+MAX_RULE_ID = 255
 
 # int of XML Schema; AWS: Integer
 _INT = re.compile(r"[+-]?\d{1,10}\Z", re.ASCII)
@@ -9161,8 +9389,12 @@ def head_bucket(request):
 
 @operation("DELETE", BUCKET, status=204)
 def delete_bucket(request):
-    """API_DeleteBucket: only an empty one; its uploads go with it."""
-    request.store.delete_bucket(request.bucket)
+    """API_DeleteBucket: only an empty one; its uploads go with it, and
+    its events are still delivered."""
+    left, outbox = request.store.delete_bucket(
+        request.bucket), request.service.outbox
+    for webhook in outbox.webhooks if left else ():
+        outbox.add(webhook, left)
 
 
 @operation("GET", BUCKET, "location")
@@ -9397,7 +9629,8 @@ def put_object(request):
         seal_content(request, encryption, target, record)
         give_lock(request, record)
         info = request.store.put_object(bucket, key, draft, record,
-                                        conditions)
+                                        conditions,
+                                        note_created(request, "Put"))
     headers = {"ETag": quoted(info.etag)}
     headers.update(checksum_headers(record))
     headers.update(version_header(request, info))
@@ -9420,7 +9653,8 @@ def copy_object(request):
         seal_content(request, encryption, target, record)
         give_lock(request, record)
         info = request.store.put_object(request.bucket, key, draft, record,
-                                        conditions)
+                                        conditions,
+                                        note_created(request, "Copy"))
     headers = {"Content-Type": "application/xml"}
     headers.update(version_header(request, info))
     headers.update(encryption_headers(encryption, True))
@@ -9602,7 +9836,8 @@ def rename_object(request):
         check_read_conditions(headers, info.etag, info.mtime,
                               "x-amz-rename-source-")
     request.store.rename_object(request.bucket, source, request.key, check,
-                                write_conditions(headers))
+                                write_conditions(headers),
+                                note_renamed(request, source))
 
 
 @operation("DELETE", OBJECT, status=204)
@@ -9612,9 +9847,11 @@ def delete_object(request):
     conditions = delete_conditions(
         headers.get("if-match"), headers.get("x-amz-if-match-size"),
         headers.get("x-amz-if-match-last-modified-time"))
+    version_id = asked_version(request)
     removed = request.store.delete_object(
-        request.bucket, request.key, conditions, asked_version(request),
-        lock_guard(request, request.key))
+        request.bucket, request.key, conditions, version_id,
+        lock_guard(request, request.key),
+        note_removed(request, request.key, version_id))
     if request.setting("versioning") is None:
         return {}
     answer = {"x-amz-version-id": removed.version_id}
@@ -9671,7 +9908,7 @@ def _delete_one(request, element, key, version):
     try:
         return request.store.delete_object(
             request.bucket, key, conditions, version,
-            lock_guard(request, key))
+            lock_guard(request, key), note_removed(request, key, version))
     except OSError as error:
         raise storage_error(error) from error
 
@@ -9881,7 +10118,8 @@ def post_object(request):
         seal_content(request, encryption, target, record)
         give_lock(request, record)
         info = request.store.put_object(request.bucket, upload.key, draft,
-                                        record, ALWAYS)
+                                        record, ALWAYS,
+                                        note_created(request, "Post"))
     answer_headers = checksum_headers(record)
     answer_headers.update(version_header(request, info))
     answer_headers.update(encryption_headers(encryption, True))
@@ -10267,6 +10505,7 @@ def complete_multipart_upload(request):
     conditions = write_conditions(request.headers)
     asked = _asked_parts(request)
     store, bucket = request.store, request.bucket
+    done = note_created(request, "CompleteMultipartUpload")
     try:
         upload = requested_upload(request)
         with store.locked_upload(upload):
@@ -10275,9 +10514,9 @@ def complete_multipart_upload(request):
                 parts = _checked_parts(store.list_parts(upload), asked)
                 record = _assembled_record(request, upload, parts)
                 info = store.complete_upload(bucket, upload, parts, record,
-                                             conditions)
+                                             conditions, done)
             else:
-                store.remove_upload(upload)
+                _finish_completion(request, upload, info, done)
     except S3Error as error:
         info = _completed_before(request) \
             if error.code == "NoSuchUpload" else None
@@ -10319,6 +10558,15 @@ def _completed_before(request):
         if info.record.get("upload_id") == upload_id:
             return info
     return None
+
+
+def _finish_completion(request, upload, info, done):
+    """What a crash kept from being done once the object was there; its
+    event may have been recorded, but rather twice than never."""
+    if done:
+        with request.bucket.lock(request.key):
+            done(info)
+    request.store.remove_upload(upload)
 
 
 class AskedPart(NamedTuple):
@@ -10568,23 +10816,24 @@ def get_object_tagging(request):
 @operation("PUT", OBJECT, "tagging")
 def put_object_tagging(request):
     """API_PutObjectTagging."""
-    return _set_tags(request, parse_tagging(request.xml("Tagging")))
+    return _set_tags(request, parse_tagging(request.xml("Tagging")), "Put")
 
 
 @operation("DELETE", OBJECT, "tagging", status=204)
 def delete_object_tagging(request):
     """API_DeleteObjectTagging."""
-    return _set_tags(request, {})
+    return _set_tags(request, {}, "Delete")
 
 
-def _set_tags(request, tags):
+def _set_tags(request, tags, kind):
     """Give the version asked for these tags; the answer's headers."""
     def change(record):
         record.pop("tags", None)
         if tags:
             record["tags"] = tags
-    info = request.bucket.update_record(request.key, asked_version(request),
-                                        change)
+    info = request.bucket.update_record(
+        request.key, asked_version(request), change,
+        note_changed(request, "ObjectTagging:" + kind))
     return version_header(request, info)
 
 
@@ -10767,13 +11016,18 @@ def put_object_acl(request):
     """API_PutObjectAcl."""
     owner = object_owner(request, find_asked(request))
     lines = dump_acl(_asked_acl(request, owner), owner)
+    note, before = note_changed(request, "ObjectAcl:Put"), []
 
     def change(record):
-        record.pop("acl", None)
+        before.append(record.pop("acl", None))
         if lines is not None:
             record["acl"] = lines
+
+    def done(info):
+        if note and before[-1] != lines:
+            note(info)
     info = request.bucket.update_record(request.key, asked_version(request),
-                                        change)
+                                        change, done)
     return version_header(request, info)
 
 
@@ -10957,7 +11211,6 @@ def check_filter(rule):
 # API_PutBucket<...>.html; element names and order are botocore's.
 
 MAX_CONFIGURATIONS = 1000
-MAX_RULE_ID = 255
 MAX_REPLICATION_RULES = 1000
 _CONFIGURATION_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 _BUCKET_ARN = re.compile(r"arn:[\w-]+:s3:::[^/:\s]+\Z", re.ASCII)
@@ -11767,7 +12020,8 @@ def put_object_retention(request):
         lock = record.get("lock", {})
         check_retention_change(lock, retention, time.time(), bypass)
         record["lock"] = with_retention(lock, retention)
-    request.bucket.update_record(request.key, asked_version(request), change)
+    request.bucket.update_record(request.key, asked_version(request), change,
+                                 note_changed(request, "ObjectRetention:Put"))
 
 
 @operation("GET", OBJECT, "legal-hold")
@@ -13048,7 +13302,6 @@ def log_delivery(service, source, target, key):
 # issues of terraform-provider-aws and of noobaa-core).
 
 MAX_LIFECYCLE_RULES = 1000
-MAX_RULE_ID = 255
 MAX_OBJECT_SIZE_FILTER = 1099511627776000   # S3's message gives it
 MIN_IA_DAYS = 30
 # From warm to cold: userguide/lifecycle-transition-general-considerations
@@ -13623,13 +13876,19 @@ def _is_free(info, due, bucket):
 
 def _carry_out(service, bucket, key, due):
     """Do what is due on the versions of a key; how many things."""
-    done = []
+    done, recorder = [], own_recorder(service, bucket)
 
     def choose(infos):
         for info, (action, _, storage_class) in due(infos):
             removed = info.version_id if action == REMOVE else None
-            yield None if action == EXPIRE else info.version_id, \
-                action == TRANSITION and {"class": storage_class}
+            version_id = None if action == EXPIRE else info.version_id
+            note = recorder and (functools.partial(
+                recorder.moved, storage_class) if action == TRANSITION
+                else functools.partial(
+                    recorder.removed, "LifecycleExpiration:", key,
+                    version_id))
+            yield version_id, action == TRANSITION and {
+                "class": storage_class}, note
             name = MOVED[storage_class] if action == TRANSITION else \
                 MARKED if action == EXPIRE and bucket.versioning else EXPIRED
             done.append((name, key, removed, info.size))
@@ -13713,6 +13972,416 @@ for _name, _newer in (
         ("GetBucketLifecycle", "GetBucketLifecycleConfiguration"),
         ("PutBucketLifecycle", "PutBucketLifecycleConfiguration")):
     add_operation(OPERATIONS[_newer]._replace(name=_name))
+
+
+# --- events: the document ---
+#
+# userguide/EventNotifications.html, notification-how-to-event-types-and-
+# destinations.html and notification-how-to-filtering.html; messages as S3
+# has been seen to answer (LocalStack's tests recorded against S3, issues of
+# aws-cdk and aws-cli).  A destination's ARN names a webhook of this server.
+
+MAX_NOTIFICATION_RULES = 100
+SKIP_VALIDATION_HEADER = "x-amz-skip-destination-validation"
+# Those of botocore's model 1.44: what this server does makes the first
+# ones, nothing that it does the others
+SENT_EVENTS = frozenset("s3:" + name for name in """
+    ObjectCreated:* ObjectCreated:Put ObjectCreated:Post ObjectCreated:Copy
+    ObjectCreated:CompleteMultipartUpload ObjectRemoved:*
+    ObjectRemoved:Delete ObjectRemoved:DeleteMarkerCreated ObjectTagging:*
+    ObjectTagging:Put ObjectTagging:Delete ObjectAcl:Put ObjectRetention:Put
+    LifecycleExpiration:* LifecycleExpiration:Delete
+    LifecycleExpiration:DeleteMarkerCreated LifecycleTransition TestEvent
+    """.split())
+UNSENT_EVENTS = frozenset("s3:" + name for name in """
+    ReducedRedundancyLostObject ObjectRestore:* ObjectRestore:Post
+    ObjectRestore:Completed ObjectRestore:Delete IntelligentTiering
+    Replication:* Replication:OperationFailedReplication
+    Replication:OperationNotTracked Replication:OperationMissedThreshold
+    Replication:OperationReplicatedAfterThreshold ObjectAnnotation:*
+    ObjectAnnotation:Put ObjectAnnotation:Delete""".split())
+_AMBIGUOUS = ("Configuration is ambiguously defined. Cannot have overlapping "
+              "suffixes in two rules if the prefixes are overlapping for the "
+              "same event type.")
+_OVERLAP = ("Configurations overlap. Configurations on the same bucket "
+            "cannot share a common event type.")
+
+
+class Target(NamedTuple):
+    """One of the three kinds of destinations.
+
+    tag: of its ARN's element.  arn: its form; the groups are region and
+    webhook.  tested: it gets an s3:TestEvent.  absent: what S3 says when
+    there is no such one.
+    """
+    tag: str
+    arn: Any
+    tested: bool
+    absent: str
+
+
+def _target(tag, service, resource, tested, what):
+    return Target(tag, re.compile(r"arn:aws[a-z-]*:%s:([a-z0-9-]+):\d{12}:%s"
+                                  r"\Z" % (service, resource), re.ASCII),
+                  tested, "The destination %s does not exist" % what)
+
+
+TARGETS = {
+    "TopicConfiguration": _target(
+        "Topic", "sns", r"([\w-]{1,256})", True, "topic"),
+    "QueueConfiguration": _target(
+        "Queue", "sqs", r"([\w-]{1,80})", True, "queue"),
+    "CloudFunctionConfiguration": _target(
+        "CloudFunction", "lambda",
+        r"function:([\w-]{1,140})(?::[\w$-]{1,129})?", False, "Lambda")}
+_NOTIFICATION = tuple(many(tag, (
+    Field("Id", TEXT), need(target.tag, FILLED), many("Event", TEXT, 1),
+    Field("Filter", (Field("S3Key", (many("FilterRule", (
+        need("Name", TEXT), need("Value", TEXT))),)),))))
+    for tag, target in TARGETS.items())
+
+
+def parse_notification(element, region, new_id=new_document_id):
+    """The notification in a NotificationConfiguration Element.
+
+    API_PutBucketNotificationConfiguration.html.  {"TopicConfiguration":
+    [...], ...}, {} for none; region: the bucket's.  A rule without an id
+    is given one.  MalformedXML, InvalidRequest or InvalidArgument;
+    NotImplemented for EventBridge.
+    """
+    if element.find("EventBridgeConfiguration") is not None:
+        raise S3Error("NotImplemented", "EventBridgeConfiguration is not "
+                      "implemented: there is no EventBridge here")
+    notification = read_document(element, _NOTIFICATION)
+    rules = list(_rules(notification))
+    if len(rules) > MAX_NOTIFICATION_RULES:
+        raise S3Error("InvalidRequest", "Too many configurations submitted. "
+                      "The maximum number of configurations is 100")
+    for target, rule in rules:
+        _check_target(target, rule[target.tag], region)
+        _check_events(rule["Event"])
+        for item in _filter_rules(rule):
+            item["Name"] = _filter_name(item["Name"], item["Value"])
+        _check_filter_names(rule)
+        rule["Id"] = rule.get("Id") or new_id()
+    _check_notification_ids([rule["Id"] for _, rule in rules])
+    for (_, one), (_, other) in itertools.combinations(rules, 2):
+        _check_apart(one, other)
+    return notification
+
+
+def notification_children(notification):
+    """The children of a NotificationConfiguration document."""
+    return document_children(notification, _NOTIFICATION)
+
+
+def _rules(notification):
+    """(Target, rule) of each configuration."""
+    for tag, target in TARGETS.items():
+        for rule in notification.get(tag, ()):
+            yield target, rule
+
+
+def _check_target(target, arn, region):
+    match = target.arn.match(arn)
+    if not match:
+        raise bad_argument("The ARN could not be parsed", target.tag, arn)
+    if match[1] != region:
+        raise bad_argument("The notification destination service region is "
+                           "not valid for the bucket location constraint",
+                           target.tag, arn)
+
+
+def _check_events(events):
+    for index, event in enumerate(events):
+        if event not in SENT_EVENTS and event not in UNSENT_EVENTS:
+            raise bad_argument("A specified event is not supported for "
+                               "notifications.", "Event", event)
+        if _share_event([event], events[:index]):
+            raise bad_argument(_OVERLAP, "Event", event)
+
+
+def _filter_rules(rule):
+    return rule.get("Filter", {}).get("S3Key", {}).get("FilterRule", ())
+
+
+def _filter_name(name, value):
+    """`Prefix` or `Suffix`, as S3 gives it back."""
+    if name.lower() not in ("prefix", "suffix"):
+        raise bad_argument("filter rule name must be either prefix or "
+                           "suffix", name, value)
+    if not value:
+        raise bad_argument("filter value cannot be empty", name, value)
+    if len(value.encode()) > MAX_KEY_BYTES:
+        raise bad_argument("Size of filter rule value cannot exceed 1024 "
+                           "bytes in UTF-8 representation", name, value)
+    return name.capitalize()
+
+
+def _check_filter_names(rule):
+    names = [item["Name"] for item in _filter_rules(rule)]
+    for name in set(names):
+        if names.count(name) > 1:
+            raise bad_argument("Cannot specify more than one %s rule in a "
+                               "filter." % name.lower(), name)
+
+
+def _check_notification_ids(ids):
+    for rule_id in ids:
+        if len(rule_id) > MAX_RULE_ID:
+            raise bad_argument("ID length should not exceed allowed limit "
+                               "of 255", "Id", rule_id)
+        if ids.count(rule_id) > 1:
+            raise bad_argument("Same ID used for multiple configurations. "
+                               "IDs must be unique.", "Id", rule_id)
+
+
+def key_filter(rule):
+    """The (prefix, suffix) that a rule asks of a key.  In the document
+    they are URL-encoded, as keys are in events."""
+    found = {item["Name"]: urllib.parse.unquote_plus(item["Value"])
+             for item in _filter_rules(rule)}
+    return found.get("Prefix", ""), found.get("Suffix", "")
+
+
+def _asks(asked, event):
+    """True when an event's name, or one with a `*`, names this event."""
+    return asked == event or (asked[-1] == "*"
+                              and event.startswith(asked[:-1]))
+
+
+def _share_event(events, others):
+    return any(_asks(one, other) or _asks(other, one)
+               for one in events for other in others)
+
+
+def _check_apart(rule, other):
+    """No event of a key must be asked for by two rules."""
+    if not _share_event(rule["Event"], other["Event"]):
+        return
+    prefixes, suffixes = zip(key_filter(rule), key_filter(other))
+    if (prefixes[0].startswith(prefixes[1])
+            or prefixes[1].startswith(prefixes[0])) and (
+                suffixes[0].endswith(suffixes[1])
+                or suffixes[1].endswith(suffixes[0])):
+        filtered = _filter_rules(rule) or _filter_rules(other)
+        raise S3Error("InvalidArgument", _AMBIGUOUS if filtered
+                      else _OVERLAP)
+
+
+def check_webhooks(notification, webhooks):
+    """InvalidArgument unless each destination is among the webhooks."""
+    for target, rule in _rules(notification):
+        arn = rule[target.tag]
+        if target.arn.match(arn)[2] not in webhooks:
+            raise bad_argument("Unable to validate the following destination "
+                               "configurations", arn, target.absent)
+
+
+def tested_webhooks(notification):
+    """The names of the webhooks that get an s3:TestEvent: S3 tries a
+    function's permissions instead."""
+    return sorted({target.arn.match(rule[target.tag])[2]
+                   for target, rule in _rules(notification)
+                   if target.tested})
+
+
+def find_rule(notification, event, key):
+    """The (webhook, Id) of the rule that asks for an event of a key; None
+    when there is none."""
+    for target, rule in _rules(notification):
+        if any(_asks(asked, event) for asked in rule["Event"]):
+            prefix, suffix = key_filter(rule)
+            if key.startswith(prefix) and key.endswith(suffix):
+                return target.arn.match(rule[target.tag])[2], rule["Id"]
+    return None
+
+
+# --- events: what is recorded ---
+#
+# userguide/notification-content-structure.html, version 2.5.  An event is
+# recorded in the bucket's Spool when its change is made, under the key's
+# lock and before the answer leaves; a thread of room 10 delivers it.
+
+EVENT_VERSION = "2.5"
+EMPTY_MD5 = "d41d8cd98f00b204e9800998ecf8427e"
+OWN_SERVICE = "s3.amazonaws.com"
+
+
+class Cause(NamedTuple):
+    """Who made a change, from where, and by which request."""
+    principal: Optional[str]
+    address: Optional[str]
+    request_id: str
+
+
+class Recorder:
+    """Records the events of one Cause in a bucket that has a notification.
+
+    Its methods are called under the key's lock, the change just made.
+    """
+
+    def __init__(self, service, bucket, notification, cause):
+        self._outbox, self._bucket = service.outbox, bucket
+        self._owner = service.accounts.owner_id(bucket)
+        self._notification, self._cause = notification, cause
+
+    def created(self, kind, info):
+        """ObjectCreated:<kind> of the object `info`."""
+        self._record("ObjectCreated:" + kind, info.key, info.version_id,
+                     {"size": info.size, "eTag": info.etag})
+
+    def removed(self, prefix, key, version_id, removed):
+        """<prefix>Delete or DeleteMarkerCreated, if anything was Removed;
+        version_id: the one that was to be removed."""
+        if removed.marker and version_id is None:
+            self._record(prefix + "DeleteMarkerCreated", key,
+                         removed.version_id, {"eTag": EMPTY_MD5})
+        elif removed.existed:
+            self._record(prefix + "Delete", key, removed.version_id, {})
+
+    def renamed(self, source, info):
+        """A rename, which S3's buckets with events do not have."""
+        self.removed("ObjectRemoved:", source, None, Removed(None, False))
+        self.created("Copy", info)
+
+    def changed(self, event, info):
+        """An event of what is not content; it is in no sequence."""
+        self._record(event, info.key, info.version_id,
+                     {"eTag": info.etag}, sequence=False)
+
+    def moved(self, storage_class, info):
+        """LifecycleTransition."""
+        self._record("LifecycleTransition", info.key, info.version_id, {
+            "size": info.size, "eTag": info.etag}, {"lifecycleEventData": {
+                "transitionEventData": {
+                    "destinationStorageClass": storage_class}}}, False)
+
+    def tested(self, webhook):
+        """s3:TestEvent to a webhook; of the bucket, so the key is ""."""
+        with self._bucket.lock(""):
+            self._keep(webhook, "", self._bucket.next_number(""), {
+                "Service": "Amazon S3", "Event": "s3:TestEvent",
+                "Time": iso_date(time.time_ns()),
+                "Bucket": self._bucket.name,
+                "RequestId": self._cause.request_id,
+                "HostId": self._cause.request_id})
+
+    def _record(self, event, key, version_id, facts, more=None,
+                sequence=True):
+        found = find_rule(self._notification, "s3:" + event, key)
+        if found is None or found[0] not in self._outbox.webhooks:
+            return
+        webhook, rule_id = found
+        number = self._bucket.next_number(key)
+        about = {"key": urllib.parse.quote_plus(key, safe="/")}
+        about.update(facts)
+        if version_id not in (None, NULL_VERSION):
+            about["versionId"] = version_id
+        if sequence:
+            about["sequencer"] = "%018X" % number
+        record = self._envelope(event, rule_id, about)
+        record.update(more or {})
+        self._keep(webhook, key, number, {"Records": [record]})
+
+    def _envelope(self, event, rule_id, about):
+        """What is the same in every event, around what it is about."""
+        bucket, cause = self._bucket, self._cause
+        return {
+            "eventVersion": EVENT_VERSION, "eventSource": "aws:s3",
+            "awsRegion": bucket.region,
+            "eventTime": iso_date(time.time_ns()), "eventName": event,
+            "userIdentity": {"principalId": cause.principal},
+            "requestParameters": {"sourceIPAddress": cause.address},
+            "responseElements": {"x-amz-request-id": cause.request_id,
+                                 "x-amz-id-2": cause.request_id},
+            "s3": {
+                "s3SchemaVersion": "1.0", "configurationId": rule_id,
+                "bucket": {"name": bucket.name,
+                           "ownerIdentity": {"principalId": self._owner},
+                           "arn": resource_arn(bucket.name)},
+                "object": about}}
+
+    def _keep(self, webhook, key, number, document):
+        data = json.dumps(document, separators=(",", ":")).encode()
+        Spool(self._bucket, webhook).add(key, number, data)
+        self._outbox.add(webhook, self._bucket.name)
+
+
+def request_recorder(request, notification):
+    """The Recorder of what a request does, or the delivery of a log."""
+    caller = request.caller
+    return Recorder(request.service, request.bucket, notification, Cause(
+        caller.unique_id or caller.service, request.client or OWN_SERVICE,
+        request.request_id or secrets.token_hex(8).upper()))
+
+
+def own_recorder(service, bucket):
+    """The Recorder of what the server does of itself; None in a bucket
+    without notification."""
+    notification = bucket.config.get("notification")
+    return notification and Recorder(service, bucket, notification, Cause(
+        OWN_SERVICE, OWN_SERVICE, secrets.token_hex(8).upper()))
+
+
+def _note(request, method, *args):
+    """The done() to give to the store: a Recorder's method with its first
+    arguments; None in a bucket without notification."""
+    notification = request.setting("notification")
+    return notification and functools.partial(
+        method, request_recorder(request, notification), *args)
+
+
+def note_created(request, kind):
+    """The done(info) of a write."""
+    return _note(request, Recorder.created, kind)
+
+
+def note_removed(request, key, version_id):
+    """The done(removed) of a delete."""
+    return _note(request, Recorder.removed, "ObjectRemoved:", key,
+                 version_id)
+
+
+def note_renamed(request, source):
+    """The done(info) of a rename."""
+    return _note(request, Recorder.renamed, source)
+
+
+def note_changed(request, event):
+    """The done(info) of a change of tags, ACL or retention."""
+    return _note(request, Recorder.changed, event)
+
+
+@operation("GET", BUCKET, "notification")
+def get_bucket_notification_configuration(request):
+    """API_GetBucketNotificationConfiguration: empty when there is none."""
+    return xml_document("NotificationConfiguration", notification_children(
+        request.setting("notification", {})))
+
+
+@operation("PUT", BUCKET, "notification")
+def put_bucket_notification_configuration(request):
+    """API_PutBucketNotificationConfiguration; an empty one ends it."""
+    notification = parse_notification(
+        request.xml("NotificationConfiguration"), request.bucket.region)
+    webhooks = request.service.outbox.webhooks
+    skip = request.flag(SKIP_VALIDATION_HEADER)
+    if not skip:
+        check_webhooks(notification, webhooks)
+
+    def change(config):
+        config.pop("notification", None)
+        if notification:
+            config["notification"] = notification
+    request.store.update_bucket(request.bucket, change)
+    for webhook in () if skip else tested_webhooks(notification):
+        request_recorder(request, notification).tested(webhook)
+
+
+# The names of an older version, on the same routes
+for _name in ("GetBucketNotification", "PutBucketNotification"):
+    add_operation(OPERATIONS[_name + "Configuration"]._replace(name=_name))
 
 
 # --- websites ---
@@ -14036,7 +14705,7 @@ def _site_error_response(request, error):
     return response
 
 
-# --- what a bucket without configuration answers ---
+# --- versioning ---
 
 @operation("GET", BUCKET, "versioning")
 def get_bucket_versioning(request):
@@ -14064,26 +14733,6 @@ def put_bucket_versioning(request):
                           "cannot be changed.")
         config["versioning"] = status
     request.store.update_bucket(request.bucket, change)
-
-
-def _probe(name, subresource, answer, when=None):
-    """A row for a GET that finds nothing configured.
-
-    answer: an error code, or the root element of an empty document.
-    """
-    def function(_):
-        if answer in ERRORS:
-            raise S3Error(answer)
-        return xml_document(answer, [("IsTruncated", False)]
-                            if answer.startswith("List") else [])
-    add_operation(Operation(name, "GET", BUCKET, subresource, when,
-                            iam_action(name), 200, DONE, function))
-
-
-_probe("GetBucketNotificationConfiguration", "notification",
-       "NotificationConfiguration")
-add_operation(OPERATIONS["GetBucketNotificationConfiguration"]._replace(
-    name="GetBucketNotification"))      # its older name, on the same route
 
 
 # --- temporary credentials: STS ---
@@ -14365,9 +15014,6 @@ for _method, _level, _subresource, _name in (
         ("GET", OBJECT, "annotation", "GetObjectAnnotation"),
         ("GET", OBJECT, "annotation", "ListObjectAnnotations"),
         ("PUT", OBJECT, "annotation", "PutObjectAnnotation"),
-        ("PUT", BUCKET, "notification", "PutBucketNotification"),
-        ("PUT", BUCKET, "notification",
-         "PutBucketNotificationConfiguration"),
         ("POST", OBJECT, "restore", "RestoreObject"),
         ("POST", OBJECT, "select", "SelectObjectContent"),
         ("GET", BUCKET, "session", "CreateSession"),
@@ -14952,14 +15598,14 @@ def new_request_id():
 ###############################################################################
 #
 # The listening socket, a thread for each connection up to a cap, TLS (the
-# certificate is read in 11), the housekeeping thread and an orderly end.
-# Knows nothing of what a request says.
+# certificate is read in 11), the housekeeping thread, a thread for each
+# webhook and an orderly end.  Knows nothing of what a request says.
 #
 # With workers the first process binds the socket and serves nothing; it has
 # one thread, so that it may fork at any time:
 #
-#     supervisor -- pipe --> worker 0: accept, connections, housekeeping
-#      (signals)  -- pipe --> worker 1: accept, connections
+#     supervisor -- pipe --> worker 0: connections, webhooks, housekeeping
+#      (signals)  -- pipe --> worker 1: connections, webhooks
 #
 # A worker that dies takes its own connections with it and nothing else: the
 # socket and its queue are everybody's, all else is on the disk.  The pipe
@@ -14973,8 +15619,208 @@ MAX_WORKERS = 64
 MAX_DEFAULT_WORKERS = 4
 GONE = (1 << 31) - 1                # the load of a worker that takes nothing
 ACCEPT_PAUSES = (0.0002, 0.0005, 0.001, 0.003, 0.006, 0.02)     # seconds
+WEBHOOK_SECONDS = 10        # to connect, and for each step of an answer
+MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1, 60
+MAX_UNREACHED = 3                   # in a row: the webhook is down
+MAX_VISIT_EVENTS = 1000             # then it is the next bucket's turn
+MAX_REPLY_BYTES = 64 * KIB
+MAX_SAID = 20                       # different lines, until all is well
+LOOK_SECONDS = 60                   # for events that others left
+CLAIM_SECONDS = 0.2                 # while another process delivers
+REST_SECONDS = 0.1                  # while some key of a bucket waits
+LAST_WORD_SECONDS = 1
+_DOWN_STATUSES = (429, 502, 503, 504)   # of a webhook or what is before it
 
 
+class Sender:
+    """Delivers the events of one webhook, by run() in a thread of its own.
+
+    Per bucket one process at a time; per key in order: after a failure the
+    key's later events wait, with exponential backoff, and other keys go
+    on.  An event is removed once the webhook has answered 2xx, so that it
+    may come twice after a crash, and never not at all, but for those that
+    fail for EVENT_SECONDS or are more than MAX_SPOOLED_EVENTS.
+    """
+
+    def __init__(self, name, url, store, outbox, report):
+        self._name, self._store, self._outbox = name, store, outbox
+        self._report = report
+        parts = urllib.parse.urlsplit(url)
+        self._address = parts.hostname, parts.port
+        self._target = (parts.path or "/") + (
+            "?" + parts.query if parts.query else "")
+        self._tls = ssl.create_default_context() \
+            if parts.scheme == "https" else None
+        self._connection = None
+        self._backoff = {}      # bucket -> {key's hash: (failures, due)}
+        self._unreached = 0             # times in a row
+        self._said = set()              # in the log, since all was well
+
+    def run(self):
+        """Deliver until the outbox is closed."""
+        waiting, pause, looked = set(), 0, -LOOK_SECONDS
+        while not self._outbox.closed:
+            try:
+                if time.monotonic() >= looked + LOOK_SECONDS:
+                    looked = time.monotonic()
+                    waiting |= self._store.spooled(self._name)
+                waiting, pause = self._round(
+                    waiting | self._outbox.take(self._name, pause))
+            except Exception:
+                self._say(traceback.format_exc())
+                self._outbox.rest(MAX_BACKOFF_SECONDS)
+            if self._is_down:
+                self._outbox.rest(pause)
+                pause = 0
+            elif waiting:
+                self._outbox.rest(REST_SECONDS)
+
+    @property
+    def _is_down(self):
+        return self._unreached >= MAX_UNREACHED
+
+    def _say(self, text):
+        if not self._outbox.closed:
+            self._report("webhook %s: %s" % (self._name, text))
+
+    def _round(self, waiting):
+        """Visit some buckets: those to visit again, and in how many
+        seconds at the latest."""
+        left, pause = set(), LOOK_SECONDS
+        for bucket_name in sorted(waiting):
+            try:
+                spool = self._store.spool(bucket_name, self._name)
+            except S3Error:             # deleted, or removed by hand
+                self._backoff.pop(bucket_name, None)
+                continue
+            try:
+                wait = self._visit(spool, bucket_name)
+            except OSError as error:    # looked at again with the others'
+                self._say_once("bucket %s: %s" % (bucket_name, error))
+                continue
+            if wait is not None:
+                left.add(bucket_name)
+                pause = min(pause, wait)
+            if self._is_down:
+                self._disconnect()
+                return waiting, backoff(self._unreached - MAX_UNREACHED)
+        self._disconnect()
+        if self._said and not left:
+            self._said.clear()
+            self._say("has taken all events that waited")
+        return left, pause
+
+    def _visit(self, spool, bucket_name):
+        """Deliver what is due; None when nothing is left, else the seconds
+        until something is due."""
+        with spool.claim() as mine:
+            if mine is False:
+                return CLAIM_SECONDS
+            names = spool.names()
+            if not names:
+                return None
+            self._drop(spool, names[:-MAX_SPOOLED_EVENTS], "too many wait")
+            return self._deliver(spool, names[-MAX_SPOOLED_EVENTS:],
+                                 self._backoff.setdefault(bucket_name, {}))
+
+    def _drop(self, spool, names, why):
+        """Give events up, and say so."""
+        count = sum(map(spool.drop, names))
+        if count:
+            self._say("%d events dropped: %s" % (count, why))
+
+    def _deliver(self, spool, names, later):
+        """As _visit(), of events that are ours to deliver.  later: key's
+        hash -> (failures, time of the next attempt)."""
+        held, attempts = {}, 0
+        for name in names:
+            key, now = name[16:], time.monotonic()
+            failures, due = later.get(key, (0, 0))
+            if key in held or due > now:
+                held.setdefault(key, (failures, due))
+                continue
+            if attempts == MAX_VISIT_EVENTS or self._outbox.closed:
+                return 0
+            attempts, was_down = attempts + 1, self._is_down
+            if self._attempt(spool, name):
+                later.pop(key, None)
+                if was_down:            # the others need not wait longer
+                    held = dict.fromkeys(held, (0, now))
+                continue
+            later[key] = held[key] = failures + 1, now + backoff(failures)
+            if self._is_down:
+                break
+        self._drop(spool, [name for name in itertools.takewhile(
+            lambda name: is_old_event(name, time.time()), names)
+            if name[16:] in held or self._is_down], "not delivered in time")
+        later.clear()                   # of what others delivered, too
+        later.update(held)
+        return max(0, min(due for _, due in held.values())
+                   - time.monotonic()) if held else None
+
+    def _attempt(self, spool, name):
+        """Deliver one event; False when it has to stay."""
+        data = spool.read(name)
+        try:
+            load_json(data or b"")
+        except ValueError:
+            self._drop(spool, [name], "damaged on the disk")
+            return True
+        error = self._post(data)
+        if error is None:
+            spool.drop(name)
+            return True
+        self._say_once("%s; events wait and are tried again" % error)
+        return False
+
+    def _say_once(self, text):
+        """Say what is wrong, once until all is well."""
+        if text not in self._said and len(self._said) < MAX_SAID:
+            self._said.add(text)
+            self._say(text)
+
+    def _post(self, data):
+        """What went wrong with a POST of an event; None if nothing did."""
+        try:
+            if self._connection is None:
+                self._connection = self._connect()
+            self._connection.request("POST", self._target, data, {
+                "Content-Type": "application/json",
+                "User-Agent": "gos3rve"})
+            response = self._connection.getresponse()
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            self._disconnect()          # ValueError: a host that is no name
+            self._unreached += 1
+            return "no answer (%s)" % (str(error) or type(error).__name__)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            response.read(MAX_REPLY_BYTES)
+        if not response.isclosed():
+            self._disconnect()
+        if response.status in _DOWN_STATUSES:
+            self._unreached += 1
+        else:
+            self._unreached = 0
+        return None if 200 <= response.status < 300 \
+            else "answers %d" % response.status
+
+    def _connect(self):
+        """A new connection, whatever proxy the environment names."""
+        if self._tls:
+            return http.client.HTTPSConnection(
+                *self._address, timeout=WEBHOOK_SECONDS, context=self._tls)
+        return http.client.HTTPConnection(*self._address,
+                                          timeout=WEBHOOK_SECONDS)
+
+    def _disconnect(self):
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def backoff(failures):
+    """Seconds until the next attempt."""
+    return min(MIN_BACKOFF_SECONDS * 2 ** min(failures, 16),
+               MAX_BACKOFF_SECONDS)
 class Server(http.server.ThreadingHTTPServer):
     """Listens on (host, port); start() serves in threads, close() ends.
 
@@ -14998,6 +15844,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS // workers)
         self._upload_ttl = upload_ttl
         self._ended = threading.Event()
+        self._senders = []
         self._running = 0
         self._changed = threading.Condition()
         # how many connections each worker has, in memory that all of them
@@ -15034,9 +15881,19 @@ class Server(http.server.ThreadingHTTPServer):
         self.loads[worker] = 0
         threading.Thread(target=self.serve_forever, args=(0.1,),
                          name="accept", daemon=True).start()
-        if worker == 0 and not self.service.readonly:
+        if self.service.readonly:
+            return
+        if worker == 0:
             threading.Thread(target=self._housekeeping,
                              name="housekeeping", daemon=True).start()
+        for name, url in self.service.outbox.webhooks.items():
+            sender = Sender(name, url, self.service.store,
+                            self.service.outbox,
+                            lambda line: self.report(line))
+            thread = threading.Thread(target=sender.run,
+                                      name="webhook " + name, daemon=True)
+            thread.start()
+            self._senders.append(thread)
 
     def _leave_to_others(self):
         """Wait, within bounds, while another worker has fewer connections
@@ -15166,7 +16023,12 @@ class Server(http.server.ThreadingHTTPServer):
             while self._running and time.monotonic() < deadline:
                 self._end_idle()
                 self._changed.wait(0.1)
-            return not self._running
+            finished = not self._running
+        self.service.outbox.close()
+        deadline = time.monotonic() + LAST_WORD_SECONDS
+        for thread in self._senders:    # so that little is delivered twice
+            thread.join(max(0, deadline - time.monotonic()))
+        return finished
 
 
 def _has_dual_stack():
@@ -15496,6 +16358,19 @@ def _url(value):
     return "%s://%s" % (parts.scheme, parts.netloc)
 
 
+def _webhook(value):
+    """(name, URL) of NAME=URL."""
+    name, _, url = value.partition("=")
+    if not re.match(r"[A-Za-z0-9_-]{1,128}\Z", name) \
+            or not re.match(r"https?://[!-~]+\Z", url):
+        raise ValueError("is no NAME=URL with a URL of http or https")
+    parts = urllib.parse.urlsplit(url)
+    if not parts.hostname or parts.port == 0 or parts.username is not None \
+            or parts.fragment:
+        raise ValueError("is no NAME=URL with host, path and query only")
+    return name, url
+
+
 def _ownership(value):
     if value not in OWNERSHIPS:
         raise ValueError("is not one of " + ", ".join(OWNERSHIPS))
@@ -15565,6 +16440,9 @@ OPTIONS = (
            "file of the master keys of encrypted objects (default: "
            ".gos3rve-keys.json in the directory of the buckets, made when "
            "it is first needed)"),
+    Option("webhook", _webhook, (), "Webhook",
+           "NAME=URL: POST the events of buckets to this http or https URL, "
+           "where NAME is the last part of a destination's ARN", True),
     Option("sync", _switch, False, "Sync",
            "flush every change to the disk before answering"),
     Option("readonly", _switch, False, "ReadOnly",
@@ -15773,6 +16651,9 @@ def make_config(values, users=()):
     names = [name for name, _ in values["bucket"]]
     if len(set(names)) != len(names):
         raise ConfigError("-bucket names the same bucket twice")
+    names = [name for name, _ in values["webhook"]]
+    if len(set(names)) != len(names):
+        raise ConfigError("-webhook names the same webhook twice")
     buckets = os.path.realpath(values["dir_buckets"])
     uploads = os.path.realpath(values["dir_uploads"])
     if (uploads + os.sep).startswith(buckets + os.sep):
@@ -15861,7 +16742,7 @@ class Running:
             public and urllib.parse.urlsplit(public).netloc, public,
             values["readonly"], values["object_ownership"],
             default_cors(values["cors"]), load_key_file(values, report),
-            values["day_seconds"])
+            values["day_seconds"], Outbox(values["webhook"]))
         self._make_directories(values)
         self.server = Server((values["bind"], values["p"]), service, tls,
                              access_log, report, values["upload_ttl"],

@@ -21,3 +21,5 @@ protocol_version
 setup
 handle
 finish
+do_POST
+log_message
