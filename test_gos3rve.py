@@ -20767,7 +20767,8 @@ FEATURES = {
         "PutBucketEncryption GetBucketEncryption PostObject "
         "PutObjectLockConfiguration GetObjectLockConfiguration "
         "GetObjectLegalHold PutObjectLegalHold PutObjectRetention "
-        "GetObjectRetention",
+        "GetObjectRetention PutBucketNotificationConfiguration "
+        "GetBucketNotificationConfiguration",
     "rclone-features":
         "PutBucketVersioning ListObjectVersions PutObject GetObject "
         "DeleteObject ListMultipartUploads AbortMultipartUpload",
@@ -20782,6 +20783,8 @@ FEATURES = {
         "GetObjectAcl PutPublicAccessBlock GetPublicAccessBlock "
         "PutBucketRequestPayment GetBucketRequestPayment PutBucketWebsite "
         "GetBucketWebsite DeleteBucketWebsite PutBucketLogging",
+    "s3cmd-events": "PutBucketNotificationConfiguration "
+                    "GetBucketNotificationConfiguration",
     "s3cmd-lock": "CreateBucket PutObjectLegalHold PutObjectRetention",
 }
 
@@ -20813,7 +20816,8 @@ class FeatureRecipes(unittest.TestCase):
         of the access log) of a recipe."""
         home, log = os.path.join(cls.directory, name), []
         os.mkdir(home)
-        with gos3rve.serve(buckets=["mine"]) as server:
+        with gos3rve.serve(buckets=["mine"], webhook=[
+                "jobs=http://127.0.0.1:9/"]) as server:
             client = Client(server.url, server.key_id, server.key_val)
             client.post("/mine/left", query=[("uploads", "")])
             client.close()
@@ -21307,6 +21311,12 @@ TERRAFORM_WRITES = (
         {"Key": "Name", "Value": "My bucket"}]}),
     ("bucket_logging", "BucketLoggingStatus", {"LoggingEnabled": {
         "TargetBucket": "tf-logs", "TargetPrefix": "log/"}}),
+    ("bucket_notification_configuration", "NotificationConfiguration", {
+        "QueueConfigurations": [{
+            "Id": "tf-s3-queue-1", "Events": ["s3:ObjectCreated:*"],
+            "QueueArn": "arn:aws:sqs:us-east-1:111122223333:jobs",
+            "Filter": {"Key": {"FilterRules": [
+                {"Name": "Prefix", "Value": "in/"}]}}}]}),
     ("bucket_analytics_configuration", "AnalyticsConfiguration", {
         "Id": "one", "Filter": {"Prefix": "log/"},
         "StorageClassAnalysis": {}}),
@@ -21327,6 +21337,8 @@ TERRAFORM_WRITES = (
 
 class TerraformReads(ClientCase):
     """Terraform's AWS provider, its calls made through boto3."""
+
+    options = {"webhook": ["jobs=http://127.0.0.1:9/"]}
 
     def setUp(self):
         need_client(self, "boto3")
