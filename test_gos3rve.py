@@ -2313,6 +2313,62 @@ class Bodies(Refusing):
         self.refused("MaxMessageLengthExceeded", body.read_all, 5)
 
 
+class LargeBodies(Refusing):
+    """Their digests are made in a thread beside the receiving."""
+
+    DATA = bytes(range(256)) * (gos3rve.OVERLAP_BYTES // 256 * 3) + b"end"
+
+    def body(self, data=DATA):
+        body = gos3rve.open_body(
+            gos3rve.LengthReader(Drip(data, 300000), len(self.DATA)),
+            {"content-md5": digest64("md5", self.DATA)},
+            gos3rve.Identity(ALICE))
+        body.want("SHA256")
+        return body
+
+    def check_threads(self):
+        names = [thread.name for thread in threading.enumerate()]
+        self.assertNotIn("digests", names)
+
+    def check_digest(self, body):
+        self.assertEqual(body.digest("SHA256"),
+                         hashlib.sha256(self.DATA).digest())
+
+    def test_digests_are_those_of_the_whole_body(self):
+        body = self.body()
+        self.assertEqual(b"".join(body.blocks()), self.DATA)
+        self.check_digest(body)
+        self.check_threads()
+
+    def test_they_are_made_without_a_thread_where_there_is_none(self):
+        with mock.patch.object(threading.Thread, "start",
+                               side_effect=RuntimeError):
+            body = self.body()
+            body.read_all()
+        self.check_digest(body)
+
+    def test_a_body_that_is_wrong_or_cut_short_is_refused(self):
+        data = self.DATA
+        self.refused("BadDigest", self.body(data[:-1] + b"D").read_all)
+        self.refused("IncompleteBody", self.body(data[:-1]).read_all)
+        self.check_threads()
+
+    def test_no_thread_outlives_a_body_that_nobody_wants(self):
+        blocks = self.body().blocks()
+        for _ in range(6):
+            next(blocks)
+        blocks.close()
+        self.check_threads()
+
+    def test_a_digest_that_fails_fails_the_body(self):
+        body = self.body()
+        body._hashes["SHA256"] = mock.Mock(**{
+            "update.side_effect": MemoryError})
+        with self.assertRaises(MemoryError):
+            body.read_all()
+        self.check_threads()
+
+
 class HttpChunked(Refusing):
     """RFC 9112 section 7.1."""
 
