@@ -2740,6 +2740,11 @@ def files_below(path):
                   for at, _, names in os.walk(path) for name in names)
 
 
+def itself(info):
+    """Shows all of an Info in a listing."""
+    return info
+
+
 def bound(call, *args):
     """The call of a function with these arguments."""
     return lambda: call(*args)
@@ -2833,9 +2838,10 @@ class StorageCase(unittest.TestCase):
             return info, file.read()
 
     def page(self, **query):
-        """All entries of a listing, in one page."""
-        return self.store.list_objects(
-            self.bucket, **dict({"limit": 10 ** 6}, **query)).entries
+        """All entries of a listing, in one page: Info and CommonPrefix."""
+        entries = self.store.list_objects(
+            self.bucket, itself, **dict({"limit": 10 ** 6}, **query)).entries
+        return [getattr(entry, "shown", entry) for entry in entries]
 
     def keys(self, **query):
         """The keys of a listing."""
@@ -3455,7 +3461,7 @@ class Strangers(StorageCase):
             for prefix in ("", "buckets/box/.gos3rve/", "buckets/.",
                            "state/"):
                 listed = [entry.key for entry in self.store.list_objects(
-                    up, prefix, limit=10 ** 6).entries]
+                    up, itself, prefix, limit=10 ** 6).entries]
                 self.assertEqual([key for key in listed if key not in (
                     "buckets/box/real/x", "outside/secret")], [])
             for number, key in enumerate((
@@ -3569,7 +3575,7 @@ class Listing(StorageCase):
         found, skip = [], ""
         for _ in range(2000):
             page = self.store.list_objects(
-                self.bucket, prefix, delimiter, after, limit, skip)
+                self.bucket, itself, prefix, delimiter, after, limit, skip)
             found += [entry.key for entry in page.entries]
             if not page.truncated:
                 return found
@@ -3639,9 +3645,11 @@ class Listing(StorageCase):
         kinds = [type(entry) for entry in self.page(delimiter="/")]
         self.assertEqual(kinds, [gos3rve.CommonPrefix, gos3rve.Info,
                                  gos3rve.CommonPrefix])
-        page = self.store.list_objects(self.bucket, delimiter="/", limit=2)
+        page = self.store.list_objects(self.bucket, itself,
+                                       delimiter="/", limit=2)
         self.assertEqual((len(page.entries), page.truncated), (2, True))
-        page = self.store.list_objects(self.bucket, delimiter="/", limit=3)
+        page = self.store.list_objects(self.bucket, itself,
+                                       delimiter="/", limit=3)
         self.assertFalse(page.truncated)
 
     def test_last_character_of_all_is_listed_under_its_prefix(self):
@@ -3658,7 +3666,7 @@ class Listing(StorageCase):
 
     def test_page_of_no_keys_is_empty_and_not_truncated(self):
         self.put("a", b"1")
-        page = self.store.list_objects(self.bucket, limit=0)
+        page = self.store.list_objects(self.bucket, itself, limit=0)
         self.assertEqual((page.entries, page.truncated), ([], False))
 
     def opened(self, **query):
@@ -3740,6 +3748,191 @@ class Listing(StorageCase):
 
 class ListingWithSidecars(Listing):
     """The same where the file system has no extended attributes."""
+
+    xattrs = False
+
+
+class KnownFiles(StorageCase):
+    """What a listing showed of a file is shown again only as long as the
+    file is as it was, whoever changes it."""
+
+    KEYS = ("a", "d/e/f", "d/.h", "\u00e9 \n", "odd/", "link", "hand")
+
+    def setUp(self):
+        super().setUp()
+        for key in self.KEYS[:5]:
+            self.put(key, b"1234")
+        by_hand(self.path("hand"))
+        os.symlink("d/e/f", self.path("link"))
+
+    def tick(self):
+        """Wait until the file system's clock has gone on."""
+        probe = os.path.join(self.directory, "probe")
+        before = None
+        while True:
+            os.utime(probe) if before else by_hand(probe)
+            now = os.stat(probe).st_ctime_ns
+            before = before or now
+            if now != before:
+                return
+
+    def seen(self, store=None):
+        """What a listing tells, an hour later: all times are settled."""
+        self.tick()
+        later = time.time_ns() + 3600 * 10 ** 9
+        store = store or self.store
+        with mock.patch.object(time, "time_ns", lambda: later):
+            page = store.list_objects(store.bucket("box"), itself)
+        return {entry.key: (entry.shown.etag, entry.shown.size,
+                            entry.shown.mtime_ns, entry.shown.record)
+                for entry in page.entries}
+
+    def read_anew(self):
+        """The keys that another listing does not know any more."""
+        keys, real = [], gos3rve.Bucket.look_once
+
+        def look_once(bucket, key):
+            keys.append(key)
+            return real(bucket, key)
+        with mock.patch.object(gos3rve.Bucket, "look_once", look_once):
+            self.seen()
+        return keys
+
+    def other(self):
+        """A store of another process."""
+        return Store(self.buckets, self.uploads, xattrs=self.xattrs)
+
+    def change_record(self, key):
+        """Another process changes a record and nothing else."""
+        self.other().bucket("box").update_record(
+            key, None, lambda record: record.update({"class": "GLACIER"}))
+
+    def edit(self, key):
+        """Other content of the same size and time, in place."""
+        path = self.path(key)
+        status = os.stat(path)
+        with open(path, "r+b") as file:
+            file.write(b"abcd")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def rename_over(self):
+        """mv, of a file with the same size and time."""
+        times = os.stat(self.path("a")).st_mtime_ns
+        by_hand(self.path("b"), b"abcd")
+        os.utime(self.path("b"), ns=(times, times))
+        os.replace(self.path("b"), self.path("a"))
+
+    def swap_directories(self):
+        """mv, of directories with files of the same name."""
+        by_hand(self.path("x", "f"), b"abcd")
+        os.rename(self.path("d", "e"), self.path("y"))
+        os.rename(self.path("x"), self.path("d", "e"))
+
+    def sidecar(self, key):
+        """Another process keeps a record in meta/."""
+        Store(self.buckets, self.uploads, xattrs=False).bucket(
+            "box").update_record(key, None, lambda record: record.update(
+                {"class": "GLACIER", "owner": str(time.time_ns())}))
+
+    def test_what_stays_is_not_read_again(self):
+        before = self.seen()
+        self.assertEqual(sorted(before), sorted(self.KEYS))
+        known = {"a", "d/e/f", "d/.h", "\u00e9 \n", "hand"}
+        if not self.xattrs:
+            known = {"hand"}
+        self.assertEqual(set(self.read_anew()), set(self.KEYS) - known)
+        self.assertEqual(self.seen(), before)
+
+    def test_every_change_is_seen_by_the_next_listing(self):
+        UNSEEN = "edit that leaves size and time"
+        changes = [
+            ("put", lambda: self.put("a", b"5678")),
+            ("put by another process",
+             lambda: self.put("a", b"90", store=self.other())),
+            ("record only", lambda: self.change_record("a")),
+            ("record of a hidden file", lambda: self.change_record("d/.h")),
+            ("record by hand", lambda: self.change_record("hand")),
+            ("record of an odd key", lambda: self.change_record("odd/")),
+            (UNSEEN, lambda: self.edit("d/e/f")),
+            ("edit by hand", lambda: by_hand(self.path("hand"), b"more")),
+            ("append", lambda: by_hand(self.path("a"), b"x" * 99)),
+            ("touch", lambda: os.utime(self.path("a"), ns=(5, 5))),
+            ("rename over", self.rename_over),
+            ("swap", self.swap_directories),
+            ("delete", lambda: self.delete("a")),
+            ("delete by hand", lambda: os.unlink(self.path("hand"))),
+            ("new", lambda: by_hand(self.path("d", "new"))),
+            ("link to another", lambda: (
+                os.unlink(self.path("link")),
+                os.symlink("d/.h", self.path("link")))),
+            ("file becomes a link", lambda: (
+                os.unlink(self.path("d", ".h")),
+                os.symlink("new", self.path("d", ".h")))),
+            ("rename", lambda: self.rename("d/new", "hand")),
+            ("file becomes a directory", lambda: (
+                os.unlink(self.path("hand")),
+                by_hand(self.path("hand", "x")))),
+        ]
+        for name, change in changes:
+            with self.subTest(name):
+                before = self.seen()
+                change()
+                after = self.seen()
+                self.assertEqual(after == before, name == UNSEEN)
+                self.assertEqual(after, self.seen(self.other()))
+
+    def test_sidecars_come_change_and_go(self):
+        before = self.seen()
+        for _ in range(3):
+            self.sidecar("hand")
+            after = self.seen()
+            self.assertEqual(after["hand"][3]["class"], "GLACIER")
+            self.assertNotEqual(after, before)
+            before = after
+        shutil.rmtree(self.path(gos3rve.STATE, "meta"))
+        self.assertEqual(self.seen()["hand"][3], {})
+
+    def test_nothing_is_kept_of_a_file_that_has_just_changed(self):
+        path = self.path("hand")
+        self.seen()
+        for age, known in ((gos3rve.TICK_NS, False),
+                           (gos3rve.TICK_NS + 1, True)):
+            os.utime(path)
+            changed = os.stat(path).st_ctime_ns
+            if changed % 10 ** 9 == 0:
+                self.skipTest("a clock with whole seconds")
+            now = changed + age
+            with mock.patch.object(time, "time_ns", lambda: now):
+                self.store.list_objects(self.bucket, itself)
+            self.assertEqual("hand" not in self.read_anew(), known)
+
+    def test_record_that_cannot_be_read_is_looked_for_again(self):
+        def fail(*_, **__):
+            raise OSError(errno.EMFILE, "Too many open files")
+        targets = [(gos3rve, "open")] + [(os, "getxattr")] * self.xattrs
+        for target in targets:
+            os.utime(self.path("hand"))
+            with mock.patch.object(*target, fail, create=True):
+                self.seen()
+            self.assertIn("hand", self.read_anew())
+            self.assertNotIn("hand", self.read_anew())
+
+    def test_memory_is_bounded(self):
+        self.store._listed = gos3rve.ListedCache(3)
+        for _ in range(3):
+            self.assertEqual(self.seen(), self.seen(self.other()))
+            self.assertLessEqual(sum(len(known) for _, known in
+                                     self.store._listed._known.values()), 3)
+
+    def test_each_show_has_its_own(self):
+        self.seen()
+        sizes = self.store.list_objects(self.bucket, lambda info: info.size)
+        self.assertEqual({entry.shown for entry in sizes.entries}, {4, 7})
+        self.assertEqual(self.seen(), self.seen(self.other()))
+
+
+class KnownFilesWithSidecars(KnownFiles):
+    """The same where no extended attribute can be."""
 
     xattrs = False
 
