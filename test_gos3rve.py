@@ -28,6 +28,7 @@ import argparse
 import array
 import ast
 import base64
+import bisect
 import calendar
 import concurrent.futures
 import contextlib
@@ -3752,6 +3753,45 @@ class ListingWithSidecars(Listing):
     xattrs = False
 
 
+class KnownDirectories(StorageCase):
+    """Sorted names of directories, kept in little memory."""
+
+    def test_packed_names_are_those_of_the_list(self):
+        for count in (0, 1, 63, 64, 65, 128, 1000):
+            names = ["k%03d" % number for number in range(count)]
+            packed = gos3rve.PackedNames(names)
+            self.assertEqual(len(packed), count)
+            self.assertEqual(
+                [packed[index] for index in range(count)], names)
+            for index in range(count + 1):
+                self.assertEqual(list(packed.since(index)), names[index:])
+            for name in ["", "k", "k063", "k0635", "l"]:
+                self.assertEqual(bisect.bisect(packed, name),
+                                 bisect.bisect(names, name))
+
+    def test_memory_is_bounded(self):
+        cache = gos3rve.DirectoryCache(6000)
+        self.store._cache = cache
+        for number in range(30):
+            by_hand(self.path("d%d" % number, "x"))
+        later = time.time_ns() + 3600 * 10 ** 9
+        with mock.patch.object(time, "time_ns", lambda: later):
+            for _ in range(2):
+                self.assertEqual(len(self.keys()), 30)
+                kept = list(cache._known.values())
+                self.assertTrue(4 < len(kept) < 10)
+                self.assertEqual(cache._bytes, sum(map(gos3rve._memory,
+                                                       kept)))
+                self.assertLessEqual(cache._bytes, 6000)
+
+    def test_names_of_a_million_files_take_13_mb(self):
+        names = ["key-%07d" % number for number in range(100000)]
+        packed = gos3rve.Names((), gos3rve.PackedNames(names), frozenset())
+        self.assertLess(gos3rve._memory(packed), 1.4e6)
+        self.assertGreater(gos3rve._memory(packed._replace(entries=names)),
+                           6e6)
+
+
 class KnownFiles(StorageCase):
     """What a listing showed of a file is shown again only as long as the
     file is as it was, whoever changes it."""
@@ -3909,6 +3949,7 @@ class KnownFiles(StorageCase):
     def test_record_that_cannot_be_read_is_looked_for_again(self):
         def fail(*_, **__):
             raise OSError(errno.EMFILE, "Too many open files")
+        os.makedirs(self.path(gos3rve.STATE, "meta"), exist_ok=True)
         targets = [(gos3rve, "open")] + [(os, "getxattr")] * self.xattrs
         for target in targets:
             os.utime(self.path("hand"))
