@@ -3929,7 +3929,12 @@ class KnownFiles(StorageCase):
             self.assertEqual(after["hand"][3]["class"], "GLACIER")
             self.assertNotEqual(after, before)
             before = after
-        shutil.rmtree(self.path(gos3rve.STATE, "meta"))
+        meta = self.path(gos3rve.STATE, "meta")
+        for name in os.listdir(meta):           # somebody edits it in place
+            path = os.path.join(meta, name)
+            by_hand(path, open_and_read(path).replace(b"GLACIER", b"DEEPEST"))
+        self.assertEqual(self.seen()["hand"][3]["class"], "DEEPEST")
+        shutil.rmtree(meta)
         self.assertEqual(self.seen()["hand"][3], {})
 
     def test_nothing_is_kept_of_a_file_that_has_just_changed(self):
@@ -3959,11 +3964,15 @@ class KnownFiles(StorageCase):
             self.assertNotIn("hand", self.read_anew())
 
     def test_memory_is_bounded(self):
-        self.store._listed = gos3rve.ListedCache(3)
-        for _ in range(3):
+        self.store._listed, ever = gos3rve.ListedCache(3), set()
+        for number in range(9):
+            by_hand(self.path("z%d" % number))
             self.assertEqual(self.seen(), self.seen(self.other()))
-            self.assertLessEqual(sum(len(known) for _, known in
-                                     self.store._listed._known.values()), 3)
+            known = [key for known in self.store._listed._used
+                     for key in known]
+            self.assertLessEqual(len(known), 3)
+            ever.update(known)
+        self.assertGreater(len(ever), 6)        # it starts anew
 
     def test_each_show_has_its_own(self):
         self.seen()
