@@ -19264,7 +19264,7 @@ class KilledServer(unittest.TestCase):
     """kill -9 at random moments: what was acknowledged is whole, what was
     not is the old object or the new one, and a sweep leaves nothing."""
 
-    rounds = int(os.environ.get("GOS3RVE_KILLS", "12"))
+    rounds = int(os.environ.get("GOS3RVE_KILLS", "8"))
 
     def setUp(self):
         self.directory = temporary_directory(self)
@@ -19959,7 +19959,7 @@ class KilledVersions(VersionServers):
     they were doing: no acknowledged version is lost, no other is seen
     half, one is the latest."""
 
-    rounds = int(os.environ.get("GOS3RVE_KILLS", "8"))
+    rounds = int(os.environ.get("GOS3RVE_KILLS", "3"))
 
     def act(self, client, seed):
         """One random change."""
