@@ -3264,20 +3264,35 @@ def opened_size(sse, stored):
 
     sizes: runs [[size, count], ...]; prefixes: base64, all of them.
     """
-    if not valid_sse(sse) or not {"sizes", "prefixes"} <= sse.keys():
+    if not valid_sse(sse) or not {"sizes", "prefixes"} <= sse.keys() \
+            or not valid_runs(sse["sizes"]):
         return None
-    opened = sealed = count = 0
-    for run in sse["sizes"]:
-        if not isinstance(run, list) or [type(n) for n in run] != [int] * 2 \
-                or run[0] < 0 or run[1] < 1:
-            return None
-        opened += run[0] * run[1]
-        sealed += sealed_size(run[0]) * run[1]
-        count += run[1]
-    if sealed != stored or count > MAX_PART_NUMBER or len(
+    sealed = sum(sealed_size(size) * count for size, count in sse["sizes"])
+    count = sum(count for _, count in sse["sizes"])
+    if sealed != stored or len(
             sse["prefixes"]) != -(-count * SEAL_PREFIX_BYTES // 3) * 4:
         return None
-    return opened
+    return sum(size * count for size, count in sse["sizes"])
+
+
+def valid_runs(runs):
+    """True for the sizes of parts as a record has them, as runs [[size,
+    count], ...]: whoever spells them out gets no more than there may be."""
+    return all(isinstance(run, list) and [type(n) for n in run] == [int] * 2
+               and run[0] >= 0 and run[1] >= 1 for run in runs) \
+        and sum(count for _, count in runs) <= MAX_PART_NUMBER
+
+
+def _fitting_parts(record, size):
+    """A record without what it says of parts, when they are not those of
+    `size` bytes in all."""
+    runs, checksums = record["parts"], record.get("part_checksums")
+    if valid_runs(runs) and sum(n * count for n, count in runs) == size \
+            and (checksums is None
+                 or len(checksums) == sum(count for _, count in runs)):
+        return record
+    return {name: value for name, value in record.items()
+            if name not in ("parts", "part_checksums")}
 
 
 class Info:
@@ -3304,12 +3319,14 @@ class Info:
                 or record.get("size") != self.size):
             record = {name: value for name, value in record.items()
                       if name not in _CONTENT_FIELDS}
-        self.record = record
         self.damaged = False
         if "sse" in record:
             size = opened_size(record["sse"], self.size)
             self.damaged = size is None
             self.size = self.size if size is None else size
+        if "parts" in record:
+            record = _fitting_parts(record, self.size)
+        self.record = record
         self.etag = record.get("etag") or _stat_etag(status)
 
     @property

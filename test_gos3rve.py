@@ -3299,6 +3299,26 @@ class DamagedRecords(StorageCase):
                 self.assertEqual(self.page()[0].etag, info.etag)
                 self.assertIn("box/k", "".join(self.reports))
 
+    def test_parts_that_cannot_be_are_left_out_of_a_record(self):
+        """Nobody spells out a thousand million parts."""
+        status = os.stat_result((0o100644, 1, 1, 1, 0, 0, 10, 0, 0, 0))
+        for parts, checksums, kept in (
+                ([[5, 2]], ["a", "b"], True), ([[5, 2]], None, True),
+                ([[4, 2], [2, 1]], ["a", "b", "c"], True),
+                ([[5, 2]], ["a"], False), ([[5, 1]], None, False),
+                ([[0, 10 ** 9]], None, False), ([[5, True]], None, False),
+                ([[-5, 2], [20, 1]], None, False), ([5, 5], None, False),
+                ([["5", 2]], None, False), ([[10, 0]], None, False)):
+            record = {"size": 10, "mtime_ns": status.st_mtime_ns,
+                      "etag": "e", "parts": parts}
+            if checksums:
+                record["part_checksums"] = checksums
+            with self.subTest(parts=parts, checksums=checksums):
+                info = gos3rve.Info("k", status, record)
+                self.assertEqual("parts" in info.record, kept)
+                self.assertEqual("part_checksums" in info.record,
+                                 kept and bool(checksums))
+
     def test_damaged_record_of_a_bucket(self):
         path = self.path(gos3rve.STATE, "bucket.json")
         self.put("k", b"content")
