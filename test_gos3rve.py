@@ -4104,7 +4104,7 @@ class CrashPoints(CrashCase):
     """Cut off at any change of the disk, an object is the old or the new
     one, whole; what else is left goes with the next sweep."""
 
-    least_points = 7
+    least_points = 6
 
     def _check(self, outcomes, done):
         self.restart()
