@@ -746,6 +746,7 @@ def parse_int(name, text, low, high=1 << 62):
 KEPT_HEADERS = ("Content-Type", "Cache-Control", "Content-Disposition",
                 "Content-Encoding", "Content-Language", "Expires",
                 "x-amz-website-redirect-location")
+_KEPT_HEADERS = [(name.lower(), name) for name in KEPT_HEADERS]
 
 # botocore's enum StorageClass, less the ones of other services' buckets
 STORAGE_CLASSES = frozenset((
@@ -760,11 +761,8 @@ def kept_headers(headers):
     `aws-chunked` is a transfer coding in disguise and is not kept
     (API/sigv4-streaming.html).
     """
-    kept = {}
-    for name in KEPT_HEADERS:
-        value = headers.get(name.lower())
-        if value:
-            kept[name] = value
+    kept = {name: headers[lower] for lower, name in _KEPT_HEADERS
+            if headers.get(lower)}
     encoding = kept.get("Content-Encoding")
     if encoding and "aws-chunked" in encoding:
         codings = [c.strip() for c in encoding.split(",")]
@@ -777,6 +775,8 @@ def kept_headers(headers):
 
 def user_metadata(headers):
     """The x-amz-meta-* headers: lower-case names without the prefix."""
+    if "x-amz-meta-" not in "".join(headers):   # one search is the fastest
+        return {}
     meta = {name[11:]: _from_wire(value) for name, value in headers.items()
             if name.startswith("x-amz-meta-")}
     size = sum(len(n.encode()) + len(v.encode()) for n, v in meta.items())
@@ -3427,8 +3427,7 @@ class Draft:
         if self.fd is not None:
             return
         # no secret, and not from the kernel; O_EXCL tells of a collision
-        path = os.path.join(self._directory,
-                            "t%024x" % random.getrandbits(96))
+        path = "%s/t%024x" % (self._directory, random.getrandbits(96))
         for _ in range(MAX_RETRIES):
             try:
                 self.fd = os.open(path, _OPEN_NEW, 0o666)
@@ -4107,8 +4106,8 @@ class Bucket:
         parent, _, name = key.rpartition("/")
         if not parent and not self._sync:
             # the root itself is inside; and nothing is to be fsynced
-            return None, os.path.join(self.root, name)
-        path = os.path.join(self.root, parent) if parent else self.root
+            return None, self._root_slash + name
+        path = self._root_slash + parent if parent else self.root
         if not _HAVE_DIR_FD:
             if make:
                 self._make_directories(parent)
