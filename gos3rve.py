@@ -3443,11 +3443,10 @@ class Draft:
     def write(self, data):
         """Append bytes."""
         self.open()
-        view = memoryview(data)
-        while view:
-            done = os.write(self.fd, view)
+        while data:
+            done = os.write(self.fd, data)
             self.size += done
-            view = view[done:]
+            data = memoryview(data)[done:] if done < len(data) else b""
 
     def copy(self, source, offset, length):
         """Append `length` bytes of a file descriptor from `offset` on, in
