@@ -4929,6 +4929,87 @@ class TogetherWithSidecars(Together):
     xattrs = False
 
 
+class SmallWrites(StorageCase):
+    """What a write asks of the kernel: another walk along a path, or an
+    exception for what is not there, is soon 5 us of every PUT."""
+
+    NAMES = ("access", "close", "fstat", "fsync", "getxattr", "listdir",
+             "lstat", "mkdir", "open", "readlink", "replace", "rmdir",
+             "setxattr", "stat", "unlink", "utime", "write")
+
+    def calls(self, act, *args):
+        """The names of os's functions that act(*args) calls, in order."""
+        made = []
+
+        def noted(name, real):
+            def call(*args, **named):
+                made.append(name)
+                return real(*args, **named)
+            return call
+        with contextlib.ExitStack() as stack:
+            for name in self.NAMES:
+                stack.enter_context(mock.patch.object(
+                    os, name, noted(name, getattr(os, name))))
+            act(*args)
+        return made
+
+    @unittest.skipUnless(sys.platform == "linux" and HAVE_XATTRS,
+                         "others do it otherwise")
+    def test_calls_are_few_and_leave_nothing_open(self):
+        for key, put, delete in (("k", 13, 10), ("d/k", 16, 15)):
+            self.put("d/other", b"1")
+            for _ in range(2):          # a new object, and one replaced
+                calls = self.calls(self.put, key, b"2")
+                self.assertLessEqual(len(calls), put, (key, calls))
+                self.assertEqual(calls.count("open"), calls.count("close"))
+            calls = self.calls(self.delete, key)
+            self.assertLessEqual(len(calls), delete, (key, calls))
+            self.assertEqual(calls.count("open"), calls.count("close"))
+
+    @unittest.skipUnless(gos3rve._HAVE_DIR_FD, "directories cannot be opened")
+    def test_sync_reaches_file_and_directory(self):
+        self.restart(sync=True)
+        for key in ("k", "d/k"):
+            self.put(key, b"1")
+            self.assertEqual(self.calls(self.put, key, b"2").count("fsync"),
+                             2, key)
+            self.assertEqual(self.calls(self.delete, key).count("fsync"), 1,
+                             key)
+
+    def test_a_write_that_the_kernel_takes_in_pieces(self):
+        real = os.write
+        with mock.patch.object(os, "write",
+                               lambda fd, data: real(fd, data[:3])):
+            self.put("k", b"in pieces of three")
+        self.verify({"k": b"in pieces of three"})
+
+    def test_a_copied_lock_holds_in_a_bucket_without_versions(self):
+        def refuse(info):
+            self.assertEqual(info.record["lock"], {"hold": "ON"})
+            raise S3Error("AccessDenied")
+        self.put("k", b"1")
+        self.bucket.update_record("k", None, lambda record: record.update(
+            lock={"hold": "ON"}))
+        self.assert_refused("AccessDenied", self.store.delete_object,
+                            self.bucket, "k", allow=refuse)
+        self.assertEqual(self.read("k")[1], b"1")
+
+    @unittest.skipUnless(gos3rve.fcntl, "no locks between processes")
+    def test_lock_files_removed_by_hand_lock_again(self):
+        self.put("k", b"1")
+        for _ in range(2):
+            with self.bucket.lock("k"):
+                other = Store(self.buckets, self.uploads).bucket("box")
+                locks = self.path(gos3rve.STATE, "locks")
+                fds = [os.open(os.path.join(locks, name), os.O_RDWR)
+                       for name in os.listdir(locks)]
+                free = [gos3rve.try_flock(fd) for fd in fds]
+                self.assertEqual(free.count(False), 1)
+                for fd in fds:
+                    os.close(fd)
+            shutil.rmtree(locks)
+
+
 # --- buckets ---
 
 class Buckets(StorageCase):
