@@ -4994,12 +4994,20 @@ class SmallWrites(StorageCase):
                             self.bucket, "k", allow=refuse)
         self.assertEqual(self.read("k")[1], b"1")
 
+    def test_a_replaced_object_takes_its_sidecar_along(self):
+        self.xattrs = False
+        self.restart()
+        for data in (b"1", b"22", b"333"):
+            self.put("k", data)
+            self.assert_clean(1)
+        self.delete("k")
+        self.assert_clean()
+
     @unittest.skipUnless(gos3rve.fcntl, "no locks between processes")
     def test_lock_files_removed_by_hand_lock_again(self):
         self.put("k", b"1")
         for _ in range(2):
             with self.bucket.lock("k"):
-                other = Store(self.buckets, self.uploads).bucket("box")
                 locks = self.path(gos3rve.STATE, "locks")
                 fds = [os.open(os.path.join(locks, name), os.O_RDWR)
                        for name in os.listdir(locks)]
