@@ -8933,6 +8933,7 @@ def policy_context(request, bucket, key=None, facts=None):
         os.close(fd)
         return info.record.get("tags", {})
     query, (signed, v4, presigned) = request.query, signing(request)
+
     def asked_tags():
         text = request.headers.get("x-amz-tagging")
         return text and parse_tagging_header(text)
@@ -9478,6 +9479,7 @@ def one_of(*words):
             raise ValueError(text)
         return text.strip()
     return Leaf(read)
+
 
 def need(tag, kind):
     """The Field of an element that must be there."""
@@ -10542,6 +10544,7 @@ def post_response(upload, bucket, etag, location, headers=()):
             ("Location", location), ("Bucket", bucket), ("Key", upload.key),
             ("ETag", etag)], xmlns=None)
     return Response(status, headers, body)
+
 
 # Of the form's own request: what a policy's conditions may ask
 _FORM_REQUEST_HEADERS = ("host", "user-agent", "referer", "origin")
@@ -16294,6 +16297,8 @@ def backoff(failures):
     """Seconds until the next attempt."""
     return min(MIN_BACKOFF_SECONDS * 2 ** min(failures, 16),
                MAX_BACKOFF_SECONDS)
+
+
 class Server(http.server.ThreadingHTTPServer):
     """Listens on (host, port); start() serves in threads, close() ends.
 

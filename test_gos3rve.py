@@ -432,6 +432,7 @@ class Drip(io.BytesIO):
 # 1. Constants and errors
 ###############################################################################
 
+
 class Refusing(unittest.TestCase):
     """refused(code, call, ...): the S3Error that a call raises."""
 
@@ -2670,6 +2671,7 @@ class SignedChunks(Signing):
 # beside the server, cut-off writes, threads and processes.  What records
 # do is tried with extended attributes, with sidecars, and with a record
 # that no attribute can hold.
+
 
 ANY = gos3rve.WriteConditions()
 ABSENT = gos3rve.WriteConditions(if_none_match=True)
@@ -5604,6 +5606,7 @@ class SweepingWithSidecars(Sweeping):
 ###############################################################################
 
 # Pure tests of the room speak of it as `g`.
+
 
 g = gos3rve
 MAIN = g.Account("AKMAIN", "s", "a" * 64, "main", "main@example.com")
@@ -13987,6 +13990,7 @@ class LifecycleDue(DocumentCase):
             "x-amz-abort-rule-id": "two"})
         self.assertEqual(g.abort_headers(value, "test2/a", since), {})
 
+
 class LifecycleRequests(LockCase):
     """Rules put over HTTP and carried out by run_lifecycle()."""
 
@@ -14900,6 +14904,7 @@ class WebsiteDocuments(DocumentCase):
                  "x", 404, (301, None, "http://site/a%0D%0Ab"))):
             with self.subTest((inner, key, status)):
                 self.assertEqual(self.page(inner, key, status), page)
+
 
 class SiteRequests(OperationCase):
     """The website endpoint, by its host name, without a signature."""
@@ -17600,6 +17605,7 @@ class OutsideRequests(OperationCase):
 # 9. HTTP
 ###############################################################################
 
+
 def read_answer(file, method="GET"):
     """The next Answer on a stream, taken apart as strictly as RFC 9112
     writes it; None at its end.  Raises ValueError for anything else."""
@@ -19315,6 +19321,7 @@ class ServerTls(HttpCase):
         self.assertEqual(server.stderr().count("reloaded"), 1)
         self.assertEqual(server.end(), 0)
 
+
 class ServerProcess:
     """gos3rve.py as a process of its own over some directories."""
 
@@ -20162,6 +20169,7 @@ class ConcurrentVersions(VersionServers):
         for client in clients:
             client.close()
 
+
 ###############################################################################
 # 11. Configuration and command line
 ###############################################################################
@@ -20806,6 +20814,7 @@ class ConfigServe(unittest.TestCase):
                 with self.assertRaises(OSError):
                     gos3rve.serve(p=s3.port)
         self.assertEqual(os.listdir(directory), [])
+
 
 ###############################################################################
 # 12. Real clients
@@ -22031,6 +22040,7 @@ class _WithRclone:
 ###############################################################################
 # 13. House
 ###############################################################################
+
 
 HOUSE_FILES = (SERVER, os.path.abspath(__file__))
 README = os.path.join(HERE, "README.md")
