@@ -16975,6 +16975,14 @@ class SessionRequests(StsCase):
                                  200 if allowed else 404)
                 self.s3.delete(path)
 
+    def test_a_session_policy_has_conditions_where_the_bucket_has_none(self):
+        for address, allowed in (("127.0.0.0/8", True),
+                                 ("192.0.2.0/24", False)):
+            client = self.role([allow("s3:PutObject", Condition={
+                "IpAddress": {"aws:SourceIp": address}})])
+            self.assertEqual(client.put("/box/k", b"x").status,
+                             200 if allowed else 403)
+
     def test_what_a_session_makes_is_the_account_s(self):
         for client in (self.role(), self.session(self.call(
                 "GetSessionToken"))):
