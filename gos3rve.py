@@ -3924,14 +3924,10 @@ class Bucket:
         os.close(found[1])
         return found[0]
 
-    def glance(self, key):
-        """As find, for listings: by path, without opening the file."""
-        return self.look_once(key)[0]
-
     def look_once(self, key):
-        """(what glance() gives, status): status is lstat's of the file when
-        nothing else but a new name in meta/ could make it another Info,
-        else None."""
+        """(As find(), status), for listings: by path, without opening the
+        file.  status is lstat's of the file when nothing else but a new
+        name in meta/ could make it another Info, else None."""
         path = self._path(key)
         try:
             status = path and os.lstat(path)
