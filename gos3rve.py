@@ -832,7 +832,14 @@ def parse_json(text, **hooks):
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH \
             and _json_depth(text) > MAX_JSON_DEPTH:
         raise ValueError("nested too deep")
+    if not hooks and text[:1] == "{" and text[-1:] == "}":
+        value, end = _raw_json(text)    # half the time of what follows
+        if end == len(text):
+            return value
     return json.loads(text, **hooks)
+
+
+_raw_json = json.JSONDecoder().raw_decode
 
 
 def _json_depth(text):
@@ -8055,6 +8062,14 @@ def versioned_action(action, version_id):
     return action if version_id is None else _VERSIONED.get(action, action)
 
 
+def is_plain_owner(caller, access):
+    """True where is_allowed() is sure to be: the bucket's owner, and neither
+    a bucket policy nor limits of a session to say otherwise."""
+    return (access.policy is None and caller.limits is None
+            and caller.user_id is not None
+            and caller.user_id == access.owner_id)
+
+
 def is_allowed(caller, action, resource, access, context, object_owner=None,
                object_acl=None):
     """True when a Caller may do `action` on `resource`, an ARN.
@@ -8800,6 +8815,8 @@ class Request:
         """As allow(), but True or False."""
         bucket = bucket or self.bucket
         access, caller = self.access(bucket), self.caller
+        if owner is None and is_plain_owner(caller, access):
+            return True
         return is_allowed(caller, action, resource_arn(bucket.name, key),
                           access, self._context(bucket, key, facts),
                           owner, acl)
@@ -13094,6 +13111,9 @@ def opened_blocks(info, fd, key, start, stop):
 def shown_encryption(request, info):
     """The headers of GetObject and HeadObject for how an object is kept;
     the customer's key is checked."""
+    if "sse" not in info.record and not info.damaged \
+            and SSE_HEADER not in "".join(request.headers):
+        return {}                       # nearly always: one search says so
     check_read_headers(request.headers)
     sse = kept_sse(info)
     data_key(request, info)
@@ -16023,7 +16043,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "resource": resource[:MAX_LOGGED_CHARS],
             "status": response.status, "bytes_in": self.wire.received,
             "bytes_out": self.sent,
-            "ms": round((time.perf_counter() - self.started) * 1000, 3),
+            "ms": int((time.perf_counter() - self.started) * 1e6) / 1000,
             "request_id": self.request_id})
 
     def finish(self):
