@@ -2057,6 +2057,19 @@ class AwsChunkedReader:
 
 OVERLAP_BYTES = MIB                 # from here on a thread for the digests
 MAX_HASH_BLOCKS = 4                 # that wait for it
+# The cores that this process may use, as it was started; none where the
+# system, or a filter of system calls, does not tell.
+CORES = []
+with contextlib.suppress(AttributeError, OSError):
+    CORES = sorted(os.sched_getaffinity(0))
+
+
+def run_on(cores):
+    """Keep the calling thread, and those that it starts, to some cores;
+    nothing happens where that is not to be had."""
+    if cores:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, cores)
 
 
 class HashThread:
@@ -2099,6 +2112,7 @@ class HashThread:
             raise self._error
 
     def _run(self):
+        run_on(CORES)                   # not on the core of its worker alone
         for block in iter(self._blocks.get, None):
             try:
                 for digest in self._digests:
@@ -16540,11 +16554,16 @@ def have_workers():
     return sys.platform.startswith("linux")
 
 
+def _takes_turns():
+    """True where only one thread of a process runs Python at a time."""
+    return getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
 def default_workers():
     """How many processes serve when nobody said: one a core, within
     MAX_DEFAULT_WORKERS; one where threads use all cores, or where a fork
     would copy their locks."""
-    threads_suffice = not getattr(sys, "_is_gil_enabled", lambda: True)()
+    threads_suffice = not _takes_turns()
     if not have_workers() or threads_suffice or threading.active_count() > 1:
         return 1
     try:
@@ -16639,6 +16658,7 @@ class Supervisor:
 
     def _begin(self, number, ready):
         os.close(self._lifeline)
+        run_on(self._core(number))
         try:
             threading.Thread(target=self._end_with_supervisor,
                              name="lifeline", daemon=True).start()
@@ -16648,6 +16668,19 @@ class Supervisor:
             ready.write(str(error).encode()[:200])
             os._exit(1)
         ready.close()
+
+    @staticmethod
+    def _core(number):
+        """The core of a worker.
+
+        Its threads take turns with the interpreter at every system call,
+        and a turn that goes to another core costs more than the call: on
+        two cores 4,700 GETs a second without this, 7,400 with it (16
+        connections, 1 KiB).  Servers side by side begin at other cores.
+        """
+        if len(CORES) < 2 or not _takes_turns():
+            return []
+        return [CORES[(os.getppid() + number) % len(CORES)]]
 
     def _end_with_supervisor(self):
         os.read(self._alive, 1)

@@ -2362,6 +2362,24 @@ class LargeBodies(Refusing):
         blocks.close()
         self.check_threads()
 
+    @unittest.skipUnless(len(gos3rve.CORES) > 1, "one core")
+    def test_the_thread_may_use_every_core(self):
+        """That of a worker is kept to one."""
+        found = []
+
+        def take():
+            gos3rve.run_on(gos3rve.CORES[:1])
+            body = self.body()
+            body._hashes["SHA256"] = mock.Mock(**{
+                "update.side_effect": lambda block: found.append(
+                    sorted(os.sched_getaffinity(0)))})
+            body.read_all()
+        worker = threading.Thread(target=take)
+        worker.start()
+        worker.join()
+        self.assertEqual(found[0], gos3rve.CORES[:1])
+        self.assertEqual(found[-1], gos3rve.CORES)
+
     def test_a_digest_that_fails_fails_the_body(self):
         body = self.body()
         body._hashes["SHA256"] = mock.Mock(**{
@@ -18799,6 +18817,14 @@ class ServerWorkers(EndCase):
     def tearDownClass(cls):
         cls.made.doCleanups()
         super().tearDownClass()
+
+    @unittest.skipUnless(len(gos3rve.CORES) > 1, "one core")
+    def test_each_worker_has_a_core_of_its_own(self):
+        found = [os.sched_getaffinity(pid) for pid in self.two.workers()]
+        self.assertEqual([len(cores) for cores in found], [1, 1])
+        self.assertEqual(len(set.union(*found)), 2)
+        self.assertEqual(sorted(os.sched_getaffinity(self.two.process.pid)),
+                         gos3rve.CORES)
 
     def client(self):
         """A Client of the server."""
