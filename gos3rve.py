@@ -3100,7 +3100,9 @@ _OPEN_NEW = (os.O_RDWR | os.O_CREAT | os.O_EXCL
              | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
 _OPEN_DIRECTORY = (os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
                    | getattr(os, "O_CLOEXEC", 0))
-_OPEN_LOCK = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+# NFS locks nothing that is not open for writing: flock(2)
+_OPEN_HELD = os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+_OPEN_LOCK = _OPEN_HELD | os.O_CREAT
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # what a path that names no regular file answers to open(2), besides these
 _ABSENT_ERRNO = frozenset((errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG,
@@ -3118,7 +3120,8 @@ def storage_error(error):
     if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP):
         return S3Error("AccessDenied", "The server may not do this to its "
                        "files")
-    if code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
+    if code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN,
+                errno.ESTALE):
         return S3Error("SlowDown")
     return S3Error("InternalError")
 
@@ -3562,6 +3565,21 @@ def read_range(fd, offset, length):
     return data
 
 
+def _open_fresh(path):
+    """Open a file to read.
+
+    Over a network the file that a name was found to be may be gone when it
+    is opened, since another one replaced it: look again.
+    """
+    for _ in range(MAX_LOOKS):
+        try:
+            return os.open(path, _OPEN_READ)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    raise S3Error("SlowDown")
+
+
 def _unlink(path):
     try:
         os.unlink(path)
@@ -3865,7 +3883,7 @@ class Bucket:
     def _open_path(self, path):
         """(fd, status) of a regular file, or one of _ABSENT."""
         try:
-            fd = os.open(path, _OPEN_READ)
+            fd = _open_fresh(path)
         except OSError as error:
             if error.errno in _ABSENT_ERRNO:
                 raise FileNotFoundError(error.errno, "no file",
@@ -4795,7 +4813,7 @@ class Bucket:
         stays when deliver() raises."""
         path = os.path.join(self._state, "logs", name)
         try:
-            file = open(path, "r+b")    # NFS locks no other for writing
+            file = open(path, "r+b")    # see _OPEN_HELD
         except _ABSENT:
             return 0
         with file:
@@ -5953,16 +5971,16 @@ class Store:
     @contextlib.contextmanager
     def locked_upload(self, upload):
         """Hold an upload: one Complete, Abort or new part at a time."""
+        path = os.path.join(upload.path, "upload.json")
         try:
-            fd = os.open(os.path.join(upload.path, "upload.json"),
-                         _OPEN_READ)
+            fd = os.open(path, _OPEN_HELD)
         except _ABSENT:
             raise S3Error("NoSuchUpload", UploadId=upload.upload_id) \
                 from None
         try:
             if fcntl:
                 fcntl.flock(fd, fcntl.LOCK_EX)
-            if not os.path.exists(os.path.join(upload.path, "upload.json")):
+            if not os.path.exists(path):
                 raise S3Error("NoSuchUpload", UploadId=upload.upload_id)
             yield
         finally:
@@ -6193,7 +6211,7 @@ def _sweep_drafts(directory, before):
                 or _modified(path) >= before:
             continue
         with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDWR)
+            fd = os.open(path, _OPEN_HELD)
             try:
                 if fcntl:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -6201,6 +6219,548 @@ def _sweep_drafts(directory, before):
             finally:
                 os.close(fd)
     return count
+
+
+# --- the self-test of a file system ---
+#
+# What this room, and the sending of bodies, want of a file system, tried in
+# a directory that goes again.  The name of that starts like a bucket's that
+# is being made: should it be left, a sweep takes it.
+
+_TRIAL = _NEW + "trial-"
+BEAT_SECONDS = 0.05                 # between the signs of life of a self-test
+MAX_LAG_SECONDS = 0.8               # caches of attributes live for 1 s or more
+WATCH_SECONDS = 4                   # nfs(5): acregmin is 3
+MEETING_SECONDS = 10
+_HOSTS = "other machines"
+# No other machine has these
+_LOCAL_TYPES = frozenset(("bcachefs", "btrfs", "exfat", "ext2", "ext3",
+                          "ext4", "f2fs", "jfs", "ntfs3", "overlay", "tmpfs",
+                          "vfat", "xfs", "zfs"))
+# Types, options: flock stays on the machine.  nfs(5), mount.cifs(8), and
+# Lustre's mount.lustre(8)
+_LOCAL_LOCKS = (("nfs nfs4", "nolock local_lock=flock local_lock=all"),
+                ("lustre", "localflock"), ("cifs smb3", "nobrl"))
+
+
+class Lacks(Exception):
+    """What a self-test saw that should not be."""
+
+
+class Property(NamedTuple):
+    """Something wanted of a file system.  test(trial) -> what there is to
+    say, or None; Lacks or OSError where it is missing, and `lack` is what
+    follows.  needed: cannot be done without."""
+    name: str
+    test: Callable
+    lack: str
+    needed: bool
+
+
+class Found(NamedTuple):
+    """What came out.  ok: None when it cannot be told."""
+    name: str
+    ok: Optional[bool]
+    text: str
+    needed: bool = False
+
+
+class Trial:
+    """The directory of one self-test, below the one that it is about.
+
+    OSError when that takes no directory.
+    """
+
+    def __init__(self, parent):
+        os.stat(parent)                 # "" is not this directory
+        self.parent = os.path.abspath(parent)
+        self.path = os.path.join(self.parent, _TRIAL + secrets.token_hex(8))
+        os.mkdir(self.path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.path)
+
+    def at(self, *names):
+        """A path in it."""
+        return os.path.join(self.path, *names)
+
+    def make(self, name, data=b""):
+        """The path of a new file in it."""
+        fd = os.open(self.at(name), _OPEN_NEW, 0o666)
+        try:
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+        return self.at(name)
+
+    def publish(self, name, data=b""):
+        """The path of a file, new or replaced."""
+        os.replace(self.make(name + ".new", data), self.at(name))
+        return self.at(name)
+
+    def run(self, needed=()):
+        """The Found of each Property, one by one.  needed: names of further
+        ones that cannot be done without."""
+        for name, test, lack, always in PROPERTIES:
+            must = always or name in needed
+            try:
+                yield Found(name, True, test(self) or "", must)
+            except (Lacks, OSError) as error:
+                seen = getattr(error, "strerror", None) or str(error)
+                yield Found(name, False, "%s: %s" % (seen, lack), must)
+
+
+PROPERTIES = []
+
+
+def wanted(name, lack, needed=True):
+    """Make a function the test of a Property."""
+    def declare(test):
+        PROPERTIES.append(Property(name, test, lack, needed))
+        return test
+    return declare
+
+
+@wanted("files made once", "two uploads may write into one file")
+def _try_exclusive(trial):
+    path = trial.make("once")
+    try:
+        os.close(os.open(path, _OPEN_NEW, 0o666))
+    except FileExistsError:
+        return
+    raise Lacks("one that was there was made again")
+
+
+@wanted("rename over a file",
+        "while an object is replaced, readers find none or a torn one")
+def _try_rename(trial):
+    old, new = bytes(4096), b"\1" * 4096
+    path, seen, ended = trial.publish("file", old), [], threading.Event()
+
+    def read():
+        while not seen and not ended.is_set():
+            try:
+                with open(path, "rb") as file:
+                    if file.read() not in (old, new):
+                        seen.append("a reader found something else")
+            except OSError as error:
+                if error.errno != errno.ESTALE:     # see _open_path()
+                    seen.append("a reader got %s" % error.strerror)
+    reader = threading.Thread(target=read, name="reader")
+    reader.start()
+    try:
+        for _ in range(25):
+            trial.publish("file", new)
+            trial.publish("file", old)
+    finally:
+        ended.set()
+        reader.join()
+    with open(path, "rb") as file:
+        if file.read() != old or os.path.exists(path + ".new"):
+            seen.append("it replaced nothing")
+    if seen:
+        raise Lacks(seen[0])
+
+
+@wanted("directories with files not replaced",
+        "of two clients that make a bucket at once one may lose its own")
+def _try_directories(trial):
+    for name in ("one", "other"):
+        os.mkdir(trial.at(name))
+        trial.make(os.path.join(name, "file"))
+    try:
+        os.rename(trial.at("one"), trial.at("other"))
+    except OSError:
+        return
+    raise Lacks("one was")
+
+
+@wanted("files readable while open",
+        "a download breaks off when its object is replaced or removed")
+def _try_open_files(trial):
+    path = trial.publish("open", b"old")
+    fd = os.open(path, _OPEN_READ)
+    try:
+        trial.publish("open", b"new")
+        replaced = _pread(fd, 8, 0)
+        os.unlink(path)
+        if (replaced, _pread(fd, 8, 0)) != (b"old", b"old"):
+            raise Lacks("its content is not what it was")
+    finally:
+        os.close(fd)
+
+
+@wanted("locks (flock)",
+        "conditional writes hold within one process: run one, -workers 1")
+def _try_locks(trial):
+    if not fcntl:
+        raise Lacks("this system has none")
+    path = trial.make("lock")
+    fd = os.open(path, _OPEN_LOCK)
+    try:
+        if not try_flock(fd) or _child_locks(path):
+            raise Lacks("two processes do not exclude each other")
+    finally:
+        os.close(fd)
+    if not _child_locks(path):
+        raise Lacks("one stays when its holder has closed it")
+
+
+def _child_locks(path):
+    """True when another process gets the lock of a file."""
+    pid = os.fork()
+    if not pid:
+        try:
+            os._exit(not try_flock(os.open(path, _OPEN_LOCK)))
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+@wanted("times kept as set", "objects lose their ETag and checksums")
+def _try_times(trial):
+    path, set_ns = trial.make("time"), time.time_ns() // 1000 * 1000 + 789
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.utime(fd if _HAVE_UTIME_FD else path, ns=(set_ns, set_ns))
+        kept_ns = os.fstat(fd).st_mtime_ns
+    finally:
+        os.close(fd)
+    os.replace(path, path + ".moved")
+    if _modified_ns(path + ".moved") != kept_ns:
+        raise Lacks("a rename changed one")
+    for unit_ns, unit in ((1, "1 ns"), (100, "100 ns"), (1000, "1 us"),
+                          (1000000, "1 ms"), (1000000000, "1 s")):
+        if kept_ns == set_ns // unit_ns * unit_ns:
+            return "in units of " + unit
+    return "roughly"
+
+
+@wanted("times of directories", "listings leave out what others wrote")
+def _try_directory_times(trial):
+    path = trial.at("directory")
+    os.mkdir(path)
+    made, moved = os.path.join(path, "made"), os.path.join(path, "moved")
+    outside = trial.make("outside")
+    for what, step in (
+            ("made", lambda: trial.make(made)),
+            ("moved in", lambda: os.rename(outside, moved)),
+            ("removed", lambda: os.unlink(moved)),
+            ("made a directory", lambda: os.mkdir(moved))):
+        os.utime(path, (1, 1))
+        step()
+        if os.stat(path).st_mtime == 1:
+            raise Lacks("none changed when an entry was " + what)
+
+
+@wanted("times of changes (ctime)",
+        "listings show metadata that others have changed since")
+def _try_change_times(trial):
+    path = trial.make("change")
+    before, ended = os.stat(path), time.monotonic() + COARSE_TICK_NS / 1e9
+    while time.monotonic() < ended:
+        os.utime(path, ns=(before.st_mtime_ns,) * 2)
+        if os.stat(path).st_ctime_ns != before.st_ctime_ns:
+            return
+        time.sleep(0.005)
+    raise Lacks("none changes")
+
+
+@wanted("clock of the files",
+        "listings that are no longer true may be kept: set the clocks")
+def _try_clock(trial):
+    before_ns = time.time_ns()
+    made_ns = _modified_ns(trial.make("clock"))
+    tick_ns = TICK_NS if made_ns % 1000000000 else COARSE_TICK_NS
+    off_ns = max(before_ns - made_ns, made_ns - time.time_ns())
+    if off_ns > tick_ns:
+        raise Lacks("it is off by %.2f s" % (off_ns / 1e9))
+
+
+@wanted("numbers of files (inodes)",
+        "objects that nobody hashed change their ETag, and records outside "
+        "of extended attributes are lost")
+def _try_inodes(trial):
+    path = trial.make("inode")
+    inode = os.stat(path).st_ino
+    os.replace(path, path + ".moved")
+    fd = os.open(path + ".moved", _OPEN_READ)
+    try:
+        if {os.fstat(fd).st_ino, os.stat(path + ".moved").st_ino} != {inode}:
+            raise Lacks("a rename changed one")
+    finally:
+        os.close(fd)
+
+
+def _try_names(trial, *names):
+    """Lacks unless there can be a file of each name."""
+    directory = secrets.token_hex(8)
+    os.mkdir(trial.at(directory))
+    for name in names:
+        trial.make(os.path.join(directory, name), name.encode())
+    if sorted(os.listdir(trial.at(directory))) != sorted(names):
+        raise Lacks("one became another")
+
+
+@wanted("names that differ in case",
+        "keys that differ in nothing else are one object")
+def _try_case(trial):
+    _try_names(trial, "k", "K")
+
+
+@wanted("names in any Unicode form",
+        "keys that differ in nothing else are one object, or are listed as "
+        "others")
+def _try_unicode(trial):
+    _try_names(trial, "\u00e9", "e\u0301")
+
+
+@wanted("names of any characters",
+        "keys with one of \\ : * ? \" < > |, a control character, or a dot "
+        "or space at an end, are refused or become others")
+def _try_characters(trial):
+    _try_names(trial, "\\:*?\"<>|", "\1\x7f", "dot.", "dot", "space ",
+               "space", "con")
+
+
+@wanted("names of 255 bytes",
+        "objects with a longer one are no plain files but lie under odd/",
+        False)
+def _try_long_names(trial):
+    _try_names(trial, "n" * MAX_FILE_NAME_BYTES)
+
+
+@wanted("extended attributes (user.*)",
+        "each record is a file of its own, in .gos3rve/meta/", False)
+def _try_xattrs(trial):
+    if not _HAVE_XATTR:
+        raise Lacks("this system has none")
+    kept, path = 0, trial.make("xattr")
+    for size in (256, 1024, 3900, 60000):
+        fd = os.open(path, os.O_RDWR)
+        try:
+            os.setxattr(fd, XATTR, bytes(size))
+        except OSError as error:
+            if not kept or error.errno not in _NO_XATTR:
+                raise
+            break
+        finally:
+            os.close(fd)
+        os.replace(path, path + "x")
+        path, kept = path + "x", size
+        if os.getxattr(path, XATTR) != bytes(size):
+            raise Lacks("a rename changed one")
+    return "of %d bytes" % kept
+
+
+@wanted("hard links", "older versions are copies", False)
+def _try_links(trial):
+    os.link(trial.make("link", b"linked"), trial.at("linked"))
+    os.unlink(trial.at("link"))
+    with open(trial.at("linked"), "rb") as file:
+        if file.read() != b"linked":
+            raise Lacks("one has another content")
+
+
+def _try_transfer(trial, transfer):
+    """Lacks unless transfer(source, target, length) copies a file."""
+    data, name = b"transfer" * 1000, secrets.token_hex(8)
+    source = os.open(trial.make(name, data), _OPEN_READ)
+    target = os.open(trial.make(name + ".copy"), os.O_RDWR)
+    try:
+        transfer(source, target, len(data))
+        if _pread(target, 2 * len(data), 0) != data:
+            raise Lacks("what comes is something else")
+    finally:
+        os.close(source)
+        os.close(target)
+
+
+@wanted("copy_file_range",
+        "copies, and parts put together, go through the server's memory",
+        False)
+def _try_copies(trial):
+    _try_transfer(trial, lambda source, target, length: _copy_range(
+        source, target, 0, length))
+
+
+@wanted("sendfile", "large downloads without TLS fail")
+def _try_sendfile(trial):
+    def send(source, target, length):
+        ours, other = socket.socketpair()
+        with ours, other:
+            sent = os.sendfile(ours.fileno(), source, 0, length)
+            os.write(target, other.recv(sent, socket.MSG_WAITALL))
+    if not hasattr(os, "sendfile"):
+        return "not used on this system"
+    return _try_transfer(trial, send)
+
+
+@wanted("fsync", "with -sync no write would be answered", False)
+def _try_sync(trial):
+    fd = os.open(trial.make("sync"), os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    sync_directory(trial.path)
+
+
+@wanted("modes of files", "other users of the machine can read what is kept "
+        "of buckets", False)
+def _try_modes(trial):
+    path = trial.make("mode")
+    os.chmod(path, 0o600)
+    if stat.S_IMODE(os.stat(path).st_mode) != 0o600:
+        raise Lacks("0600 is not kept")
+
+
+@wanted("room", "nothing can be written")
+def _try_room(trial):
+    usage = shutil.disk_usage(trial.path)
+    text = "%.1f of %.1f GiB are free" % (usage.free / GIB,
+                                          usage.total / GIB)
+    files = os.statvfs(trial.path) if hasattr(os, "statvfs") else None
+    if files and files.f_files:         # where their number is fixed
+        text += ", and %d files" % files.f_favail
+    if usage.free < MIB or files and files.f_files and not files.f_favail:
+        raise Lacks(text)
+    return text
+
+
+# --- self-tests on two machines ---
+
+def mount_of(path):
+    """(type, set of options) of the file system where a path lies; the type
+    is "" where Linux does not tell."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8",
+                  errors="surrogateescape") as file:
+            return find_mount(file.read(), os.path.realpath(path))
+    except OSError:
+        return "", frozenset()
+
+
+def find_mount(text, path):
+    """mount_of() a real path, by proc(5)'s mountinfo."""
+    longest, found = 0, ("", frozenset())
+    for line in text.splitlines():
+        ours, _, theirs = line.partition(" - ")
+        point, options = ours.split(" ")[4:6]
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)),
+                       point)
+        if (path + "/").startswith(point.rstrip("/") + "/") \
+                and len(point) >= longest:      # a later one covers it
+            kind, _, more = theirs.split(" ")[:3]
+            longest = len(point)
+            found = kind, frozenset((options + "," + more).split(","))
+    return found
+
+
+def meet(trial, report, seconds=None):
+    """The Found of other machines: of one whose self-test of the same
+    directory runs at the same time, too.
+
+    Both wait for the other, and then watch what is seen of it.  seconds:
+    how long to wait; None: MEETING_SECONDS where the file system may be a
+    shared one.  report: takes a line that says so.
+    """
+    kind, options = mount_of(trial.path)
+    for kinds, local in _LOCAL_LOCKS:
+        if kind in kinds.split() and options.intersection(local.split()):
+            return Found(_HOSTS, False, "its locks are not theirs, by a mount "
+                         "option: all servers must run on this one")
+    if seconds is None and (kind in _LOCAL_TYPES or not fcntl):
+        return Found(_HOSTS, None, "not on this file system")
+    if seconds is None:
+        seconds = MEETING_SECONDS
+        report("waiting %d s for -check_dir on another machine" % seconds)
+    path = trial.make("held", socket.gethostname().encode())
+    fd, ended = os.open(path, _OPEN_LOCK), threading.Event()
+    beating = threading.Thread(target=_beat, args=(trial, ended))
+    try:
+        try_flock(fd)
+        beating.start()
+        other = _other_trial(trial, seconds)
+        if other is None:
+            return Found(_HOSTS, None, "none ran -check_dir on it at the same "
+                         "time")
+        return _watch(trial, other)
+    finally:
+        ended.set()
+        beating.join()
+        os.close(fd)
+
+
+def _beat(trial, ended):
+    """Show signs of life: a file that is replaced, and ever new ones."""
+    number = 0
+    with contextlib.suppress(OSError):
+        while not ended.wait(BEAT_SECONDS):
+            number += 1
+            trial.publish("beat", b"%d" % number)
+            trial.make("beat%d" % number)
+
+
+def _beat_of(path):
+    """The number of the last sign of life in the directory of a Trial."""
+    try:
+        with open(os.path.join(path, "beat"), "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
+def _other_trial(trial, seconds):
+    """The directory of another one that is alive, or None."""
+    known, ended = {}, time.monotonic() + seconds
+    while time.monotonic() < ended:
+        for name in _listdir(trial.parent):
+            path = os.path.join(trial.parent, name)
+            if name.startswith(_TRIAL) and path != trial.path:
+                number = _beat_of(path)
+                if number > known.setdefault(name, number):
+                    return path
+        time.sleep(BEAT_SECONDS)
+    return None
+
+
+def _watch(trial, other):
+    """The Found of what is seen of another Trial for a while."""
+    path, number = os.path.join(other, "held"), _beat_of(other) + 1
+    fd = os.open(path, os.O_RDWR)
+    try:
+        name = os.read(fd, 255).decode(errors="replace")
+        alone = try_flock(fd)
+    finally:
+        os.close(fd)
+    lag, stamp = 0, 0
+    named = beaten = now = time.monotonic()
+    ended = now + WATCH_SECONDS
+    while now < ended:
+        if _is_there(os.path.join(other, "beat%d" % number)):
+            number, named = number + 1, now
+        last, stamp = stamp, _modified_ns(os.path.join(other, "beat"))
+        beaten = now if stamp != last else beaten
+        lag = max(lag, now - min(named, beaten))
+        time.sleep(BEAT_SECONDS / 10)
+        now = time.monotonic()
+    trial.make("seen")                  # and be there until it has seen us
+    while now < ended + WATCH_SECONDS and _is_there(path) \
+            and not _is_there(os.path.join(other, "seen")):
+        time.sleep(BEAT_SECONDS)
+        now = time.monotonic()
+    if alone:
+        return Found(_HOSTS, False, "%s did not keep us from taking its "
+                     "lock: conditional writes hold on one machine only"
+                     % name, True)
+    return Found(_HOSTS, lag < MAX_LAG_SECONDS, "locks hold against %s, its "
+                 "changes were seen after %.2f s at most" % (name, lag)
+                 + (": conditional writes may go by what was before"
+                    if lag >= MAX_LAG_SECONDS else ""), True)
 
 
 # --- master keys ---
@@ -16996,6 +17556,12 @@ OPTIONS = (
 )
 _COMMANDS = (("help", "show this help"), ("version", "show the version"),
              ("operations", "list every S3 operation and its state"))
+# Besides OPTIONS, with a value, on the command line: name, kind, help
+_VALUED = (("config", "configuration file (default \"./config.xml\", which "
+            "need not exist)"),
+           ("check_dir", "test what is needed of the file system of this "
+            "directory, and end; with -sync also what that needs; run on "
+            "two machines at once it tests what they see of each other"))
 # Compose files that lost their MinIO keep working
 _ENVIRONMENT_ALIASES = {"key_id": "MINIO_ROOT_USER",
                         "key_val": "MINIO_ROOT_PASSWORD"}
@@ -17100,7 +17666,8 @@ def _parse_arguments(argv):
         argument = rest.pop(0)
         match = re.match(r"--?([a-z_]+)(?:=(.*))?\Z", argument, re.DOTALL)
         name, value = match.groups() if match else (None, None)
-        if name not in switches and name not in known and name != "config":
+        if name not in switches and name not in known \
+                and name not in dict(_VALUED):
             raise ConfigError("unknown argument %s" % argument)
         if value is None and name in switches:
             value = rest.pop(0) if rest and rest[0].lower() in _SWITCHES \
@@ -17402,10 +17969,9 @@ def _log_json(fields):
 
 def help_text():
     """What -help prints, and the README repeats."""
-    lines = ["Usage of gos3rve.py:",
-             "  -config string",
-             "    \tconfiguration file (default \"./config.xml\", which "
-             "need not exist)"]
+    lines = ["Usage of gos3rve.py:"]
+    for name, text in _VALUED:
+        lines += ["  -%s string" % name, "    \t" + text]
     for option in OPTIONS:
         kind = {_switch: "", _port: " int", _workers: " int",
                 _duration: " duration"}.get(option.cast, " string")
@@ -17507,10 +18073,38 @@ def main(argv=None):
                 print(text())
                 return 0
         config = read_config(argv, os.environ)
+        if "check_dir" in arguments:
+            return check_dir(arguments["check_dir"], config.values["sync"])
         return run(config)
     except ConfigError as error:
         print("gos3rve: %s" % error, file=sys.stderr)
         return 2
+
+
+def check_dir(path, sync, seconds=None):
+    """Print what a Trial finds in a directory, a line each: 1 when something
+    needed is missing, else 0.  seconds: as meet() has them."""
+    lacking = []
+
+    def tell(found):
+        print("%-8s %s%s" % (
+            {True: "ok", False: "missing", None: "-"}[found.ok], found.name,
+            found.text and ": " + found.text), flush=True)
+        if found.ok is False and found.needed:
+            lacking.append(found.name)
+    try:
+        with Trial(path) as trial:
+            for found in trial.run(("fsync",) if sync else ()):
+                tell(found)
+            tell(meet(trial, operator_log, seconds))
+    except OSError as error:
+        raise ConfigError("-check_dir: %s: %s" % (path, error.strerror)) \
+            from None
+    except KeyboardInterrupt:
+        return 130
+    print("%s: %s" % (path, "needed and missing: " + ", ".join(lacking)
+                      if lacking else "all that is needed is there"))
+    return 1 if lacking else 0
 
 
 def run(config):

@@ -53,6 +53,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import statistics
 import subprocess
 import sys
@@ -61,6 +62,7 @@ import textwrap
 import threading
 import time
 import types
+import unicodedata
 import unittest
 import urllib.parse
 import urllib.request
@@ -5618,6 +5620,315 @@ class SweepingWithSidecars(Sweeping):
     """The same where the file system has no extended attributes."""
 
     xattrs = False
+
+
+# --- the self-test of a file system ---
+
+def named(change):
+    """os.open(), with the last name of what it makes changed."""
+    real = os.open
+
+    def call(path, flags, *args, **named):
+        if flags & os.O_CREAT:
+            directory, name = os.path.split(path)
+            path = os.path.join(directory, change(name))
+        return real(path, flags, *args, **named)
+    return call
+
+
+def raising(number):
+    """A call that fails with this errno."""
+    def call(*_, **__):
+        raise OSError(number, os.strerror(number))
+    return call
+
+
+def in_place(source, target):
+    """As os.replace() where that overwrites the file that was there."""
+    shutil.copyfile(source, target)
+    os.unlink(source)
+
+
+def by_way_of_none(source, target, real=os.replace):
+    """As os.replace() where there is no file for a while: until the readers
+    have ended."""
+    if os.path.exists(target):
+        os.unlink(target)
+        readers = [thread for thread in threading.enumerate()
+                   if thread.name == "reader"]
+        for thread in readers:
+            thread.join(10)
+    real(source, target)
+
+
+def over_all(source, target, real=os.rename):
+    """As os.rename() where that replaces a directory, whatever it holds."""
+    shutil.rmtree(target)
+    real(source, target)
+
+
+def in_seconds(source, target, real=os.replace):
+    """As os.replace() where the disk keeps whole seconds."""
+    real(source, target)
+    seconds = int(os.stat(target).st_mtime)
+    os.utime(target, (seconds, seconds))
+
+
+def at_epoch(path, real=os.stat):
+    """As os.stat() where the time of a directory stays what was set."""
+    if os.path.basename(path) == "directory":
+        return types.SimpleNamespace(st_mtime=1)
+    return real(path)
+
+
+def new_inodes(path, real=os.stat):
+    """As os.stat() where the number of a file goes by its name."""
+    if os.path.basename(path).startswith("inode"):
+        return types.SimpleNamespace(st_ino=len(path))
+    return real(path)
+
+
+def no_directory(fd, real=os.fsync):
+    """As os.fsync() where that is for files."""
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        raise OSError(errno.EINVAL, "Invalid argument")
+    real(fd)
+
+
+FULL = types.SimpleNamespace(f_files=9, f_favail=9, f_frsize=4 * KIB,
+                             f_blocks=MIB, f_bfree=0, f_bavail=0)
+NO_INODES = types.SimpleNamespace(**dict(vars(FULL), f_favail=0, f_bfree=MIB,
+                                         f_bavail=MIB))
+# Property, what lacks it (module, name, value), what is said of it
+LACKING = (
+    ("files made once", (gos3rve, "_OPEN_NEW", os.O_RDWR | os.O_CREAT),
+     "made again"),
+    ("rename over a file", (os, "replace", by_way_of_none),
+     "a reader got No such file"),
+    ("rename over a file", (os, "replace", lambda source, _:
+                            os.unlink(source)), "No such file"),
+    ("rename over a file", (os, "replace", raising(errno.EEXIST)),
+     "File exists"),
+    ("directories with files not replaced", (os, "rename", over_all),
+     "one was"),
+    ("files readable while open", (os, "replace", in_place), "not what it"),
+    ("locks (flock)", (gos3rve, "fcntl", None), "this system has none"),
+    ("locks (flock)", (gos3rve, "try_flock", lambda fd: True),
+     "exclude each other"),
+    ("locks (flock)", (gos3rve, "try_flock", lambda fd: False),
+     "exclude each other"),
+    ("locks (flock)", (gos3rve, "try_flock", raising(errno.ENOLCK)),
+     "No locks available"),
+    ("times kept as set", (os, "replace", in_seconds), "a rename changed"),
+    ("times of directories", (os, "stat", at_epoch), "when an entry was made"),
+    ("times of changes (ctime)", (os, "stat", functools.lru_cache()(os.stat)),
+     "none changes"),
+    ("clock of the files", (gos3rve, "_modified_ns", lambda _:
+                            time.time_ns() - 3 * 10 ** 9), "off by 3."),
+    ("clock of the files", (gos3rve, "_modified_ns", lambda _:
+                            time.time_ns() + 3 * 10 ** 9), "off by "),
+    ("numbers of files (inodes)", (os, "stat", new_inodes), "a rename"),
+    ("names that differ in case", (os, "open", named(str.lower)),
+     "File exists"),
+    ("names in any Unicode form", (os, "open", named(
+        functools.partial(unicodedata.normalize, "NFD"))), "File exists"),
+    ("names of any characters", (os, "open", named(
+        lambda name: name.rstrip(". "))), "File exists"),
+    ("names of any characters", (os, "open", named(
+        lambda name: name.replace("\1", "_"))), "became another"),
+    ("names of 255 bytes", (os, "open", named(
+        lambda name: name + "." * 8)), "File name too long"),
+    ("extended attributes (user.*)", (os, "setxattr", raising(
+        errno.ENOTSUP)), "not supported"),
+    ("hard links", (os, "link", raising(errno.EPERM)), "not permitted"),
+    ("copy_file_range", (os, "copy_file_range", raising(errno.EXDEV)),
+     "cross-device"),
+    ("sendfile", (os, "sendfile", raising(errno.EINVAL)), "Invalid"),
+    ("fsync", (os, "fsync", no_directory), "Invalid argument"),
+    ("modes of files", (os, "chmod", lambda *_: None), "0600 is not kept"),
+    ("room", (os, "statvfs", lambda path: FULL), "0.0 of 4.0 GiB"),
+    ("room", (os, "statvfs", lambda path: NO_INODES), "and 0 files"),
+)
+
+
+class SelfTest(unittest.TestCase):
+    """Trial and its Properties, with each of them lacking."""
+
+    def setUp(self):
+        self.directory = tempfile.mkdtemp(prefix="test-gos3rve-", dir=MEMORY)
+        self.addCleanup(shutil.rmtree, self.directory)
+
+    def run_all(self, *needed):
+        """Property -> Found."""
+        with gos3rve.Trial(self.directory) as trial:
+            found = {found.name: found for found in trial.run(needed)}
+        self.assertEqual(os.listdir(self.directory), [])
+        return found
+
+    @unittest.skipUnless(HAVE_XATTRS and sys.platform == "linux",
+                         "Linux has all of it")
+    def test_a_file_system_of_linux_has_all(self):
+        found = self.run_all()
+        self.assertEqual([row for row in found.values() if not row.ok], [])
+        self.assertIn("1 ns", found["times kept as set"].text)
+
+    @unittest.skipUnless(sys.platform == "linux", "Linux has all to lack")
+    def test_each_lack_is_seen_and_said(self):
+        known = {row.name: row for row in gos3rve.PROPERTIES}
+        self.assertEqual(set(known), {name for name, _, _ in LACKING})
+        for name, (module, call, value), words in LACKING:
+            with self.subTest(name, words=words), mock.patch.object(
+                    gos3rve, "PROPERTIES", [known[name]]), mock.patch.object(
+                    gos3rve, "COARSE_TICK_NS", 10 ** 8), mock.patch.object(
+                        module, call, value):
+                found = self.run_all()[name]
+            self.assertIs(found.ok, False, name)
+            self.assertEqual(found.needed, known[name].needed)
+            self.assertIn(words, found.text)
+            self.assertIn(known[name].lack, found.text)
+
+    @unittest.skipUnless(HAVE_XATTRS, "no extended attributes")
+    def test_small_attributes_are_told_from_none(self):
+        real = os.setxattr
+
+        def in_a_block(fd, name, value):
+            if len(value) > 1000:
+                raise OSError(errno.ENOSPC, "no room")
+            real(fd, name, value)
+        with mock.patch.object(os, "setxattr", in_a_block):
+            found = self.run_all()["extended attributes (user.*)"]
+        self.assertEqual((found.ok, found.text), (True, "of 256 bytes"))
+
+    def test_a_stale_file_handle_is_no_lack(self):
+        # as GlusterFS gives it for what was just replaced
+        stale, real = [], open
+
+        def sometimes(*args, **named):
+            if not stale:
+                stale.append(raising(errno.ESTALE))
+                stale[0]()
+            return real(*args, **named)
+        with mock.patch("builtins.open", sometimes):
+            found = self.run_all()
+        self.assertTrue(stale)
+        self.assertTrue(found["rename over a file"].ok)
+
+    def meet(self, seconds=10):
+        """The texts and verdicts of two that meet."""
+        trials = [gos3rve.Trial(self.directory) for _ in range(2)]
+        with mock.patch.object(gos3rve, "WATCH_SECONDS", 0.2), \
+                trials[0], trials[1]:
+            found = run_threads(*(bound(gos3rve.meet, trial, self.fail,
+                                        seconds) for trial in trials))
+        self.assertEqual(os.listdir(self.directory), [])
+        for one in found:
+            self.assertIsInstance(one, gos3rve.Found)
+        return found
+
+    @unittest.skipUnless(gos3rve.fcntl, "needs flock")
+    def test_two_at_once_watch_each_other(self):
+        for found in self.meet():
+            self.assertIs(found.ok, True, found.text)
+            self.assertIn("against " + socket.gethostname(), found.text)
+        with mock.patch.object(gos3rve, "try_flock", lambda fd: True):
+            for found in self.meet():
+                self.assertEqual((found.ok, found.needed), (False, True))
+                self.assertIn("lock", found.text)
+        for name, cached in (("_modified_ns", 1), ("_is_there", False)):
+            with mock.patch.object(gos3rve, name, lambda path: cached), \
+                    mock.patch.object(gos3rve, "MAX_LAG_SECONDS", 0.1):
+                for found in self.meet():
+                    self.assertEqual((found.ok, found.needed), (False, True))
+                    self.assertIn("after 0.", found.text)
+
+    def test_one_alone_cannot_tell(self):
+        # what a dead one left is no other
+        by_hand(os.path.join(self.directory, gos3rve._TRIAL + "dead",
+                             "beat"), b"7")
+        with gos3rve.Trial(self.directory) as trial:
+            found = gos3rve.meet(trial, self.fail, 0.2)
+            self.assertIs(found.ok, None)
+            self.assertIn("none ran -check_dir", found.text)
+            for kind, options, ok in (("ext4", "rw", None),
+                                      ("nfs4", "rw local_lock=all", False),
+                                      ("nfs", "rw nolock", False),
+                                      ("lustre", "localflock", False)):
+                with mock.patch.object(
+                        gos3rve, "mount_of", lambda path:
+                        (kind, frozenset(options.split()))):
+                    self.assertIs(gos3rve.meet(trial, self.fail).ok, ok)
+
+    def test_mounts_are_found_as_proc_tells_of_them(self):
+        text = ("22 1 253:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw\n"
+                "40 22 0:40 / /mnt/s3 rw,noatime - nfs4 a:/s3 rw,vers=4.2\n"
+                "41 40 0:41 / /mnt/s3/a\\040b rw - fuse.glusterfs a:/v rw\n"
+                "42 22 0:42 / /srv rw - tmpfs tmpfs rw\n"
+                "43 42 0:43 / /srv rw - ceph 10.0.0.1:/ rw,acl\n")
+        for path, kind, option in (
+                ("/", "ext4", "relatime"), ("/mnt/s34", "ext4", "rw"),
+                ("/mnt/s3", "nfs4", "vers=4.2"),
+                ("/mnt/s3/x", "nfs4", "noatime"),
+                ("/mnt/s3/a b/c", "fuse.glusterfs", "rw"),
+                ("/srv/x", "ceph", "acl")):
+            found = gos3rve.find_mount(text, path)
+            self.assertEqual(found[0], kind, path)
+            self.assertIn(option, found[1])
+        self.assertEqual(gos3rve.find_mount("", "/"), ("", frozenset()))
+
+    def test_what_is_left_of_one_is_swept(self):
+        gos3rve.Trial(self.directory).make("left")
+        Store(self.directory, self.directory).sweep(0, time.time() + FUTURE)
+        self.assertEqual(os.listdir(self.directory), [])
+
+
+@unittest.skipUnless(gos3rve.fcntl, "needs flock")
+class SharedFileSystems(UploadCase):
+    """What file systems of several machines do that a disk does not."""
+
+    def test_locks_are_of_files_open_for_writing_as_NFS_wants_it(self):
+        # flock(2), NFS details: a shared lock needs one open for reading
+        fcntl, real, taken = gos3rve.fcntl, gos3rve.fcntl.flock, []
+
+        def flock(fd, kind):
+            mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+            taken.append(kind)
+            if mode == (os.O_RDONLY if kind & fcntl.LOCK_EX
+                        else os.O_WRONLY):
+                raise OSError(errno.EBADF, "Bad file descriptor")
+            real(fd, kind)
+        with mock.patch.object(fcntl, "flock", flock):
+            upload = self.begin()
+            self.part(upload, 1, b"one")
+            self.complete(upload)
+            by_hand(self.path(gos3rve.STATE, "tmp", "t" + "0" * 24))
+            self.assertEqual(self.sweep(), 1)
+            self.bucket.append_log("20260101", b"line\n")
+            self.bucket.claim_logs("stamp")
+            for name in self.bucket.spooled_logs():
+                self.bucket.take_log(name, lambda file: 1)
+            self.store.delete_bucket(self.store.create_bucket(
+                "other", "alice", "us-east-1"))
+        self.verify({"k": b"one"})
+        self.assertEqual(set(taken), {
+            fcntl.LOCK_EX, fcntl.LOCK_EX | fcntl.LOCK_NB,
+            fcntl.LOCK_SH | fcntl.LOCK_NB})
+
+    def test_a_stale_file_handle_is_looked_for_again(self):
+        # GlusterFS, while another client replaces the file
+        self.put("k", b"data")
+        real, fails = os.open, [3]
+
+        def stale(path, *args, **named):
+            if path == self.path("k") and fails[0]:
+                fails[0] -= 1
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return real(path, *args, **named)
+        with mock.patch.object(os, "open", stale):
+            self.assertEqual(self.read("k")[1], b"data")
+            self.assertEqual(fails, [0])
+            fails[0] = 10 ** 6
+            self.assert_refused("SlowDown", self.read, "k")
+
 
 ###############################################################################
 # 7. Access
@@ -20587,8 +20898,8 @@ class ConfigCommands(ConfigCase):
             self.assertEqual((status, err), (0, ""))
             listed = set(re.findall(r"^  -(\w+)", out, re.MULTILINE))
             names = {option.name for option in gos3rve.OPTIONS}
-            self.assertEqual(listed, names | {"config", "help", "version",
-                                              "operations"})
+            self.assertEqual(listed, names | {
+                "config", "check_dir", "help", "version", "operations"})
             self.assertLessEqual(set(SEED_FLAGS), listed)
             for option in gos3rve.OPTIONS:
                 self.assertIn(option.help, out)
@@ -20616,6 +20927,38 @@ class ConfigCommands(ConfigCase):
         for flag in ("-help", "-version", "-operations"):
             self.main(flag)
         self.assertEqual(os.listdir("."), [])
+
+    def test_check_dir_says_what_is_there_and_what_is_missing(self):
+        status, out, err = self.main("-check_dir", ".")
+        rows = [line.split(maxsplit=1)[0] for line in out.splitlines()]
+        self.assertEqual(len(rows), len(gos3rve.PROPERTIES) + 2)
+        self.assertLessEqual(set(rows[:-1]), {"ok", "missing", "-"})
+        self.assertEqual(os.listdir("."), [])
+        bare = [row for row in gos3rve.PROPERTIES if row.name == "fsync"]
+        with mock.patch.object(gos3rve, "PROPERTIES", bare), \
+                mock.patch.object(gos3rve, "mount_of", lambda path:
+                                  ("ext4", frozenset())):
+            self.assertEqual(self.main("-check_dir=."), (
+                0, "ok       fsync\n-        other machines: not on this file "
+                "system\n.: all that is needed is there\n", ""))
+            with mock.patch.object(os, "fsync", raising(errno.EINVAL)):
+                for more, last, due in (
+                        ((), "all that is needed is there", 0),
+                        (("-sync",), "needed and missing: fsync", 1)):
+                    status, out, _ = self.main("-check_dir", ".", *more)
+                    self.assertEqual(status, due)
+                    self.assertIn("missing  fsync: Invalid argument: with",
+                                  out)
+                    self.assertEqual(out.splitlines()[-1], ".: " + last)
+
+    def test_check_dir_of_what_is_no_directory_to_write_to_is_2(self):
+        self.write("", "file")
+        for path, words in (("nowhere", "No such file"),
+                            ("file", "Not a directory"), ("", "No such")):
+            status, out, err = self.main("-check_dir", path)
+            self.assertEqual((status, out), (2, ""))
+            self.assertIn("-check_dir: %s: " % path, err)
+            self.assertIn(words, err)
 
     def test_a_command_works_as_a_process(self):
         server = Process(self, "-operations", wait=False)
@@ -22319,7 +22662,8 @@ class HouseTables(unittest.TestCase):
         names = [option.name for option in gos3rve.OPTIONS]
         self.assertEqual(set(names) - set(flags), set())
         self.assertEqual(set(flags) - set(names), {
-            "config", "help", "version", "operations"} & set(flags))
+            "config", "check_dir", "help", "version", "operations"}
+            & set(flags))
         self.assertEqual(len(flags), len(set(flags)))
 
     def test_the_README_has_each_operation_with_its_state(self):

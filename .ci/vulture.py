@@ -1,5 +1,5 @@
 # Names that vulture takes for unused because others call or read them.
-# Operations are exempt by their decorator, see .ci/run.
+# Operations and Properties are exempt by their decorators, see .ci/run.
 
 # xml.parsers.expat calls the handlers and reads the switch
 buffer_text
