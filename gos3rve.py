@@ -4010,6 +4010,14 @@ class Bucket:
         except OSError as error:
             return {}, sure and error.errno == errno.ENOENT
 
+    def has_record(self, file, status, key):
+        """True when a file (descriptor or path) has a record, be it a
+        damaged one."""
+        if self._xattrs:
+            with contextlib.suppress(OSError):
+                return bool(os.getxattr(file, XATTR))
+        return os.path.exists(self._sidecar(key, status.st_ino))
+
     def sidecars_stamp(self, now_ns):
         """What no sidecar can come or go without changing, () while there
         is no directory of them.  None when that is not to be told: it has
@@ -4578,6 +4586,14 @@ class Bucket:
                 self.drop_version(key, null)
         return self.version_names(key)
 
+    def is_unsettled(self, key, names):
+        """True when settle() has something to do.  names: with those that
+        are pending."""
+        null = _name_of(NULL_VERSION, names)
+        current = null and self.find(key)
+        return any(name.endswith(PENDING) for name in names) or bool(
+            current and current.record.get("replaces") == null)
+
     def archive(self, key, names, keep_null=True):
         """Link the current version in among the noncurrent ones, `names`,
         the newest first; the names then.  It stays where it is, too.
@@ -4633,16 +4649,21 @@ class Bucket:
                 sync_directory(self._versions)
         except FileExistsError:
             pass
-        path = os.path.join(directory, KEY_FILE)
-        if _is_hashed(key) and not os.path.exists(path):
-            with self.draft() as draft:
-                draft.write(dump_record({"key": key}))
-                if self._sync:
-                    os.fsync(draft.fd)
-                os.replace(draft.path, path)
-                draft.path = None
-            os.utime(self._versions)    # no listing without it is good
+        if _is_hashed(key) and not os.path.exists(
+                os.path.join(directory, KEY_FILE)):
+            self.write_key_file(key)
         return directory
+
+    def write_key_file(self, key):
+        """Have the directory of a key's versions tell the key."""
+        with self.draft() as draft:
+            draft.write(dump_record({"key": key}))
+            if self._sync:
+                os.fsync(draft.fd)
+            os.replace(draft.path, os.path.join(
+                self._version_directory(key), KEY_FILE))
+            draft.path = None
+        os.utime(self._versions)        # no listing without it is good
 
     def add_marker(self, key, names, version_id):
         """Publish a delete marker as the newest version, and remove the
@@ -6108,19 +6129,25 @@ class Store:
                 count += _sweep_drafts(os.path.dirname(tmp),
                                        now - grace_seconds)
                 count += bucket.sweep_sidecars(now - grace_seconds)
-        for directory in (self.dir_buckets, self.dir_uploads):
-            for name in _listdir(directory):
-                path = os.path.join(directory, name)
-                if name.startswith((_NEW, _OLD)) \
-                        and _modified(path) < now - grace_seconds \
-                        and not _has_events(path, now):
-                    shutil.rmtree(path, ignore_errors=True)
-                    count += 1
+        for path in self.leftovers(now - grace_seconds):
+            shutil.rmtree(path, ignore_errors=True)
+            count += 1
         for name in _listdir(self.dir_uploads):
             count += self._sweep_uploads(
                 os.path.join(self.dir_uploads, name), now,
                 upload_ttl_seconds, grace_seconds)
         return count
+
+    def leftovers(self, before):
+        """The paths of half-made and half-removed buckets and uploads,
+        unchanged since `before`, in seconds since the epoch."""
+        for directory in (self.dir_buckets, self.dir_uploads):
+            for name in _listdir(directory):
+                path = os.path.join(directory, name)
+                if name.startswith((_NEW, _OLD)) \
+                        and _modified(path) < before \
+                        and not _has_events(path, time.time()):
+                    yield path
 
     def _sweep_uploads(self, directory, now, ttl, grace):
         count = 0
@@ -6202,8 +6229,9 @@ def _modified(path):
         return time.time()
 
 
-def _sweep_drafts(directory, before):
-    """Remove the drafts of a directory that no process holds."""
+def _sweep_drafts(directory, before, remove=_unlink):
+    """Remove the drafts of a directory that no process holds; how many.
+    remove(path): what is done with each, True when it counts."""
     count = 0
     for name in _listdir(directory):
         path = os.path.join(directory, name)
@@ -6215,7 +6243,7 @@ def _sweep_drafts(directory, before):
             try:
                 if fcntl:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                count += _unlink(path)
+                count += bool(remove(path))
             finally:
                 os.close(fd)
     return count
@@ -6761,6 +6789,394 @@ def _watch(trial, other):
                  "changes were seen after %.2f s at most" % (name, lag)
                  + (": conditional writes may go by what was before"
                     if lag >= MAX_LAG_SECONDS else ""), True)
+
+
+# --- checking ---
+#
+# What a crash, a restore from a backup or a careless copy may leave behind,
+# looked for and mended beside servers that run: what is changed is looked
+# at again under the key's lock, and what lives is locked.
+
+MENDED, LEFT, NOTE = "mended", "fault", "note"
+
+
+class Checker:
+    """Goes over all that a Store keeps.
+
+    tell(where, what, state): takes each finding; LEFT is a fault that
+    stays, NOTE something in order that is no object.  mend: also mend what
+    can be.  verify: read every object that is not encrypted, and compare
+    it with its ETag.  progress(counts): called after each key.  counts: of
+    what was looked at, and of each state.
+    """
+
+    def __init__(self, store, tell, mend=False, verify=False,
+                 progress=lambda counts: None):
+        self._store, self._tell, self._progress = store, tell, progress
+        self._mend, self._verify = mend, verify
+        self._before = time.time() - SWEEP_GRACE_SECONDS
+        self.counts = collections.Counter()
+
+    def run(self):
+        """Check everything; the counts."""
+        for bucket in self._store.list_buckets():
+            self.counts["buckets"] += 1
+            with self._telling(_quoted(bucket.root)):
+                self._check_bucket(bucket)
+        for path in self._store.leftovers(self._before):
+            self._found(_quoted(path), "is left of a bucket that was being "
+                        "made or deleted", lambda path=path:
+                        shutil.rmtree(path))
+        for name in _listdir(self._store.dir_uploads):
+            self._check_uploads(name)
+        return self.counts
+
+    def _found(self, where, fault, mend=None):
+        """Tell a fault; mend() is how to mend it."""
+        state = LEFT
+        if mend and self._mend:
+            mend()
+            state = MENDED
+        self.counts[state] += 1
+        self._tell(where, fault, state)
+
+    @contextlib.contextmanager
+    def _telling(self, where):
+        """What cannot be read or mended is a fault, too."""
+        try:
+            yield
+        except FileNotFoundError:
+            pass                        # gone meanwhile
+        except (OSError, S3Error) as error:
+            self._found(where, "cannot be checked or mended: %s"
+                        % (getattr(error, "strerror", None) or error))
+
+    def _check_bucket(self, bucket):
+        with contextlib.suppress(FileNotFoundError), \
+                open(bucket._config_path, "rb") as file:
+            try:
+                load_json(file.read())
+            except ValueError:
+                self._found(_quoted(bucket._config_path), "is damaged: the "
+                            "bucket has lost its settings")
+        for name in _listdir(bucket._versions):
+            self._check_hashed(bucket, bucket._versions, name)
+        for name in _listdir(bucket._odd):
+            self._check_hashed(bucket, bucket._odd, name)
+        walker = Walker(bucket, self._store._cache)
+        for key in walker.version_keys("", "", ""):
+            with self._telling(_key_text(bucket, key)):
+                self._check_key(bucket, key)
+            self._progress(self.counts)
+        for name in _listdir(bucket._meta):
+            with self._telling(_quoted(os.path.join(bucket._meta, name))):
+                self._check_sidecar(bucket, name)
+        for directory in (bucket._tmp, bucket._state):
+            self._check_drafts(directory)
+        self._note_others(bucket)
+
+    # names that do not tell their key
+
+    def _check_hashed(self, bucket, directory, name):
+        """A name under versions/ or odd/ that is a hash: a file there must
+        tell the key."""
+        path = os.path.join(directory, name)
+        if name[0] == "k":
+            return
+        files, key_file = [path], os.path.join(path, KEY_FILE)
+        if directory == bucket._versions:
+            if odd_name(_key_in(key_file)) == name:
+                return
+            files = [os.path.join(path, version) for version
+                     in _listdir(path) if version != KEY_FILE]
+        key = next((key for key in (self._told_key(bucket, file)
+                                    for file in files)
+                    if key and odd_name(key) == name), None)
+        if directory == bucket._versions:
+            self._found(_quoted(path), "has the versions of a key that it "
+                        "does not tell", key and (
+                            lambda: bucket.write_key_file(key)))
+        elif key is None:
+            self._found(_quoted(path), "is an object whose key is lost")
+
+    @staticmethod
+    def _told_key(bucket, path):
+        """The key that the record of a file tells, or None."""
+        if bucket._xattrs:
+            with contextlib.suppress(OSError):
+                return load_record(os.getxattr(path, XATTR)).get("key")
+        ending = "-%x" % os.stat(path).st_ino
+        return next((_key_in(os.path.join(bucket._meta, sidecar))
+                     for sidecar in _listdir(bucket._meta)
+                     if sidecar.endswith(ending)), None)
+
+    # keys
+
+    def _check_key(self, bucket, key):
+        """The files of a key, and how they belong together."""
+        directory = bucket._version_directory(key)
+        where = _key_text(bucket, key)
+        found = bucket._open_key(key)
+        if found:
+            os.close(found[0])
+            self.counts["objects"] += 1
+            self._check_file(bucket, key, found[2])
+        for name in bucket.version_names(key, False):
+            self.counts["versions"] += 1
+            with self._telling(where):
+                self._check_file(bucket, key, os.path.join(directory, name))
+        if os.path.isdir(directory) or bucket._is_odd(key):
+            with bucket.lock(key):
+                for fault, mend in self._key_faults(bucket, key):
+                    self._found(where, fault, mend)
+
+    @staticmethod
+    def _key_faults(bucket, key):
+        """(fault, what mends it) of the files of a key, whose lock the
+        caller holds, one after the other."""
+        found = bucket._open_key(key)
+        if found:
+            os.close(found[0])
+            if found[2] != bucket._odd_path(key) and bucket._is_odd(key):
+                yield ("hides an older file of its key, under odd/",
+                       lambda: bucket._drop_twin(key))
+        names = bucket.version_names(key, False)
+        if bucket.is_unsettled(key, names):
+            yield ("has a change that was cut off among its versions",
+                   lambda: bucket.settle(key))
+            names = bucket.version_names(key, False)
+            if bucket.is_unsettled(key, names):
+                return                  # the rest follows from it
+        current = bucket.find(key)
+        twin = current and _name_of(current.version_id, names)
+        if twin:
+            yield ("has its current version among the others, too",
+                   lambda: bucket.drop_version(key, twin))
+        elif names and not current and not bucket._is_marker(key, names[0]):
+            yield ("has versions, but none is current: the file was removed "
+                   "by hand, or lost; mended by a delete marker",
+                   lambda: bucket.add_marker(key, names,
+                                             new_version_id(names)))
+        elif not names and not current:
+            yield ("has no version any more",
+                   lambda: bucket._prune_versions(key))
+
+    # files and their records
+
+    def _check_file(self, bucket, key, path):
+        """The record of one file; its content when that is asked for."""
+        fd, status = bucket._open_path(path)
+        try:
+            self.counts["bytes"] += status.st_size
+            fault, record = self._judge(bucket, key, fd, status)
+            if fault is None:
+                return
+            if record is None:
+                self._found(_key_text(bucket, key), fault)
+                return
+
+            def mend():
+                with bucket.lock(key):
+                    if not _same_file(path, status):
+                        raise S3Error("OperationAborted")
+                    bucket._write_record(fd, status, key, record)
+            self._found(_key_text(bucket, key), fault, mend)
+        finally:
+            os.close(fd)
+
+    def _judge(self, bucket, key, fd, status):
+        """(What is wrong with an open file or its record, or None; the
+        record that would be right, None where that is not to be told)."""
+        record = bucket._read_record(fd, status, key)
+        info = _looked_at(Info(key, status, dict(record)), fd)
+        if info.damaged:
+            return "is encrypted, and no record tells how it opens", None
+        if not record:
+            if not bucket.has_record(fd, status, key):
+                return None, None       # put here by hand
+            return "has a damaged record", self._described(
+                {"key": key} if _is_hashed(key) else {}, fd, status) \
+                if status.st_size else None     # else it may be a marker
+        if "etag" in record and "etag" not in info.record:
+            return ("has a record of other content",
+                    self._described(record, fd, status))
+        if "parts" in record and "parts" not in info.record:
+            return "has a record of other parts", info.record
+        if self._verify and "sse" not in record and "etag" in record \
+                and _content_etag(fd, status, record) != record["etag"]:
+            return "has not the content that its ETag tells of", None
+        return None, None
+
+    @staticmethod
+    def _described(record, fd, status):
+        """A record made to fit the content.  Whose digest is the same was
+        copied without its time, what is sealed tells of every change when
+        it is opened; of others the digests are dropped."""
+        if "parts" in record:
+            record = _fitting_parts(record, status.st_size)
+        same = record.get("size") == status.st_size and (
+            "sse" in record or _content_etag(
+                fd, status, record) == record.get("etag"))
+        if not same:
+            record = {name: value for name, value in record.items()
+                      if name not in _CONTENT_FIELDS}
+            record["etag"] = _content_etag(fd, status)
+        record["size"] = status.st_size
+        record["mtime_ns"] = status.st_mtime_ns
+        return record
+
+    def _check_sidecar(self, bucket, name):
+        """A file under meta/: whose record is it?  A copy of the bucket has
+        other inodes, and the old ones in the names."""
+        path = os.path.join(bucket._meta, name)
+        if _modified(path) >= self._before:
+            return                      # its file may come in a moment
+        with open(path, "rb") as file:
+            record = load_record(file.read())
+        key = record.get("key", "")
+        with bucket.lock(key):
+            if not bucket._describes(key, name):
+                heir = key and self._heir(bucket, key, record)
+                self._found(
+                    _quoted(path), "is the record of a file that has "
+                    "another inode now" if heir else "is the record of no "
+                    "file" if key else "is a damaged record", lambda:
+                    os.replace(path, heir) if heir else _unlink(path))
+
+    @staticmethod
+    def _heir(bucket, key, record):
+        """The sidecar that one file of a key lacks and for which this is
+        the record, or None."""
+        directory = bucket._version_directory(key)
+        paths = [os.path.join(directory, name) for name
+                 in bucket.version_names(key, False)]
+        found = bucket._open_key(key)
+        if found:
+            os.close(found[0])
+            paths.insert(0, found[2])
+        for path in paths:
+            status = os.stat(path)
+            if (record.get("size"), record.get("mtime_ns")) == (
+                    status.st_size, status.st_mtime_ns) \
+                    and not bucket.has_record(path, status, key):
+                return bucket._sidecar(key, status.st_ino)
+        return None
+
+    # what else lies there
+
+    def _check_drafts(self, directory):
+        def find(path):
+            self._found(_quoted(path), "is an upload that nobody writes any "
+                        "more", lambda: _unlink(path))
+        _sweep_drafts(directory, self._before, find)
+
+    def _note_others(self, bucket):
+        """Tell of what lies in a bucket and is no object."""
+        for path, directories, files in os.walk(bucket.root):
+            if path == bucket.root and STATE in directories:
+                directories.remove(STATE)
+            for name in files + [name for name in directories
+                                 if os.path.islink(os.path.join(path, name))]:
+                place = os.path.join(path, name)
+                reason = self._no_object(bucket, place)
+                if reason:
+                    self.counts[NOTE] += 1
+                    self._tell(_quoted(place), reason, NOTE)
+
+    @staticmethod
+    def _no_object(bucket, path):
+        """Why a file is no object, or None."""
+        name = os.path.relpath(path, bucket.root)
+        if not _is_utf8(name):
+            return "is no object: its name is not UTF-8"
+        if not is_natural(name.replace(os.sep, "/")):
+            return "is no object: its name is reserved, or none for a key"
+        if len(name.encode()) > MAX_KEY_BYTES:
+            return "is no object: its key would be too long"
+        if os.path.islink(path) and bucket.resolve_inside(path) is None:
+            return "is no object: it leads out of the bucket"
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            return "is no object: %s" % error.strerror
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            return "is no object: it is no regular file"
+        return None
+
+    def _check_uploads(self, name):
+        """The uploads to the bucket of a name."""
+        directory = os.path.join(self._store.dir_uploads, name)
+        try:
+            there = bool(usable_bucket_name(name)
+                         and self._store.bucket(name))
+        except S3Error:
+            there = False
+        for upload_id in filter(_UPLOAD_ID.match, _listdir(directory)):
+            path = os.path.join(directory, upload_id)
+            with self._telling(_quoted(path)):
+                self._check_upload(path, there)
+
+    def _check_upload(self, path, there):
+        """One upload; there: its bucket is."""
+        self.counts["uploads"] += 1
+        upload = self._store._load_upload(path)
+        if _last_change(path) >= self._before:
+            return                      # somebody is at it
+        if upload is None:
+            self._found(_quoted(path), "is no upload: its upload.json is "
+                        "missing or damaged", lambda: shutil.rmtree(path))
+        elif not there:
+            self._found(_quoted(path), "is an upload to a bucket that is not "
+                        "there", lambda: self._store.remove_upload(upload))
+        else:
+            self._check_parts(upload)
+
+    def _check_parts(self, upload):
+        known = {part.path for part in self._store.list_parts(upload)}
+        self.counts["parts"] += len(known)
+        for name in filter(_PART_NAME.match, os.listdir(upload.path)):
+            path = os.path.join(upload.path, name)
+            if path not in known:
+                self._found(_quoted(path), "is a part without a record of its "
+                            "content: send it again")
+        self._check_drafts(upload.path)
+
+
+def _content_etag(fd, status, record=None):
+    """The ETag that the content of an open file has: its MD5, or one of
+    parts when the record tells of such."""
+    runs = (record or {}).get("parts") or [[status.st_size, 1]]
+    digests, offset = [], 0
+    for size, count in runs:
+        for _ in range(count):
+            digest = new_md5()
+            for block in read_blocks(fd, offset, size):
+                digest.update(block)
+            digests.append(digest)
+            offset += size
+    if not (record or {}).get("parts"):
+        return digests[0].hexdigest()
+    return "%s-%d" % (new_md5(b"".join(digest.digest() for digest in digests)
+                              ).hexdigest(), len(digests))
+
+
+def _key_in(path):
+    """The key that a sidecar or KEY_FILE tells; "" for none."""
+    try:
+        with open(path, "rb") as file:
+            return load_record(file.read()).get("key", "")
+    except OSError:
+        return ""
+
+
+def _key_text(bucket, key):
+    """A key, for people."""
+    return "%s/%s" % (bucket.name, uri_encode(key, "/-_.~"))
+
+
+def _quoted(path):
+    """A path, for people, whatever bytes its name has."""
+    return urllib.parse.quote(os.fsencode(path), "/-_.~ :\\")
 
 
 # --- master keys ---
@@ -17555,7 +17971,11 @@ OPTIONS = (
            "write the URL into this file once requests are served"),
 )
 _COMMANDS = (("help", "show this help"), ("version", "show the version"),
-             ("operations", "list every S3 operation and its state"))
+             ("operations", "list every S3 operation and its state"),
+             ("fsck", "check all buckets and uploads, and end"),
+             ("repair", "with -fsck: mend what can be"),
+             ("verify", "with -fsck: also compare every object with its "
+              "ETag"))
 # Besides OPTIONS, with a value, on the command line: name, kind, help
 _VALUED = (("config", "configuration file (default \"./config.xml\", which "
             "need not exist)"),
@@ -17806,6 +18226,13 @@ def load_key_file(values, report):
 
 # --- running ---
 
+def make_store(values, report=None):
+    """The Store of some settings."""
+    return Store(values["dir_buckets"], values["dir_uploads"],
+                 {name: path for name, path in values["bucket"] if path},
+                 values["sync"], values["follow_symlinks"], report=report)
+
+
 class Running:
     """A server that runs, as serve() gives it.
 
@@ -17820,10 +18247,7 @@ class Running:
         self.region = values["region"] or "us-east-1"
         tls = load_tls(values)
         report = report or (lambda line: None)
-        self.store = Store(
-            values["dir_buckets"], values["dir_uploads"],
-            {name: path for name, path in values["bucket"] if path},
-            values["sync"], values["follow_symlinks"], report=report)
+        self.store = make_store(values, report)
         self.dir_buckets = self.store.dir_buckets
         self.dir_uploads = self.store.dir_uploads
         first = Account(self.key_id, self.key_val, values["user_id"],
@@ -18020,6 +18444,7 @@ def banner(running, config, color=False):
         https="True" if running.url.startswith("https") else "False")
 
 
+PROGRESS_SECONDS = 5
 _BANNER = """\
 {bold}gos3rve {version}{plain}
   url         {url}{everywhere}
@@ -18073,6 +18498,10 @@ def main(argv=None):
                 print(text())
                 return 0
         config = read_config(argv, os.environ)
+        asked = {name for name in ("fsck", "repair", "verify")
+                 if _switch(arguments.get(name, "false"))}
+        if asked:
+            return fsck(config, asked)
         if "check_dir" in arguments:
             return check_dir(arguments["check_dir"], config.values["sync"])
         return run(config)
@@ -18105,6 +18534,40 @@ def check_dir(path, sync, seconds=None):
     print("%s: %s" % (path, "needed and missing: " + ", ".join(lacking)
                       if lacking else "all that is needed is there"))
     return 1 if lacking else 0
+
+
+def fsck(config, asked):
+    """Print what a Checker finds, a line each: 1 when a fault is left,
+    else 0.  asked: which of `fsck`, `repair` and `verify`."""
+    if "fsck" not in asked:
+        raise ConfigError("-%s goes with -fsck" % sorted(asked)[0])
+    if "repair" in asked and config.values["readonly"]:
+        raise ConfigError("-repair changes what -readonly protects")
+    store = make_store(config.values)
+    if not os.path.isdir(store.dir_buckets):
+        raise ConfigError("-fsck: there is no directory "
+                          + store.dir_buckets)
+    said = [time.monotonic()]
+
+    def progress(counts):
+        if time.monotonic() >= said[0] + PROGRESS_SECONDS:
+            said[0] = time.monotonic()
+            operator_log("checked %d objects and %d versions, %d MiB so far"
+                         % (counts["objects"], counts["versions"],
+                            counts["bytes"] // MIB))
+    try:
+        counts = Checker(
+            store, lambda where, what, state: print(
+                "%-7s %s %s" % (state, where, what), flush=True),
+            "repair" in asked, "verify" in asked, progress).run()
+    except KeyboardInterrupt:
+        return 130
+    print("checked %s, %s bytes%s: %s" % (
+        ", ".join("%d %s" % (counts[what], what) for what in (
+            "buckets", "objects", "versions", "uploads", "parts")),
+        counts["bytes"], " read" if "verify" in asked else "",
+        "%d faults mended, %d left" % (counts[MENDED], counts[LEFT])))
+    return 1 if counts[LEFT] else 0
 
 
 def run(config):

@@ -5622,6 +5622,265 @@ class SweepingWithSidecars(Sweeping):
     xattrs = False
 
 
+# --- checking ---
+
+class Checks(UploadCase):
+    """What a Checker finds and mends, each fault made by hand."""
+
+    def check(self, **options):
+        """{what was found: state}, a word of each where and what."""
+        found = {}
+        checker = gos3rve.Checker(
+            self.store, lambda where, what, state: found.update(
+                {(where.rpartition("/")[2], what): state}), **options)
+        checker._before = time.time() + FUTURE
+        self.counts = checker.run()
+        return found
+
+    def assert_mended(self, words):
+        """A fault, and what follows from it, is found and mended."""
+        for mend, state in ((False, "fault"), (True, "mended")):
+            found = self.check(mend=mend)
+            self.assertIn(words, " ".join(what for _, what in found))
+            self.assertEqual(set(found.values()), {state})
+        self.restart()
+        self.assertEqual(self.check(), {})
+
+    def assert_left(self, words, state="fault", **options):
+        """One fault is found, and is not mended."""
+        for mend in (False, True):
+            found = self.check(mend=mend, **options)
+            self.assertEqual([words in what for _, what in found], [True],
+                             found)
+            self.assertEqual(list(found.values()), [state])
+
+    def damage(self, path, data=b"{"):
+        """Overwrite the record of a file."""
+        if self.xattrs and HAVE_XATTRS:
+            os.setxattr(path, gos3rve.XATTR, data)
+            return
+        meta = self.path(gos3rve.STATE, "meta")
+        name, = (name for name in os.listdir(meta)
+                 if name.endswith("-%x" % os.stat(path).st_ino))
+        by_hand(os.path.join(meta, name), data)
+
+    def switch(self):
+        self.bucket.save({"versioning": "Enabled"})
+
+    def test_what_is_in_order_has_no_fault(self):
+        self.switch()
+        for key in ("a", "b/c", "d/", "x" * 1000, "a/b", ".."):
+            self.put(key, b"1")
+            self.put(key, b"2")
+            self.put(key + "*", b"")
+            self.delete(key + "*")
+        by_hand(self.path("hand"), b"made")
+        self.complete_parts("parts", [b"1" * 99, b"2" * 99])
+        self.part(self.begin(), 1, b"part")
+        self.assertEqual(self.check(mend=True, verify=True), {})
+        counts = {what: self.counts[what] for what in (
+            "buckets", "objects", "versions", "uploads", "parts")}
+        self.assertEqual(counts, {"buckets": 1, "objects": 8,
+                                  "versions": 18, "uploads": 1, "parts": 1})
+
+    def complete_parts(self, key, parts):
+        """An object of parts, its record as an operation makes it."""
+        data = b"".join(parts)
+        digests = b"".join(bytes.fromhex(md5_hex(part)) for part in parts)
+        record = dict(self.record(data), parts=[
+            [len(part), 1] for part in parts], etag="%s-%d" % (
+                md5_hex(digests), len(parts)))
+        with self.bucket.draft() as draft:
+            draft.write(data)
+            self.store.put_object(self.bucket, key, draft, record, ANY)
+
+    def test_a_copy_without_times_gets_its_records_back(self):
+        """As `cp -r --preserve=xattr` leaves them: the digest tells."""
+        self.put("a", b"content")
+        self.complete_parts("b", [b"1" * 99, b"2" * 9])
+        etags = [entry.etag for entry in self.page()]
+        for key in ("a", "b"):
+            os.utime(self.path(key), (1, 1))
+        self.assertNotEqual(etags, [entry.etag for entry in self.page()])
+        found = self.check(mend=True)
+        self.assertEqual(found, dict.fromkeys((
+            (key, "has a record of other content") for key in "ab"),
+            "mended"))
+        self.assertEqual(etags, [entry.etag for entry in self.page()])
+        self.assertEqual(self.bucket.find("b").record["parts"],
+                         [[99, 1], [9, 1]])
+        self.assertEqual(self.check(), {})
+
+    def test_an_edited_file_gets_the_digest_that_it_has(self):
+        self.put("a", b"content")
+        by_hand(self.path("a"), b"CONTENT")
+        self.assert_mended("other content")
+        info = self.bucket.find("a")
+        self.assertEqual(info.etag, md5_hex(b"CONTENT"))
+        self.assertEqual(info.record["meta"]["md5"], md5_hex(b"content"))
+
+    def test_damaged_records(self):
+        self.put("a", b"content")
+        self.damage(self.path("a"))
+        self.assert_mended("a damaged record")
+        self.assertEqual(self.bucket.find("a").etag, md5_hex(b"content"))
+
+    def test_content_that_is_not_what_its_etag_says(self):
+        self.put("a", b"content")
+        status = os.stat(self.path("a"))
+        with open(self.path("a"), "r+b") as file:
+            file.write(b"C")
+        os.utime(self.path("a"), ns=(status.st_mtime_ns,) * 2)
+        self.assertEqual(self.check(), {})
+        self.assert_left("not the content", verify=True)
+
+    def test_records_in_a_copy_of_the_bucket(self):
+        """A copy has other inodes, and sidecars are named by them."""
+        self.switch()
+        self.put("a", b"1")
+        self.put("a", b"2")
+        infos = [(info.version_id, info.etag, info.record)
+                 for info in self.bucket.versions("a")]
+        shutil.copytree(self.path(), self.path() + "-copy")
+        shutil.rmtree(self.path())
+        os.rename(self.path() + "-copy", self.path())
+        self.restart()
+        found = self.check(mend=True)
+        if self.xattrs and HAVE_XATTRS:
+            self.assertEqual(found, {})
+        else:
+            self.assertEqual([what for _, what in found], [
+                "is the record of a file that has another inode now"] * 2)
+        self.assertEqual(infos, [(info.version_id, info.etag, info.record)
+                                 for info in self.bucket.versions("a")])
+        self.assertEqual(self.check(), {})
+
+    def test_a_record_of_no_file(self):
+        by_hand(self.path(gos3rve.STATE, "meta", "0" * 32 + "-7"),
+                b'{"key":"gone","size":1,"mtime_ns":1}')
+        self.assert_mended("record of no file")
+
+    def test_versions_without_a_current_one(self):
+        self.switch()
+        self.put("a", b"1")
+        self.put("a", b"2")
+        os.unlink(self.path("a"))
+        self.assert_mended("none is current")
+        self.assertEqual([(info.marker, info.latest) for info
+                          in self.bucket.versions("a")],
+                         [(True, True), (False, False)])
+
+    def test_a_marker_that_a_crash_left_pending(self):
+        self.switch()
+        self.put("a", b"1")
+        self.delete("a")
+        name, = (name for name in self.bucket.version_names("a", False)
+                 if self.bucket._is_marker("a", name))
+        path = os.path.join(self.bucket._version_directory("a"), name)
+        os.rename(path, path + gos3rve.PENDING)
+        self.assert_mended("was cut off")
+
+    def test_a_current_version_among_the_others(self):
+        self.switch()
+        info = self.put("a", b"1")
+        self.put("a", b"2")
+        path = self.bucket._version_directory("a")
+        current = self.bucket.find("a").version_id
+        os.link(self.path("a"), os.path.join(path, current))
+        self.assert_mended("current version among")
+        self.assertEqual(os.listdir(path), [info.version_id])
+
+    def test_versions_of_a_key_that_is_told_no_more(self):
+        self.switch()
+        for data in (b"1", b"2"):
+            self.put("x" * 1000, data)
+        directory = self.bucket._version_directory("x" * 1000)
+        os.unlink(os.path.join(directory, gos3rve.KEY_FILE))
+        self.assert_mended("does not tell")
+        self.assertEqual(len(self.bucket.versions("x" * 1000)), 2)
+
+    def test_a_directory_without_versions(self):
+        os.makedirs(self.path(gos3rve.STATE, "versions", "kgone"))
+        self.assert_mended("no version any more")
+
+    def test_an_object_whose_key_is_lost(self):
+        by_hand(self.path(gos3rve.STATE, "odd", "h" + "0" * 64), b"?")
+        self.assert_left("key is lost")
+
+    def test_a_file_hidden_under_odd(self):
+        self.put("a", b"new")
+        by_hand(self.path(gos3rve.STATE, "odd", "ka"), b"old")
+        self.assert_mended("hides an older")
+        self.assertEqual(self.read("a")[1], b"new")
+
+    def test_sealed_content_without_its_record(self):
+        by_hand(self.path("a"), gos3rve.SEAL_MAGIC + bytes(50))
+        self.assert_left("is encrypted")
+
+    def test_damaged_settings(self):
+        by_hand(self.path(gos3rve.STATE, "bucket.json"), b"{")
+        self.assert_left("lost its settings")
+
+    def test_what_nobody_will_finish(self):
+        by_hand(self.path(gos3rve.STATE, "tmp", "t" + "0" * 24), b"draft")
+        self.assert_mended("nobody writes")
+        os.mkdir(os.path.join(self.buckets, ".gos3rve-new-0"))
+        self.assert_mended("being made or deleted")
+
+    def test_a_draft_that_somebody_writes_is_none_of_it(self):
+        with self.bucket.draft() as draft:
+            draft.write(b"more to come")
+            self.assertEqual(self.check(mend=True), {})
+            self.assertTrue(os.path.exists(draft.path))
+
+    def test_uploads(self):
+        upload = self.begin()
+        self.part(upload, 1, b"part")
+        os.utime(os.path.join(upload.path, "00001"), (1, 1))
+        self.assert_left("without a record of its content")
+        by_hand(os.path.join(upload.path, "upload.json"), b"{")
+        self.assert_mended("missing or damaged")
+        path = os.path.join(self.uploads, "other", "0" * 48)
+        by_hand(os.path.join(path, "upload.json"),
+                b'{"key": "k", "initiated_ns": 1}')
+        self.assert_mended("bucket that is not there")
+        self.assertFalse(os.path.exists(path))
+
+    def test_what_is_no_object_is_noted(self):
+        os.symlink("/", self.path("out"))
+        self.assert_left("leads out", "note")
+        os.unlink(self.path("out"))
+        os.symlink("nothing", self.path("broken"))
+        self.assert_left("No such file", "note")
+        os.unlink(self.path("broken"))
+        by_hand(self.path(".gos3rve-x"), b"")
+        self.assert_left("reserved", "note")
+        os.unlink(self.path(".gos3rve-x"))
+        if hasattr(os, "mkfifo"):
+            os.mkfifo(self.path("fifo"))
+            self.assert_left("no regular file", "note")
+
+    def test_what_cannot_be_read_is_a_fault_and_the_rest_is_checked(self):
+        for key in ("a", "b", "c"):
+            self.put(key, b"content")
+        os.utime(self.path("c"), (1, 1))
+        real = self.bucket._open_path
+
+        def failing(path):
+            if path.endswith("/b"):
+                raising(errno.EIO)()
+            return real(path)
+        with mock.patch.object(self.bucket, "_open_path", failing):
+            found = self.check(mend=True)
+        states = {key: state for (key, _), state in found.items()}
+        self.assertEqual((states["b"], states["c"]), ("fault", "mended"))
+
+
+class ChecksWithSidecars(Checks):
+    """The same without extended attributes."""
+    xattrs = False
+
+
 # --- the self-test of a file system ---
 
 def named(change):
@@ -20899,7 +21158,8 @@ class ConfigCommands(ConfigCase):
             listed = set(re.findall(r"^  -(\w+)", out, re.MULTILINE))
             names = {option.name for option in gos3rve.OPTIONS}
             self.assertEqual(listed, names | {
-                "config", "check_dir", "help", "version", "operations"})
+                "config", "check_dir", "help", "version", "operations",
+                "fsck", "repair", "verify"})
             self.assertLessEqual(set(SEED_FLAGS), listed)
             for option in gos3rve.OPTIONS:
                 self.assertIn(option.help, out)
@@ -20959,6 +21219,50 @@ class ConfigCommands(ConfigCase):
             self.assertEqual((status, out), (2, ""))
             self.assertIn("-check_dir: %s: " % path, err)
             self.assertIn(words, err)
+
+    def test_fsck_says_what_is_wrong_and_what_it_mended(self):
+        def fsck(*flags):
+            return self.main("-dir_buckets", "b", "-fsck", *flags)
+        self.assertEqual(fsck()[:2], (2, ""))
+        by_hand("b/box/a\n\u00e9", b"1234")
+        with gos3rve.serve("b", dir_uploads="uploads") as server:
+            store = server.store
+            for key in ("b", "c"):
+                with store.bucket("box").draft() as draft:
+                    draft.write(b"content")
+                    store.put_object(store.bucket("box"), key, draft, {
+                        "etag": md5_hex(b"content")}, ANY)
+        ended = "checked 1 buckets, 3 objects, 0 versions, 0 uploads, " \
+            "0 parts, 18 bytes%s: %d faults mended, %d left\n"
+        self.assertEqual(fsck(), (0, ended % ("", 0, 0), ""))
+        os.utime("b/box/b", (1, 1))
+        by_hand("b/box/c", b"CONTENT")
+        wrong = "".join("%%-7s box/%s has a record of other content\n" % key
+                        for key in "bc")
+        self.assertEqual(fsck(), (
+            1, wrong % (("fault",) * 2) + ended % ("", 0, 2), ""))
+        self.assertEqual(fsck("-repair", "-verify"), (
+            0, wrong % (("mended",) * 2) + ended % (" read", 2, 0), ""))
+        self.assertEqual(fsck("-verify"), (0, ended % (" read", 0, 0), ""))
+        by_hand("b/other/.gos3rve/bucket.json", b"{")
+        self.assertEqual(fsck("-repair")[0], 1)
+
+    def test_fsck_tells_how_far_it_is(self):
+        by_hand("b/box/a", b"1")
+        said = []
+        with mock.patch.object(gos3rve, "PROGRESS_SECONDS", 0), \
+                mock.patch.object(gos3rve, "operator_log", said.append):
+            status, _, _ = self.main("-dir_buckets", "b", "-fsck")
+        self.assertEqual(status, 0)
+        self.assertEqual(said, ["checked 1 objects and 0 versions, 0 MiB "
+                                "so far"])
+
+    def test_fsck_without_its_companions(self):
+        for argv in (("-repair",), ("-verify",),
+                     ("-fsck", "-repair", "-readonly")):
+            status, out, err = self.main(*argv)
+            self.assertEqual((status, out), (2, ""))
+            self.assertRegex(err, r"\Agos3rve: -\w+ [^\n]+\n\Z")
 
     def test_a_command_works_as_a_process(self):
         server = Process(self, "-operations", wait=False)
@@ -22662,8 +22966,8 @@ class HouseTables(unittest.TestCase):
         names = [option.name for option in gos3rve.OPTIONS]
         self.assertEqual(set(names) - set(flags), set())
         self.assertEqual(set(flags) - set(names), {
-            "config", "check_dir", "help", "version", "operations"}
-            & set(flags))
+            "config", "check_dir", "help", "version", "operations", "fsck",
+            "repair", "verify"} & set(flags))
         self.assertEqual(len(flags), len(set(flags)))
 
     def test_the_README_has_each_operation_with_its_state(self):
