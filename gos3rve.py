@@ -3989,7 +3989,9 @@ class Bucket:
     def _read_record(self, file, status, key):
         """The record of a file (descriptor or path); {} for none.
 
-        A record that cannot be had never fails a read.
+        What is damaged or may not be read never fails a read.  OSError
+        where there is one that cannot be had just now: without its record
+        an object would be another one.
         """
         return self._find_record(file, status, key)[0]
 
@@ -4001,6 +4003,8 @@ class Bucket:
             try:
                 return self._loaded(os.getxattr(file, XATTR), key), True
             except OSError as error:
+                if error.errno not in _NO_RECORD:
+                    raise
                 sure = error.errno in _NO_XATTR_YET
         if not os.access(self._meta, os.F_OK):
             return {}, sure             # as in most buckets: no exception
@@ -4008,6 +4012,8 @@ class Bucket:
             with open(self._sidecar(key, status.st_ino), "rb") as sidecar:
                 return self._loaded(sidecar.read(), key), False
         except OSError as error:
+            if error.errno not in _NO_RECORD:
+                raise
             return {}, sure and error.errno == errno.ENOENT
 
     def has_record(self, file, status, key):
@@ -4918,6 +4924,9 @@ _NO_XATTR_YET = (errno.ENODATA, errno.ENOTSUP, errno.EOPNOTSUPP)
 _NO_XATTR = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.E2BIG, errno.ENOSPC,
              errno.ERANGE, errno.EPERM, errno.EACCES, errno.ENOSYS,
              errno.EDQUOT)
+# There is no record, or no right to see it; anything else may pass
+_NO_RECORD = _NO_XATTR + _NO_XATTR_YET + (
+    errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 # --- listing ---
@@ -5147,7 +5156,7 @@ class Walker:
             if name[:1] == "k":
                 keys.append(urllib.parse.unquote(name[1:]))
             elif name[:1] == "h":
-                with contextlib.suppress(OSError), open(os.path.join(
+                with contextlib.suppress(*_ABSENT), open(os.path.join(
                         path, name, KEY_FILE), "rb") as file:
                     keys.append(load_record(file.read()).get("key"))
         return Names(stamp, sorted(filter(None, keys)), frozenset())
@@ -5198,7 +5207,7 @@ class Walker:
             if name[:1] == "k":
                 keys.append(urllib.parse.unquote(name[1:]))
             elif name[:1] == "h":
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(*_ABSENT):
                     keys.append(self._hashed_key(
                         os.path.join(path, name), name))
         return Names(stamp, sorted(filter(None, keys)), frozenset())
@@ -5207,11 +5216,15 @@ class Walker:
         """The key of that odd_name() that a file's record tells, or None.
         """
         if self._bucket._xattrs:
-            with contextlib.suppress(OSError):
+            try:
                 record = load_record(os.getxattr(path, XATTR))
-                for key in (record.get("key", ""), record.get("was", "")):
-                    if odd_name(key) == name:
-                        return key
+            except OSError as error:
+                if error.errno not in _NO_RECORD:
+                    raise
+                record = {}
+            for key in (record.get("key", ""), record.get("was", "")):
+                if odd_name(key) == name:
+                    return key
         ending = "-%x" % os.stat(path).st_ino
         for sidecar in os.listdir(self._bucket._meta):
             if sidecar.endswith(ending) and sidecar[:32] == name[1:33]:
@@ -5228,7 +5241,8 @@ class Walker:
             except _ABSENT + (ValueError,):
                 self._seen[path] = None
             except OSError as error:
-                if error.errno == errno.EACCES:     # lost+found, say
+                if error.errno == errno.EACCES and not path.startswith(
+                        self._bucket._state):       # lost+found, say
                     self._bucket._report("%s cannot be read and is left "
                                          "out of listings" % path)
                 elif error.errno not in _ABSENT_ERRNO:

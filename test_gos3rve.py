@@ -20,8 +20,9 @@ those of gos3rve.py, under the same banners:
     12. Real clients
     13. House
     14. Benchmark
+    15. Soak
 
-`python3 test_gos3rve.py bench` measures instead.
+`python3 test_gos3rve.py bench` measures instead, `... soak` torments.
 """
 
 import argparse
@@ -3320,6 +3321,24 @@ class DamagedRecords(StorageCase):
                 self.assertEqual(info.etag[-2:], "-0")
                 self.assertEqual(self.page()[0].etag, info.etag)
                 self.assertIn("box/k", "".join(self.reports))
+
+    def test_a_record_that_cannot_be_had_just_now_is_not_absent(self):
+        """Else an object would be another one, and a listing that knows
+        its directory would lack a key until that changes."""
+        odd = "odd//" + "k" * 200
+        for key in ("k", odd):
+            self.put(key, b"content")
+        where = (os, "getxattr") if self.xattrs and HAVE_XATTRS \
+            else (gos3rve, "open")
+        self.restart()
+        with mock.patch.object(*where, create=True, side_effect=OSError(
+                errno.EIO, "Input/output error")):
+            for look in (bound(self.read, "k"), self.page, self.keys,
+                         bound(self.bucket.archive, "k", [])):
+                with self.assertRaises(OSError):
+                    look()
+        self.assertEqual(self.read("k")[0].etag, md5_hex(b"content"))
+        self.assertEqual([info.key for info in self.page()], ["k", odd])
 
     def test_parts_that_cannot_be_are_left_out_of_a_record(self):
         """Nobody spells out a thousand million parts."""
@@ -19084,6 +19103,15 @@ def alive(pid):
         return False
 
 
+def program(patch):
+    """The arguments of Python that run gos3rve.py; patch: what to change
+    in gos3rve before that."""
+    if not patch:
+        return [SERVER]
+    return ["-B", "-c", "import sys; sys.path.insert(0, %r)\n"
+            "import gos3rve\n%s\nsys.exit(gos3rve.main())" % (HERE, patch)]
+
+
 class Process:
     """gos3rve.py as a process of its own, in a directory of its own; it
     ends with its test.  text: its banner; stderr(): what it said there.
@@ -19094,13 +19122,9 @@ class Process:
         self.directory = temporary_directory(test)
         self._stderr = open(os.path.join(temporary_directory(test),
                                          "stderr"), "wb")
-        program = [SERVER]
-        if patch:
-            program = ["-B", "-c", "import sys; sys.path.insert(0, %r)\n"
-                       "import gos3rve\n%s\nsys.exit(gos3rve.main())"
-                       % (HERE, patch)]
         self.process = subprocess.Popen(
-            [sys.executable] + program + [str(word) for word in arguments],
+            [sys.executable] + program(patch)
+            + [str(word) for word in arguments],
             cwd=self.directory, env=clean_environment(**environment or {}),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=self._stderr, universal_newlines=True)
@@ -19927,20 +19951,24 @@ class ServerTls(HttpCase):
 
 
 class ServerProcess:
-    """gos3rve.py as a process of its own over some directories."""
+    """gos3rve.py as a process of its own over some directories.  patch:
+    as a Process has it; prepare: called in it before it runs."""
 
-    def __init__(self, directory, *arguments, interpreter=sys.executable):
+    def __init__(self, directory, *arguments, interpreter=sys.executable,
+                 patch=None, prepare=None):
         self.directory = directory
         self.buckets = os.path.join(directory, "buckets")
         ready = os.path.join(directory, "ready-" + os.urandom(4).hex())
         self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [interpreter, SERVER, "-p", "0", "-bind", "127.0.0.1",
-             "-key_id", "KEY", "-key_val", "SECRET", "-log", "none",
-             "-dir_buckets", self.buckets,
-             "-dir_uploads", os.path.join(directory, "uploads"),
-             "-ready_file", ready] + list(arguments),
-            stdout=subprocess.DEVNULL, stderr=self.errors)
+            [interpreter] + program(patch)
+            + ["-p", "0", "-bind", "127.0.0.1",
+               "-key_id", "KEY", "-key_val", "SECRET", "-log", "none",
+               "-dir_buckets", self.buckets,
+               "-dir_uploads", os.path.join(directory, "uploads"),
+               "-ready_file", ready] + list(arguments),
+            stdout=subprocess.DEVNULL, stderr=self.errors,
+            preexec_fn=prepare)
         self.workers = []
         deadline = time.monotonic() + 20
         while not os.path.exists(ready):
@@ -19978,109 +20006,6 @@ class ServerProcess:
     def __exit__(self, *_):
         self.kill()
         self.errors.close()
-
-
-class KilledServer(unittest.TestCase):
-    """kill -9 at random moments: what was acknowledged is whole, what was
-    not is the old object or the new one, and a sweep leaves nothing."""
-
-    rounds = int(os.environ.get("GOS3RVE_KILLS", "8"))
-
-    def setUp(self):
-        self.directory = temporary_directory(self)
-        self.random = random.Random(os.environ.get("GOS3RVE_SEED"))
-        self.sure = {}                  # key -> content that must be there
-        self.maybe = {}                 # key -> contents it may have, too
-
-    def content(self):
-        """New content of random length."""
-        size = self.random.choice((0, 10, 5000, 300000, 6 * MIB))
-        return os.urandom(16) * (size // 16)
-
-    def write(self, client, key, body):
-        """One PUT, multipart upload or copy of `body` under `key`."""
-        kind = self.random.choice(("put", "put", "copy", "multipart"))
-        path = "/box/" + key
-        self.maybe.setdefault(key, set()).add(body)
-        if kind == "put":
-            answer = client.put(path, body, payload="UNSIGNED-PAYLOAD")
-        elif kind == "copy":
-            source = "source-" + key
-            self.maybe.setdefault(source, set()).add(body)
-            answer = client.put("/box/" + source, body)
-            self.acknowledge(answer, source, body)
-            answer = client.put(path, headers={
-                "x-amz-copy-source": "/box/" + source})
-        else:
-            answer = self.multipart(client, path, body)
-        self.acknowledge(answer, key, body)
-
-    def acknowledge(self, answer, key, body):
-        self.assertEqual(answer.status, 200, answer.body)
-        self.sure[key] = body
-        self.maybe[key] = {body}
-
-    def multipart(self, client, path, body):
-        parts = [body[:5 * MIB], body[5 * MIB:]]
-        upload = client.post(path, [("uploads", "")]).one("UploadId")
-        document = ""
-        for number, part in enumerate(filter(None, parts), 1):
-            etag = client.put(path, part, [
-                ("partNumber", str(number)), ("uploadId", upload)],
-                payload="UNSIGNED-PAYLOAD").etag
-            document += ("<Part><PartNumber>%d</PartNumber><ETag>%s</ETag>"
-                         "</Part>" % (number, etag))
-        if not document:
-            return client.put(path, body)
-        return client.post(path, [("uploadId", upload)], (
-            "<CompleteMultipartUpload>%s</CompleteMultipartUpload>"
-            % document).encode())
-
-    def test_nothing_acknowledged_is_lost_and_nothing_torn_is_seen(self):
-        for _ in range(self.rounds):
-            with ServerProcess(self.directory, "-bucket",
-                               "box") as server:
-                self.check(server)
-                timer = threading.Timer(self.random.uniform(0, 0.15),
-                                        server.kill)
-                timer.start()
-                with contextlib.suppress(
-                        OSError, http.client.HTTPException), \
-                        contextlib.closing(server.client()) as client:
-                    while True:
-                        key = "key%d" % self.random.randrange(8)
-                        self.write(client, key, self.content())
-                timer.join()
-        with ServerProcess(self.directory) as server:
-            self.check(server)
-        self.check_swept()
-
-    def check(self, server):
-        """Every key has one of its possible contents."""
-        client = server.client()
-        self.addCleanup(client.close)
-        for key, contents in sorted(self.maybe.items()):
-            answer = client.get("/box/" + key)
-            if answer.status == 404 and key not in self.sure:
-                continue
-            allowed = contents | {self.sure.get(key)}
-            self.assertEqual(answer.status, 200, key)
-            self.assertIn(answer.body, allowed, "%s is torn" % key)
-            if "-" not in answer.etag:
-                self.assertEqual(answer.etag, hashlib.md5(
-                    answer.body).hexdigest())
-            self.sure[key], self.maybe[key] = answer.body, {answer.body}
-
-    def check_swept(self):
-        """A sweep, an hour later, leaves objects and nothing else."""
-        store = Store(os.path.join(self.directory, "buckets"),
-                      os.path.join(self.directory, "uploads"))
-        store.sweep(60, now=time.time() + 3600)
-        self.assertEqual(os.listdir(store.dir_uploads), [])
-        state = os.path.join(store.dir_buckets, "box", gos3rve.STATE)
-        self.assertEqual(os.listdir(os.path.join(state, "tmp")), [])
-        self.assertEqual(set(os.listdir(os.path.join(
-            store.dir_buckets, "box"))) - {gos3rve.STATE}, set(self.sure))
 
 
 class Webhook:
@@ -20672,64 +20597,6 @@ class VersionServers(unittest.TestCase):
         self.assertEqual([name for name in names
                           if name.partition(".")[0] in left],
                          [name + gos3rve.PENDING for name in left])
-
-
-class KilledVersions(VersionServers):
-    """kill -9 of one of two servers at random moments, and of all that
-    they were doing: no acknowledged version is lost, no other is seen
-    half, one is the latest."""
-
-    rounds = int(os.environ.get("GOS3RVE_KILLS", "3"))
-
-    def act(self, client, seed):
-        """One random change."""
-        chance = random.Random(seed)
-        key = chance.choice(sorted(self.sure))
-        known = list(self.sure[key])
-        kind = chance.choice(("put", "copy", "complete", "hide", "remove",
-                              "remove", "remove", "remove"))
-        if kind == "hide":
-            self.hide(client, key)
-        elif kind == "remove":
-            if known:
-                self.remove(client, key, chance.choice(known))
-        else:
-            self.write(client, key, self.content(), kind)
-
-    def work(self, server, stop):
-        """Changes until a server, or all, shall end; how many."""
-        count = 0
-        with contextlib.closing(server.client()) as client:
-            while not stop.is_set():
-                try:
-                    self.act(client, self.random.random())
-                except (OSError, http.client.HTTPException):
-                    return count
-                count += 1
-        return count
-
-    def test_no_acknowledged_version_is_lost(self):
-        acts = versions = 0
-        for number in range(self.rounds):
-            stop, server = threading.Event(), self.servers[number % 2]
-
-            def kill():
-                time.sleep(self.random.uniform(0.02, 0.15))
-                server.kill()
-                time.sleep(0.01)
-                stop.set()
-            done = run_threads(kill, *[bound(self.work, one, stop)
-                                       for one in self.servers * 4])
-            for error in done:
-                if isinstance(error, Exception):
-                    raise error
-            acts += sum(done[1:])
-            self.servers[number % 2] = self.start()
-            versions = max(versions, self.check())
-        self.assertGreater(acts, self.rounds)
-        if "GOS3RVE_KILLS" in os.environ:
-            print("%d kills, %d changes acknowledged, up to %d versions"
-                  % (self.rounds, acts, versions))
 
 
 class ConcurrentVersions(VersionServers):
@@ -23098,7 +22965,7 @@ class Endpoint(NamedTuple):
 class Ask(NamedTuple):
     """A small request, and what its answer has to be: length is that of
     the body (of HEAD: the header), content the body, keys the number of
-    its <Key>.  The headers are not signed."""
+    its <Key>."""
     method: str
     path: str
     query: Tuple[Tuple[str, str], ...] = ()
@@ -23124,9 +22991,8 @@ class Stream(NamedTuple):
 def request_bytes(client, ask):
     """The signed request of an Ask."""
     raw_path = quote(ask.path, "/-_.~")
-    headers = client.sign(ask.method, raw_path, ask.query, {},
-                          "UNSIGNED-PAYLOAD")
-    headers.update(ask.headers)
+    headers = client.sign(ask.method, raw_path, ask.query,
+                          dict(ask.headers), "UNSIGNED-PAYLOAD")
     if ask.body or ask.method in ("PUT", "POST"):
         headers["content-length"] = len(ask.body)
     target = raw_path
@@ -23544,6 +23410,10 @@ class Crew:
     def go(self, seconds=None):
         """Let it run to its end; the list of results."""
         self.start(seconds)
+        return self.finish()
+
+    def finish(self):
+        """Wait for its end; the list of results."""
         return self._results()
 
     def _results(self):
@@ -24437,7 +24307,1471 @@ class BenchRuns(unittest.TestCase):
         self.assertEqual(text.count("failed: "), 2)
 
 
+###############################################################################
+# 15. Soak
+###############################################################################
+#
+# `python3 test_gos3rve.py soak [SECONDS]`: two servers with workers on one
+# directory, clients that write down what they did and what they saw, and a
+# tormentor who kills, freezes and starves the servers meanwhile.  After
+# each round all is quiet, and then: every key's history has to have an
+# order, every acknowledged version has to be there, the listings have to
+# agree with the objects, and no descriptor, thread or file is left over.
+#
+# The parent torments and checks; a Crew of processes carries the clients.
+
+# --- histories ---
+#
+# What happened to one key, as the register that it is: its value is the
+# ETag of the object, or None.
+
+class Act(NamedTuple):
+    """What a client did to a key at some moment from start to end.
+
+    kind: one of POSSIBLE.  value: what it left there or, of a read, what
+    it saw.  named: the ETag of its If-Match.  sure: False where the answer
+    was lost: it may have happened, and up to `end`, or not at all.  by:
+    the operation, for people.
+    """
+    start: float
+    end: float
+    kind: str
+    value: Optional[str] = None
+    named: Optional[str] = None
+    sure: bool = True
+    by: str = ""
+
+
+# kind -> whether it can have happened to a key with that value
+POSSIBLE = {
+    "read": lambda value, act: value == act.value,
+    "write": lambda value, act: True,           # a delete writes None
+    "swap": lambda value, act: value == act.named,
+    "add": lambda value, act: value is None,    # If-None-Match: *
+    # refused by the condition: a swap of another value, an add over one
+    "differs": lambda value, act: value not in (None, act.named),
+    "present": lambda value, act: value is not None,
+}
+CHANGES = frozenset(("write", "swap", "add"))
+UNSEEN = "nobody saw or named it"
+
+
+class History:
+    """Looks for an order of the acts on a key in which each of them, at
+    one moment between its start and its end, finds what it says it found.
+
+    Lowe's just-in-time linearization ("Testing for linearizability", 2017)
+    of Wing and Gong's search: the acts' starts and ends are gone through
+    in time, with the set of all states that the key may be in: (its value,
+    which of the pending acts have happened).  An act has to have happened
+    at its end, and no sooner than that is asked whether it can have.
+
+    What makes the set small: what changes nothing happens as soon as it
+    can; a value that somebody will only then begin to look for is not
+    written over, since nobody writes a value twice; values that nobody
+    ever saw are one and the same, and of pending acts that do the same the
+    one that ends first happens first.
+    """
+
+    def __init__(self, acts, first=None):
+        self._first = first
+        self._last_look = {}            # value -> when its last read starts
+        self._acts = self._prepared(acts)
+        self._pending = {}              # bit -> Act
+        self._unsure = 0                # bits
+
+    def _prepared(self, acts):
+        """The acts, with what others tell of them."""
+        writers = {self._first: 1}
+        seen, named = {}, set()
+        for act in acts:
+            value = act.value
+            if act.kind in CHANGES:
+                writers[value] = writers.get(value, 0) + 1
+            if act.kind in ("swap", "differs"):
+                named.add(act.named)
+                value = act.named
+            if act.kind in ("read", "swap") and act.sure:
+                look, end = seen.get(value, (act.start, act.end))
+                seen[value] = max(look, act.start), min(end, act.end)
+        unique = {value for value, count in writers.items()
+                  if count == 1 and value is not None}
+        self._last_look = {value: seen[value][0]
+                           for value in unique.intersection(seen)}
+        return [self._with_hindsight(act, seen, named, unique)
+                if act.kind in CHANGES and act.value is not None else act
+                for act in acts]
+
+    @staticmethod
+    def _with_hindsight(act, seen, named, unique):
+        """An act that wrote a value."""
+        if act.value in seen:
+            if act.value in unique and not act.sure:    # it did happen
+                return act._replace(sure=True, end=max(act.start, min(
+                    act.end, seen[act.value][1])))
+            return act
+        return act if act.value in named else act._replace(value=UNSEEN)
+
+    def failure(self):
+        """None, or the first Act that can have happened at no moment."""
+        events = sorted([(act.start, 0, number) for number, act
+                         in enumerate(self._acts)]
+                        + [(act.end, 1, number) for number, act
+                           in enumerate(self._acts)])
+        bits, states = {}, {(self._first, 0)}
+        for moment, ends, number in events:
+            act = self._acts[number]
+            if ends:
+                bit = bits.pop(number)
+                states = self._with(act, bit, moment, states)
+                if not states:
+                    return act
+                del self._pending[bit]
+                self._unsure &= ~bit
+                continue
+            bit = bits[number] = self._free_bit()
+            self._pending[bit] = act
+            if not act.sure:
+                self._unsure |= bit
+            if act.kind not in CHANGES:
+                possible = POSSIBLE[act.kind]
+                states = {(value, done | bit) if possible(value, act)
+                          else (value, done) for value, done in states}
+        return None
+
+    def _free_bit(self):
+        bit = 1
+        while bit in self._pending:
+            bit <<= 1
+        return bit
+
+    def _with(self, act, bit, moment, states):
+        """The states that follow from some by the end of an act."""
+        found, waiting = set(), []
+        for value, done in states:
+            if done & bit:
+                found.add((value, done & ~bit))
+            else:
+                waiting.append((value, done))
+        if not act.sure:                # not at all, or right now
+            found.update(waiting)
+        if waiting:
+            changes = sorted(
+                ((pending, other) for other, pending in
+                 self._pending.items() if pending.kind in CHANGES),
+                key=lambda pair: pair[0].end)
+            self._search(waiting, changes, bit, moment, found)
+        return self._least(found) if self._unsure else found
+
+    def _search(self, waiting, changes, bit, moment, found):
+        """Add to `found` what comes of letting pending changes happen in
+        all orders, until the act of a bit has happened."""
+        seen = set(waiting)
+        while waiting:
+            value, done = waiting.pop()
+            if self._last_look.get(value, -math.inf) > moment:
+                continue
+            tried = set()
+            for act, other in changes:
+                same = act[2:6]
+                if done & other or same in tried \
+                        or not POSSIBLE[act.kind](value, act):
+                    continue
+                tried.add(same)
+                state = act.value, self._looked(act.value, done | other)
+                if state[1] & bit:
+                    found.add((state[0], state[1] & ~bit))
+                elif state not in seen:
+                    seen.add(state)
+                    waiting.append(state)
+
+    def _looked(self, value, done):
+        """`done`, and the pending looks that fit a value."""
+        for bit, act in self._pending.items():
+            if act.kind not in CHANGES and not done & bit \
+                    and POSSIBLE[act.kind](value, act):
+                done |= bit
+        return done
+
+    def _least(self, states):
+        """The states, less those that differ from another only in that
+        more of what need not happen has."""
+        kept = {}
+        for value, done in sorted(states, key=lambda state: bin(
+                state[1] & self._unsure).count("1")):
+            same = kept.setdefault((value, done & ~self._unsure), [])
+            maybe = done & self._unsure
+            if not any(other & maybe == other for other in same):
+                same.append(maybe)
+        return {(value, done | maybe) for (value, done), same
+                in kept.items() for maybe in same}
+
+
+def history_text(acts, failed, count=30):
+    """The acts on a key around the one that failed, for people."""
+    acts = sorted(acts, key=lambda act: act.start)
+    place = sum(act.start <= failed.end for act in acts)
+    start = acts[0].start
+    lines = ["%-30s %9s %9s  %s" % ("", "start", "end", "ETag")]
+    for act in acts[max(0, place - count):place + count]:
+        lines.append("%-30s %9.4f %9.4f  %s%s%s%s" % (
+            "%s (%s)" % (act.by, act.kind), act.start - start,
+            act.end - start, act.value,
+            ", named " + act.named if act.named else "",
+            "" if act.sure else "  no answer",
+            "  <- impossible" if (act.start, act.kind, act.by) == (
+                failed.start, failed.kind, failed.by) else ""))
+    return "\n".join(lines)
+
+
+# --- clients ---
+
+# The buckets, and the state of their versions.  In `sealed` all content is
+# encrypted at rest, where there is a libcrypto.
+SOAK_BUCKETS = {"plain": None, "versioned": "Enabled",
+                "suspended": "Suspended", "sealed": None}
+# Natural ones, some that get in each other's way, some of odd/
+SOAK_KEYS = ("a", "a/b", "k", "a/", "d/e/f", "a/b/c", "odd//" + "k" * 200,
+             "d/e")
+# Here versions are removed: a register is not like that
+HISTORY_KEYS = ("v/0", "v/1")
+SOAK_TAG = "x-amz-meta-tag"         # the ETag: metadata has its content
+FIRST_PART_BYTES = 5 * MIB
+
+
+class Away(Exception):
+    """Nobody took the connection: what was to be asked did not happen."""
+
+
+class Line:
+    """A connection to one of some servers, made again when it has ended,
+    then to the next one."""
+
+    def __init__(self, urls, turn):
+        self._clients = [Client(url, "KEY", "SECRET") for url in urls]
+        self._turn, self._socket = turn, None
+
+    def close(self):
+        """Close the connection."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _connect(self):
+        """Away when that is not possible."""
+        if self._socket is not None:
+            with contextlib.suppress(BlockingIOError):
+                self._socket.setblocking(False)
+                self._socket.recv(1)    # it ended between requests
+                self.close()
+        if self._socket is None:
+            self._turn += 1
+            url = urllib.parse.urlsplit(self._client.url)
+            try:
+                self._socket = socket.create_connection(
+                    (url.hostname, url.port), SILENT_SECONDS)
+            except OSError:
+                raise Away from None
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY,
+                                    1)
+        self._socket.settimeout(SILENT_SECONDS)
+
+    @property
+    def _client(self):
+        return self._clients[self._turn % len(self._clients)]
+
+    def ask(self, ask, share=None):
+        """The Reply to a request, of status 0 where it was lost.  share:
+        cut the connection when so much of the request is sent."""
+        self._connect()
+        data = request_bytes(self._client, ask)
+        reply = Reply(ask.method)
+        try:
+            if share is not None:
+                self._socket.sendall(data[:int(len(data) * share)])
+                self.close()
+                return reply
+            self._socket.sendall(data)
+            while True:
+                piece = self._socket.recv(MIB)
+                if not piece:
+                    break
+                if reply.feed(piece):
+                    if "close" in reply.headers.get("connection", ""):
+                        self.close()
+                    return reply
+        except socket.timeout:
+            raise BenchError("%s %s: no answer in %d s" % (
+                ask.method, ask.path, SILENT_SECONDS)) from None
+        except OSError:
+            pass
+        self.close()
+        return Reply(ask.method)
+
+
+def soak_etag(body, parts=0):
+    """The ETag of a body that was sent whole or in 1 or 2 parts."""
+    if not parts:
+        return md5_hex(body)
+    digests = [hashlib.md5(part).digest() for part in (
+        body[:FIRST_PART_BYTES], body[FIRST_PART_BYTES:])[:parts]]
+    return "%s-%d" % (md5_hex(b"".join(digests)), parts)
+
+
+class SoakClient:
+    """One client: does this and that, and writes down what it did.
+
+    acts: [((bucket, key), Act)].  versions: [((bucket, key), version id,
+    ETag or None for a delete marker)].  removed: version id -> whether
+    that is sure.  refused: [(start, end, operation, status, code)], what
+    no healthy server answers.  wrong: what no server may do, in words.
+    """
+
+    def __init__(self, urls, seed, number, buckets):
+        self.chance = random.Random("%s %d" % (seed, number))
+        self.line = Line(urls, number)
+        self.buckets, self.source = buckets, "source/%d" % number
+        self.acts, self.versions, self.removed = [], [], {}
+        self.refused, self.wrong = [], []
+        self.counts, self.bytes = {}, 0
+
+    def run(self, until, most):
+        """Act until a moment, or so many times."""
+        names, weights = zip(*SOAK_ACTS)
+        try:
+            while most > 0 and time.monotonic() < until:
+                bucket = self.chance.choice(self.buckets)
+                # the first keys are asked for the most
+                key = SOAK_KEYS[self.chance.randrange(
+                    self.chance.randint(1, len(SOAK_KEYS)))]
+                act, = self.chance.choices(names, weights)
+                try:
+                    getattr(self, act)(bucket, key)
+                except Away:
+                    time.sleep(0.01)
+                most -= 1
+        except BenchError as error:
+            self.wrong.append(str(error))
+        finally:
+            self.line.close()
+        return self
+
+    # what is asked, and noted
+
+    def ask(self, by, method, bucket, key="", query=(), headers=(),
+            body=b"", share=None):
+        """A Reply; self.by and self.took tell of it."""
+        self.by, start = by, time.monotonic()
+        self.took = start, start
+        path = "/%s/%s" % (bucket, key) if key else "/" + bucket
+        try:
+            reply = self.line.ask(Ask(method, path, tuple(query), tuple(
+                headers), body), share)
+        finally:
+            self.took = start, time.monotonic()
+        self.counts[by] = self.counts.get(by, 0) + 1
+        self.bytes += len(body) + len(reply.body)
+        if not 0 <= reply.status < 300 and reply.status not in (404, 412):
+            code = re.search(rb"<Code>(\w+)", reply.body)
+            self.refused.append(self.took + (
+                by, reply.status, code and code.group(1).decode()))
+        return reply
+
+    def note(self, place, kind, value=None, named=None, sure=True):
+        """Write an act down."""
+        start, end = self.took
+        self.acts.append((place, Act(
+            start, end if sure else math.inf, kind, value, named, sure,
+            self.by)))
+
+    def note_read(self, place, reply):
+        """What a GET or HEAD saw; the ETag, None where it was none."""
+        if reply.status not in (200, 404):
+            return None
+        etag = None
+        if reply.status == 200:
+            etag = self.checked_etag(place, reply)
+        elif self.by == "GET" and b">NoSuchKey<" not in reply.body:
+            self.wrong.append("GET of %s: %r" % (place, reply.body))
+        self.note(place, "read", etag)
+        return etag
+
+    def checked_etag(self, place, reply):
+        """The ETag of an object, whose metadata and content fit it."""
+        etag, body = reply.headers["etag"].strip('"'), reply.body
+        parts = int(etag.partition("-")[2] or 0)
+        if reply.headers.get(SOAK_TAG) != etag or self.by != "HEAD" and (
+                soak_etag(body, parts) != etag
+                or body != body[:16] * (len(body) // 16)):
+            self.wrong.append("%s of %s: torn: %s, ETag of the content %s"
+                              % (self.by, place, reply.headers,
+                                 soak_etag(body, parts)))
+        return etag
+
+    def note_write(self, place, reply, value, condition=(), kind="write",
+                   named=None):
+        """What came of a write; True when it is done for sure."""
+        if reply.status == 412 and condition:
+            self.note(place, "differs" if named else "present", None, named)
+        elif reply.status == 404 and named:
+            self.note(place, "read")
+        elif 200 <= reply.status < 300:
+            etag = reply.headers.get("etag", value or "").strip('"')
+            if etag != (value or ""):
+                self.wrong.append("%s of %s: %s, not %s" % (
+                    self.by, place, etag, value))
+            self.note(place, kind, value, named)
+            self._note_version(place, reply, value)
+            return True
+        elif reply.status in (0, 403) or reply.status >= 500:
+            self.note(place, kind, value, named, sure=False)
+        elif reply.status != 409:
+            self.wrong.append("%s of %s: %d %r" % (
+                self.by, place, reply.status, reply.body))
+        return False
+
+    def _note_version(self, place, reply, value):
+        version = reply.headers.get("x-amz-version-id")
+        if SOAK_BUCKETS[place[0]] == "Enabled":
+            if version in (None, "null"):
+                self.wrong.append("%s of %s: no version id" % (
+                    self.by, place))
+            self.versions.append((place, version, value))
+
+    def condition(self, place):
+        """A condition by chance: (headers, kind, named)."""
+        roll = self.chance.random()
+        if roll < 0.3:
+            etag = self.note_read(place, self.ask("HEAD", "HEAD", *place))
+            if etag:
+                return (("if-match", '"%s"' % etag),), "swap", etag
+        elif roll < 0.5:
+            return (("if-none-match", "*"),), "add", None
+        return (), "write", None
+
+    def body(self, *sizes):
+        """Content that no other has: 16 bytes again and again."""
+        return self.chance.getrandbits(128).to_bytes(16, "big") * (
+            self.chance.choice(sizes or (16, 16, 480, 4992, 300000)) // 16)
+
+    # acts
+
+    def get(self, *place):
+        self.note_read(place, self.ask("GET", "GET", *place))
+
+    def head(self, *place):
+        self.note_read(place, self.ask("HEAD", "HEAD", *place))
+
+    def list(self, bucket, _):
+        """A read of every key of a bucket."""
+        reply = self.ask("LIST", "GET", bucket, query=(
+            ("list-type", "2"), ("encoding-type", "url")))
+        if reply.status == 200:
+            found = listed_etags(reply)
+            for key in SOAK_KEYS + (self.source,):
+                self.note((bucket, key), "read", found.get(key))
+
+    def put(self, *place, share=None):
+        condition, kind, named = self.condition(place)
+        body = self.body()
+        etag = soak_etag(body)
+        reply = self.ask("PUT", "PUT", *place, headers=condition + (
+            (SOAK_TAG, etag),), body=body, share=share)
+        if share is None or share == 1:
+            self.note_write(place, reply, etag, condition, kind, named)
+
+    def lose(self, *place):
+        """A PUT whose answer is not waited for."""
+        self.put(*place, share=1)
+
+    def cut(self, *place):
+        """A PUT that ends before its end: never to be seen."""
+        self.put(*place, share=self.chance.uniform(0.05, 0.99))
+
+    def upload(self, place, etag, parts):
+        """A multipart upload, not completed: (its id, the document of its
+        Complete), or None."""
+        reply = self.ask("Create", "POST", *place, query=(("uploads", ""),),
+                         headers=((SOAK_TAG, etag),))
+        if reply.status != 200:
+            return None
+        upload, document = Answer(200, {}, reply.body).one("UploadId"), ""
+        for number, part in enumerate(parts, 1):
+            reply = self.ask("UploadPart", "PUT", *place, query=(
+                ("partNumber", str(number)), ("uploadId", upload)),
+                body=part)
+            if reply.status != 200:
+                return None
+            document += "<Part><PartNumber>%d</PartNumber><ETag>%s</ETag>" \
+                "</Part>" % (number, reply.headers["etag"])
+        return upload, ("<CompleteMultipartUpload>%s"
+                        "</CompleteMultipartUpload>" % document).encode()
+
+    def complete(self, *place):
+        large = FIRST_PART_BYTES + 160 if self.chance.random() < 0.04 else 16
+        body = self.body(large, 480, 4992, 4992)
+        parts = [part for part in (body[:FIRST_PART_BYTES],
+                                   body[FIRST_PART_BYTES:]) if part]
+        etag = soak_etag(body, len(parts))
+        upload = self.upload(place, etag, parts)
+        if upload and self.chance.random() < 0.9:   # else it is left
+            condition, kind, named = self.condition(place)
+            reply = self.ask("Complete", "POST", *place, query=(
+                ("uploadId", upload[0]),), headers=condition, body=upload[1])
+            if reply.status == 200:
+                answer = Answer(200, {}, reply.body)
+                reply.headers["etag"] = answer.one("ETag") or answer.code
+            self.note_write(place, reply, etag, condition, kind, named)
+
+    def from_source(self, by, place, query, name):
+        """Put an object that is this client's alone, then make a key of
+        it.  Reply, its ETag; None when there is no object."""
+        source, body = (place[0], self.source), self.body()
+        etag = soak_etag(body)
+        reply = self.ask("PUT", "PUT", *source, headers=((SOAK_TAG, etag),),
+                         body=body)
+        if not self.note_write(source, reply, etag):
+            return None
+        reply = self.ask(by, "PUT", *place, query=query, headers=(
+            (name, "/%s/%s" % source),))
+        if reply.status == 200 and b"<ETag>" in reply.body:
+            reply.headers["etag"] = Answer(200, {}, reply.body).one("ETag")
+        self.note_write(place, reply, etag)
+        return reply
+
+    def copy(self, *place):
+        self.from_source("Copy", place, (), "x-amz-copy-source")
+
+    def rename(self, bucket, key):
+        if SOAK_BUCKETS[bucket]:
+            return self.copy(bucket, key)   # no rename of versions
+        reply = self.from_source("Rename", (bucket, key), (
+            ("renameObject", ""),), "x-amz-rename-source")
+        if reply is not None:
+            reply.headers.pop("etag", None)
+            self.note_write((bucket, self.source), reply, None)
+
+    def delete(self, *place):
+        condition, kind, named = self.condition(place)
+        if kind == "add":
+            condition, kind = (), "write"
+        reply = self.ask("DELETE", "DELETE", *place, headers=condition)
+        self.note_write(place, reply, None, condition, kind, named)
+
+    def delete_many(self, bucket, _):
+        """DeleteObjects of two keys."""
+        keys = self.chance.sample(SOAK_KEYS, 2)
+        body = ("<Delete>%s</Delete>" % "".join(
+            "<Object><Key>%s</Key></Object>" % key for key in keys)).encode()
+        reply = self.ask("DeleteObjects", "POST", bucket, query=(
+            ("delete", ""),), headers=(
+                ("content-md5", digest64("md5", body)),), body=body)
+        done = {}
+        if reply.status == 200:
+            for element in Answer(200, {}, reply.body).xml():
+                done[element.findtext("Key")] = element
+        for key in keys:
+            element = done.get(key)
+            sure = element is not None and element.tag == "Deleted"
+            self.note((bucket, key), "write", sure=sure)
+            if sure and SOAK_BUCKETS[bucket] == "Enabled":
+                self.versions.append(((bucket, key), element.findtext(
+                    "DeleteMarkerVersionId"), None))
+
+    def history(self, bucket, _):
+        """A version more, or one of its own less, of a key where versions
+        are removed."""
+        if SOAK_BUCKETS[bucket] != "Enabled":
+            return
+        place = bucket, self.chance.choice(HISTORY_KEYS)
+        mine = [version for other, version, _ in self.versions
+                if other == place and version not in self.removed]
+        if not mine or self.chance.random() < 0.5:
+            self.chance.choice((self.put, self.put, self.complete,
+                                self.copy, self.delete))(*place)
+            return
+        version = self.chance.choice(mine[-4:])
+        self.removed[version] = False
+        reply = self.ask("DELETE version", "DELETE", *place, query=(
+            ("versionId", version),))
+        self.removed[version] = reply.status == 204
+        if reply.status == 404:
+            self.wrong.append("DELETE of version %s of %s: %r" % (
+                version, place, reply.body))
+
+
+# The methods of a SoakClient, and how often each is its turn
+SOAK_ACTS = (("get", 20), ("head", 6), ("list", 2), ("put", 24), ("lose", 1),
+             ("cut", 2), ("complete", 6), ("copy", 5), ("rename", 6),
+             ("delete", 8), ("delete_many", 2), ("history", 8))
+
+
+def listed_etags(reply):
+    """key -> ETag of a whole listing."""
+    return {urllib.parse.unquote(element.findtext("Key")):
+            element.findtext("ETag").strip('"') for element in
+            Answer(200, {}, reply.body).xml().iterfind("Contents")}
+
+
+class SoakClients:
+    """Some clients, as the load of a Crew's process."""
+
+    def __init__(self, *clients):
+        self._clients = clients
+
+    def run(self, until):
+        """Act until then: (moment, most acts of a client); [SoakClient]."""
+        with concurrent.futures.ThreadPoolExecutor(
+                len(self._clients)) as pool:
+            done = list(pool.map(lambda args: SoakClient(*args).run(*until),
+                                 self._clients))
+        for client in done:
+            client.line = client.chance = None      # not to be pickled
+        return done
+
+
+# --- torment ---
+
+SOAK_ROUND_SECONDS = 10
+QUIET_SECONDS = 20                  # for a server to let go of what it has
+SMALL_DISK_BYTES = 512 * MIB        # so small a file system may be filled
+# Run in the server: while the file of that name is there, its calls of the
+# system fail now and then.
+FAILING_CALLS = """
+import errno, os, random
+def failing(real):
+    def call(*args, **named):
+        if random.random() < 0.02 and there(%r):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args, **named)
+    return call
+there = os.path.exists
+for name in ("open", "read", "pread", "preadv", "write", "replace", "rename",
+             "link", "unlink", "mkdir", "fsync", "setxattr", "getxattr",
+             "sendfile", "copy_file_range", "listdir", "scandir", "fstat"):
+    setattr(os, name, failing(getattr(os, name)))
+"""
+# A server whose locks lock nothing
+NO_LOCKS = """
+import contextlib
+gos3rve.Bucket.lock = lambda self, *keys: contextlib.nullcontext()
+"""
+
+
+class SoakError(Exception):
+    """What must not be, in words."""
+
+
+def obey_permissions():
+    """Let root, in a process about to be started, heed permissions as
+    others do: without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    if os.geteuid() == 0:
+        import ctypes
+        for capability in (1, 2):
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+
+
+class Tormentor:
+    """Does harm to some servers, one act after the other.
+
+    servers: ServerProcesses, which are replaced as they are killed.
+    windows: the [(start, end)] in which a server may refuse what it is
+    asked.  counts: how often what was done.  only: how the names of its
+    acts begin.
+    """
+
+    def __init__(self, start, servers, directory, chance, only=""):
+        self._start, self.servers = start, servers
+        self._directory, self._chance = directory, chance
+        self.windows, self.counts = [], {}
+        self.acts = [act for act, times in TORMENTS for _ in range(times)
+                     if act.__name__.startswith(only)]
+        if Tormentor.fill in self.acts and shutil.disk_usage(
+                directory).free > SMALL_DISK_BYTES:
+            self.acts.remove(Tormentor.fill)
+
+    def count(self, kind):
+        """How often acts of some kind were done."""
+        return sum(times for name, times in self.counts.items()
+                   if name.startswith(kind))
+
+    def torment(self):
+        """One act, and a pause."""
+        act = self._chance.choice(self.acts)
+        self.counts[act.__name__] = self.counts.get(act.__name__, 0) + 1
+        act(self, self._chance.randrange(len(self.servers)))
+        self._pause(0.2)
+
+    def _pause(self, most=0.5):
+        time.sleep(self._chance.uniform(0, most))
+
+    def _replace(self, number):
+        """Start a server again, at its old port."""
+        server = self.servers[number]
+        port = urllib.parse.urlsplit(server.url).port
+        server.__exit__()
+        self.servers[number] = self._start(port)
+
+    def _worker(self, number):
+        """The pid of one of a server's processes that serve."""
+        pid = self.servers[number].process.pid
+        return self._chance.choice(children(pid) or [pid])
+
+    # death
+
+    def kill(self, number):
+        self.servers[number].kill()
+        self._replace(number)
+
+    def kill_worker(self, number):
+        worker = self._worker(number)
+        if worker == self.servers[number].process.pid:
+            self.kill(number)
+        else:
+            os.kill(worker, signal.SIGKILL)
+
+    def kill_supervisor(self, number):
+        """Its workers have to end, too."""
+        server = self.servers[number]
+        workers = children(server.process.pid)
+        server.process.kill()
+        server.process.wait()
+        if not wait_for(lambda: not any(map(alive, workers))):
+            raise SoakError("workers outlive their supervisor")
+        self._replace(number)
+
+    def restart(self, number):
+        self.end(self.servers[number])
+        self._replace(number)
+
+    @staticmethod
+    def end(server):
+        """SIGTERM."""
+        server.process.terminate()
+        if server.process.wait(SILENT_SECONDS):
+            raise SoakError("a server ended with %d: %s" % (
+                server.process.returncode, server.said()))
+
+    # sleep
+
+    def _freeze(self, pids):
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        self._pause()
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+    def freeze(self, number):
+        self._freeze(family(self.servers[number].process.pid))
+
+    def freeze_worker(self, number):
+        self._freeze([self._worker(number)])
+
+    # want
+
+    @contextlib.contextmanager
+    def _window(self):
+        """Something fails meanwhile."""
+        start = time.monotonic()
+        try:
+            yield
+            self._pause()
+        finally:
+            self.windows.append((start, math.inf))
+        # what was begun in it may end a little later
+        self.windows[-1] = start, time.monotonic()
+
+    def _limit(self, number, name, limit):
+        """Set a limit of a server's processes, a function of the pid, for
+        a while."""
+        import resource                 # there is none on Windows
+        kind, old = getattr(resource, name), {}
+        with self._window():
+            for pid in family(self.servers[number].process.pid):
+                old[pid] = resource.prlimit(pid, kind)
+                resource.prlimit(pid, kind, (limit(pid), old[pid][1]))
+            self._pause()
+            for pid, limits in old.items():
+                resource.prlimit(pid, kind, limits)
+
+    def starve_of_space(self, number):
+        """No file may grow beyond so many bytes."""
+        most = self._chance.choice((0, 100, 4 * KIB, 100 * KIB))
+        self._limit(number, "RLIMIT_FSIZE", lambda pid: most)
+
+    def starve_of_descriptors(self, number):
+        spare = self._chance.randint(0, 12)
+        self._limit(number, "RLIMIT_NOFILE",
+                    lambda pid: len(descriptors(pid)) + spare)
+
+    def fill(self, _):
+        """Fill the disk."""
+        path = os.path.join(self._directory, "filler")
+        with self._window(), open(path, "wb", 0) as file:
+            for size in (MIB, KIB):
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(size))
+            self._pause()
+            os.unlink(path)
+
+    def forbid(self, _):
+        """Take a directory's permissions away."""
+        root = os.path.join(self._directory, self._chance.choice(
+            ("buckets", "buckets", "uploads")), self._chance.choice(
+                sorted(SOAK_BUCKETS)))
+        inner, modes = self._chance.choice((
+            # what is unreadable is left out of listings, as lost+found is
+            *((name, (0o500,)) for name in ("", "a", "d", "d/e")),
+            *((os.path.join(gos3rve.STATE, name), (0, 0o500, 0o600))
+              for name in ("", "tmp", "odd", "versions", "locks"))))
+        path = os.path.join(root, inner)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            return
+        mode = os.fstat(fd).st_mode & 0o777
+        with self._window():
+            os.fchmod(fd, self._chance.choice(modes))
+            self._pause()
+            os.fchmod(fd, mode)
+        os.close(fd)
+
+    def fail_calls(self, _):
+        """Let calls of the system fail now and then."""
+        path = os.path.join(self._directory, "fail")
+        with self._window():
+            by_hand(path)
+            self._pause()
+            os.unlink(path)
+
+
+# What a Tormentor does, and how often it is each one's turn
+TORMENTS = (
+    (Tormentor.kill, 5), (Tormentor.kill_worker, 4),
+    (Tormentor.kill_supervisor, 1), (Tormentor.restart, 1),
+    (Tormentor.freeze, 2), (Tormentor.freeze_worker, 2),
+    (Tormentor.starve_of_space, 1), (Tormentor.starve_of_descriptors, 1),
+    (Tormentor.fill, 1), (Tormentor.forbid, 2), (Tormentor.fail_calls, 2))
+
+
+def descriptors(pid):
+    """What the open descriptors of a process are (Linux)."""
+    found, path = [], "/proc/%d/fd" % pid
+    for name in os.listdir(path):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(os.path.join(path, name)))
+    return found
+
+
+# --- what must hold ---
+
+class Soak:
+    """A soak: rounds of work and torment, each followed by a look at
+    everything.
+
+    options: those of the command line.  figures: what was done and seen.
+    """
+
+    def __init__(self, options, directory, crew, say):
+        self.options, self.directory, self.crew = options, directory, crew
+        self._say = say
+        self.chance = random.Random(options.seed)
+        self.buckets = [name for name in options.buckets
+                        if name != "sealed" or gos3rve.libcrypto()]
+        self.servers = [self.start(), self.start()]
+        self._fresh = [self._size(server) for server in self.servers]
+        self._set_up()
+        self.tormentor = Tormentor(self.start, self.servers, directory,
+                                   self.chance, options.kills and "kill" or "")
+        self.values, self.failed = {}, []
+        self.figures = {"seconds": 0, "rounds": 0, "operations": {},
+                        "refused": {}, "unknown": 0, "bytes": 0,
+                        "checks": 0, "versions": 0}
+
+    def start(self, port=0):
+        """A server on the directory."""
+        patch = self.options.patch or ""
+        if self.options.torment:
+            patch += FAILING_CALLS % os.path.join(self.directory, "fail")
+        return ServerProcess(
+            self.directory, "-p", str(port), "-workers",
+            str(self.options.workers), "-upload_ttl", "0",
+            *shlex.split(self.options.server), patch=patch,
+            prepare=obey_permissions)
+
+    def _set_up(self):
+        """The buckets."""
+        with contextlib.closing(self.servers[0].client()) as client:
+            for name in self.buckets:
+                state = SOAK_BUCKETS[name]
+                for body, query in (
+                        ("", ""), ("<VersioningConfiguration><Status>%s"
+                                   "</Status></VersioningConfiguration>"
+                                   % state, "versioning"),
+                        ("<ServerSideEncryptionConfiguration><Rule><Apply"
+                         "ServerSideEncryptionByDefault><SSEAlgorithm>AES256"
+                         "</SSEAlgorithm></ApplyServerSideEncryptionBy"
+                         "Default></Rule></ServerSideEncryption"
+                         "Configuration>", "encryption")):
+                    if query == "versioning" and not state or (
+                            query == "encryption" and name != "sealed"):
+                        continue
+                    answer = client.put("/" + name, body.encode(), {
+                        query: ""} if query else ())
+                    if answer.status != 200:
+                        raise SoakError("%s: %r" % (name, answer.body))
+
+    def close(self):
+        """End the servers."""
+        for server in self.servers:
+            server.__exit__()
+
+    def run(self):
+        """Rounds until the time, the kills or the operations are reached;
+        SoakError for what must not be."""
+        began = time.monotonic()
+        while self._left(began) > 0:
+            self._round(min(SOAK_ROUND_SECONDS, self._left(began)))
+            self.figures["rounds"] += 1
+            self.figures["seconds"] = time.monotonic() - began
+            self._say(soak_line(self.report()))
+        self._end()
+
+    def _left(self, began):
+        """Seconds that are left, as far as that can be said."""
+        options = self.options
+        if options.linearize or options.kills:
+            done = self.tormentor.count("kill") if options.kills \
+                else sum(self.figures["operations"].values())
+            return math.inf if done < (options.kills or options.linearize) \
+                else 0
+        return began + self.options.seconds - time.monotonic()
+
+    def report(self):
+        """The figures, as they are now."""
+        return dict(self.figures, torments=self.tormentor.counts,
+                    kills=self.tormentor.count("kill"),
+                    freezes=self.tormentor.count("freeze"),
+                    faults=len(self.tormentor.windows))
+
+    # a round
+
+    def _round(self, seconds):
+        urls, number = tuple(server.url for server in self.servers), 0
+        shares = []
+        for turn in range(self.options.processes):
+            shares.append([])
+            while number < self.options.connections * (turn + 1) \
+                    // self.options.processes:
+                shares[-1].append((urls, "%s %d" % (
+                    self.options.seed, self.figures["rounds"]), number,
+                    self.buckets))
+                number += 1
+        self.crew.prepare(SoakClients, shares)
+        until = time.monotonic() + seconds
+        self.crew.start((until, self.options.most))
+        while self.options.torment and time.monotonic() < until:
+            self.tormentor.torment()
+        clients = list(itertools.chain(*self.crew.finish()))
+        self._await_quiet()
+        self._check(clients, urls)
+
+    def _size(self, server):
+        """[(role, descriptors, threads, pid)] of a server's processes."""
+        return [("supervisor" if pid == server.process.pid else "worker",
+                 len(descriptors(pid)), len(os.listdir("/proc/%d/task"
+                                                       % pid)), pid)
+                for pid in family(server.process.pid)]
+
+    def _leaks(self):
+        """What the servers' processes have more than fresh ones."""
+        most = {}
+        for sizes in self._fresh:
+            for role, fds, threads, _ in sizes:
+                known = most.get(role, (0, 0))
+                most[role] = max(known[0], fds), max(known[1], threads)
+        return [
+            "a %s has %d descriptors (fresh: %d) and %d threads (%d): %s" % (
+                role, fds, most[role][0], threads, most[role][1],
+                sorted(descriptors(pid)))
+            for server in self.servers
+            for role, fds, threads, pid in self._size(server)
+            if fds > most[role][0] or threads > most[role][1]]
+
+    def _await_quiet(self):
+        """Until no request is under way any more."""
+        for server in self.servers:
+            if server.process.poll() is not None:
+                raise SoakError("a server is gone: " + server.said())
+        if not wait_for(lambda: not self._leaks(), QUIET_SECONDS):
+            raise SoakError("left over:\n" + "\n".join(self._leaks()))
+
+    def _check(self, clients, urls):
+        """SoakError unless all that was done and seen fits together."""
+        quiet = time.monotonic()
+        watchers = [SoakClient((url,), self.options.seed, -1 - number,
+                               self.buckets)
+                    for number, url in enumerate(urls)]
+        acts = self._acts(clients, quiet)
+        for watcher in watchers:
+            for bucket in self.buckets:
+                watcher.list(bucket, None)
+            for place in acts:
+                watcher.get(*place)
+        for place, act in itertools.chain.from_iterable(
+                watcher.acts for watcher in watchers):
+            if place in acts:
+                acts[place].append(act)
+        self._check_histories(acts)
+        self._check_words(clients + watchers)
+        for bucket in self.buckets:
+            if SOAK_BUCKETS[bucket] == "Enabled":
+                self._check_versions(bucket, clients, watchers, acts)
+            if SOAK_BUCKETS[bucket]:
+                self._empty(bucket)
+        for watcher in watchers:
+            watcher.line.close()
+
+    def _acts(self, clients, quiet):
+        """place -> [Act]; those without an answer are over by now."""
+        acts, figures = {}, self.figures
+        for bucket in self.buckets:
+            acts.update({(bucket, key): [] for key in SOAK_KEYS})
+        for client in clients:
+            for place, act in client.acts:
+                if not act.sure:
+                    figures["unknown"] += 1
+                    act = act._replace(end=quiet)
+                acts.setdefault(place, []).append(act)
+            for name, count in client.counts.items():
+                figures["operations"][name] = count + figures[
+                    "operations"].get(name, 0)
+            figures["bytes"] += client.bytes
+        return acts
+
+    def _check_words(self, clients):
+        """What clients found wrong by themselves."""
+        for client in clients:
+            if client.wrong:
+                raise SoakError("\n".join(client.wrong[:5]))
+            for start, end, by, status, code in client.refused:
+                what = "%s %d %s" % (by, status, code)
+                if not any(start <= last and first <= end for first, last
+                           in self.tormentor.windows):
+                    raise SoakError("refused without a reason: " + what)
+                known = self.figures["refused"]
+                known[what] = known.get(what, 0) + 1
+
+    def _check_histories(self, acts):
+        """Each register's acts have an order."""
+        for place in sorted(acts):
+            if place[1] in HISTORY_KEYS:
+                continue
+            self.figures["checks"] += len(acts[place])
+            failed = History(acts[place], self.values.get(place)).failure()
+            if failed:
+                self.failed = acts[place]
+                raise SoakError("%s of %s, first %s, has no order:\n%s" % (
+                    (place[1], place[0], self.values.get(place),
+                     history_text(acts[place], failed))))
+            self.values[place] = max(
+                (act for act in acts[place] if act.kind == "read"),
+                key=lambda act: act.start).value
+
+    def _versions(self, watcher, bucket):
+        """place -> {version id: ETag or None}, the newest first."""
+        found, query = {}, {"versions": ""}
+        while query:
+            reply = watcher.ask("LIST versions", "GET", bucket,
+                                query=query.items())
+            root = Answer(reply.status, {}, reply.body).xml()
+            for element in root:
+                if element.tag not in ("Version", "DeleteMarker"):
+                    continue
+                place = bucket, element.findtext("Key")
+                versions = found.setdefault(place, {})
+                if element.findtext("IsLatest") != (
+                        "false" if versions else "true"):
+                    raise SoakError("%s: the latest is not first" % (place,))
+                etag = element.findtext("ETag")
+                versions[element.findtext("VersionId")] = \
+                    etag and etag.strip('"')
+            query = root.findtext("IsTruncated") == "true" and {
+                "versions": "",
+                "key-marker": root.findtext("NextKeyMarker"),
+                "version-id-marker": root.findtext("NextVersionIdMarker")}
+        return found
+
+    def _check_versions(self, bucket, clients, watchers, acts):
+        """Every acknowledged version is there, and every other one was
+        sent; the listings of both servers are the same."""
+        found, other = (self._versions(watcher, bucket)
+                        for watcher in watchers)
+        if found != other:
+            raise SoakError("two listings of the versions of %s differ: %s"
+                            % (bucket, sorted(
+                                place for place in {*found, *other}
+                                if found.get(place) != other.get(place))))
+        removed, sure = {}, {}
+        for client in clients:
+            removed.update(client.removed)
+            for place, version, etag in client.versions:
+                sure.setdefault(place, {})[version] = etag
+        for place in sorted({*found, *(place for place in sure
+                                       if place[0] == bucket)}):
+            self._check_key(place, found.get(place, {}),
+                            sure.get(place, {}), removed,
+                            {act.value for act in acts[place]
+                             if not act.sure})
+            for number, (version, etag) in enumerate(
+                    found.get(place, {}).items()):
+                self._check_version(watchers[number % 2], place, version,
+                                    etag)
+
+    def _check_key(self, place, found, sure, removed, unsure):
+        """The versions found of a key are those that have to be there."""
+        for version, etag in sure.items():
+            if version not in removed and found.get(version, "") != etag:
+                raise SoakError("version %s (%s) of %s is lost: %s" % (
+                    version, etag, place, found.get(version, "not there")))
+            if removed.get(version) and version in found:
+                raise SoakError("version %s of %s is there again" % (
+                    version, place))
+        for version, etag in found.items():
+            if version not in sure and etag not in unsure:
+                raise SoakError("version %s (%s) of %s is nobody's" % (
+                    version, etag, place))
+
+    def _check_version(self, watcher, place, version, etag):
+        """A version's content is whole."""
+        self.figures["versions"] += 1
+        reply = watcher.ask("GET version", "GET", *place, query=(
+            ("versionId", version),))
+        if etag is None:
+            if reply.status != 405:
+                raise SoakError("marker %s of %s: %d" % (
+                    version, place, reply.status))
+        elif reply.status != 200 or watcher.checked_etag(
+                place, reply) != etag or watcher.wrong:
+            raise SoakError("version %s of %s: %d %s" % (
+                version, place, reply.status, watcher.wrong))
+
+    def _empty(self, bucket):
+        """Remove every version of a bucket; nothing of it is left."""
+        with contextlib.closing(self.servers[0].client()) as client:
+            watcher = SoakClient((client.url,), 0, 0, self.buckets)
+            for (_, key), versions in self._versions(
+                    watcher, bucket).items():
+                ids = list(versions)
+                for start in range(0, len(ids), 1000):
+                    body = ("<Delete><Quiet>true</Quiet>%s</Delete>" % (
+                        "".join("<Object><Key>%s</Key><VersionId>%s"
+                                "</VersionId></Object>" % (key, version)
+                                for version in ids[start:start + 1000])
+                        )).encode()
+                    answer = client.post("/" + bucket, {
+                        "delete": ""}, body, headers={
+                            "content-md5": digest64("md5", body)})
+                    if answer.status != 200 or answer.all("Error"):
+                        raise SoakError("%s: %r" % (bucket, answer.body))
+            watcher.line.close()
+        left = files_below(os.path.join(
+            self.directory, "buckets", bucket, gos3rve.STATE, "versions"))
+        found = self._versions(watcher, bucket)
+        if found or left:
+            raise SoakError("%s is not empty: %s, %s" % (
+                bucket, list(found.items())[:5], left[:20]))
+        self.values.update({place: None for place in self.values
+                            if place[0] == bucket})
+
+    # the end
+
+    def _end(self):
+        """The servers end well, and a sweep leaves objects alone."""
+        for server in self.servers:
+            self.tormentor.end(server)
+        store = Store(os.path.join(self.directory, "buckets"),
+                      os.path.join(self.directory, "uploads"))
+        store.sweep(60, now=time.time() + 3600)
+        left = files_below(store.dir_uploads)
+        for bucket in store.list_buckets():
+            left += self._strays(bucket)
+        left += [name for name in os.listdir(store.dir_buckets)
+                 if name not in SOAK_BUCKETS
+                 and name != ".gos3rve-keys.json"]
+        if left:
+            raise SoakError("left after a sweep: %s" % left[:20])
+
+    def _strays(self, bucket):
+        """The files of a bucket that belong to no object."""
+        keys = {key for (name, key), value in self.values.items()
+                if name == bucket.name and value}
+        odd = {os.path.join(gos3rve.STATE, "odd", gos3rve.odd_name(key))
+               for key in keys}
+        locks = os.path.join(gos3rve.STATE, "locks", "")
+        found = [path for path in files_below(bucket.root)
+                 if path not in keys and path not in odd
+                 and not path.startswith(locks)
+                 and path != os.path.join(gos3rve.STATE, "bucket.json")]
+        for name in os.listdir(os.path.join(bucket.root, locks)):
+            with open(os.path.join(bucket.root, locks, name)) as file:
+                if not gos3rve.try_flock(file.fileno()):
+                    found.append("lock " + name)
+        return ["%s/%s" % (bucket.name, path) for path in found]
+
+
+# --- the command ---
+
+def soak_options(argv):
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="test_gos3rve.py soak", description="Torment two servers on "
+        "one directory while clients use them, and check that they keep "
+        "what they promise.")
+    add = parser.add_argument
+    add("seconds", nargs="?", type=float, default=60)
+    add("--dir", help="where the data goes (default: the directory of "
+        "temporary files); of a file system of less than %d MiB all is "
+        "filled now and then" % (SMALL_DISK_BYTES // MIB))
+    add("--workers", type=int, default=2, help="of each server")
+    add("--seed", type=int, default=random.randrange(10 ** 6))
+    add("--kills", type=int, help="kill, nothing else, until so many are "
+        "dead")
+    add("--linearize", type=int, metavar="OPERATIONS", help="so many, at "
+        "full speed and without torment")
+    add("--broken", action="store_true", help="with servers whose locks "
+        "lock nothing: this has to fail")
+    add("--processes", type=int, default=4, help="of clients")
+    add("--connections", type=int, default=16)
+    add("--server", default="", help="more options for the servers, as one "
+        "word")
+    add("--json", help="write the figures into this file, too")
+    options = parser.parse_args(argv)
+    options.torment = not options.linearize
+    options.patch = NO_LOCKS if options.broken else None
+    options.buckets = ["plain"] if options.linearize else list(SOAK_BUCKETS)
+    options.most = math.inf
+    if options.linearize:
+        options.most = min(options.linearize, 50000) // options.connections
+    return options
+
+
+def soak_line(report):
+    """The figures so far, in a line."""
+    return ("{:.0f} s, {:,} operations, {:,.0f} MiB, {:,} kills, {:,} "
+            "freezes, {:,} faults, {:,} answers lost, {:,} refused, {:,} "
+            "reads and writes put in order, {:,} versions read".format(
+                report["seconds"], sum(report["operations"].values()),
+                report["bytes"] / MIB, report["kills"], report["freezes"],
+                report["faults"], report["unknown"],
+                sum(report["refused"].values()), report["checks"],
+                report["versions"]))
+
+
+def run_soak(options, say):
+    """A soak from its start to its end: (report, SoakError or None)."""
+    directory = tempfile.mkdtemp(prefix="gos3rve-soak-", dir=options.dir)
+    failure, soak = None, None
+    with Crew(options.processes) as crew:
+        try:
+            soak = Soak(options, directory, crew, say)
+            soak.run()
+        except SoakError as error:
+            failure = error
+        finally:
+            if soak:
+                soak.close()
+    report = dict(soak.report(), seed=options.seed, machine=machine(),
+                  directory=directory)
+    if failure:
+        report.update(failed=str(failure), history=soak.failed)
+    else:
+        shutil.rmtree(directory)
+    return report, failure
+
+
+def soak(argv):
+    """The command: print the figures and write the JSON; the exit status,
+    1 with what was wrong."""
+    if not gos3rve.have_workers():
+        print("soak needs Linux: /proc, signals and limits of processes")
+        return 2
+    options = soak_options(argv)
+
+    def say(text):
+        print(text, file=sys.stderr, flush=True)
+    report, failure = run_soak(options, say)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+    print(report["machine"])
+    print(soak_line(report))
+    for name in ("operations", "torments", "refused"):
+        print("%s: %s" % (name, ", ".join(
+            "%s %d" % pair for pair in sorted(report[name].items()))))
+    if failure:
+        print("FAILED (seed %d, data left in %s): %s" % (
+            options.seed, report["directory"], failure))
+    return failure is not None
+
+
+# --- tests of it ---
+
+class Histories(unittest.TestCase):
+    """A history is a line of acts: a letter (r read, w write, d delete, s
+    swap, a add, n differs, p present), what was read, written or named,
+    and when, in any unit; ? behind a write whose answer was lost."""
+
+    KINDS = {"r": "read", "w": "write", "d": "write", "s": "swap",
+             "a": "add", "n": "differs", "p": "present"}
+    GOOD = (
+        "r- 0 1", "w1 0 1, r1 2 3", "w1 0 3, r- 1 2", "w1 0 3, r1 1 2",
+        "w1 0 9, r- 1 2, r1 3 4",
+        "w1 0 9, w2 0 9, r2 1 2, r1 3 4",       # in the other order
+        "w1 0 1, w2 2 5, w3 2 5, r2 6 7, r2 8 9",
+        "w1 0 1, d 2 3, r- 4 5, a2 6 7, r2 8 9",
+        "w1 0 1, s1:2 2 3, s2:3 4 5, r3 6 7",
+        "w1 0 1, s1:2 2 5, s1:3 2 5?, r2 6 7",
+        "w1 0 1, s1:2 2 9, n1 3 9, r2 3 9",
+        "a1 0 5, p 1 4, r1 6 7", "w1 0 1, s1:- 2 3, r- 4 5",
+        "w1 0 9?, r1 2 3, r1 4 5",              # it did happen
+        "w1 0 9?, r- 2 3, r1 4 5",              # late
+        "w1 0 9?, r- 2 3, r- 8 9.5",            # or never
+        "w1 0 1, w2 2 9?, n1 3 4, w3 5 6, r3 7 8",
+        "w1 0 1, d 2 9?, r1 3 4, r- 5 6",
+        "d 0 9?, w1 1 2, r1 3 4, r- 5 6, r- 10 11",
+        "w1 0 9, w2 0 9, w3 0 9, w4 0 9, p 5 9, r3 10 11",
+    )
+    BAD = (
+        "r1 0 1", "w1 0 1, r- 2 3",             # lost
+        "w1 0 1, w2 2 3, r1 4 5",               # stale
+        "w1 0 9, r1 1 2, r- 3 4",               # seen, and gone again
+        "w1 0 1, w2 2 9, r2 3 4, r1 5 6",
+        "w1 0 9, w2 0 9, r1 1 2, r2 3 4, r1 5 6",
+        "w1 0 3, r1 4 5, r2 6 7",               # nobody's
+        "r1 0 1, w1 2 3",                       # from the future
+        "w1 0 1, s1:2 2 5, s1:3 2 5",           # two win
+        "a1 0 5, a2 0 5", "w1 0 1, a2 2 3",
+        "w1 0 1, n1 2 3", "p 0 1", "w1 0 1, s2:3 2 3",
+        "d 0 1, s1:2 2 3", "w1 0 1, d 2 3, r1 4 5",     # risen
+        "w1 0 1, w2 2 5?, r1 6 7, r2 8 9",      # later than it may
+        "w1 0 1, s2:3 2 9?, r3 5 6",
+        "w1 0 1, d 2 4?, r- 5 6, r1 7 8",
+    )
+
+    def parsed(self, text):
+        """The Acts of a line."""
+        acts = []
+        for word in text.split(", "):
+            what, start, end = word.split(" ")
+            value = None if what[1:] in ("", "-") else what[1:]
+            named = None
+            if what[0] == "s":
+                named, value = value.split(":")
+                value = value.replace("-", "") or None
+            elif what[0] == "n":
+                named, value = value, None
+            acts.append(Act(float(start), float(end.rstrip("?")),
+                            self.KINDS[what[0]], value, named,
+                            end[-1] != "?"))
+        return acts
+
+    def test_an_order_is_found_where_there_is_one(self):
+        for text in self.GOOD:
+            acts = self.parsed(text)
+            for order in (acts, acts[::-1]):
+                self.assertIsNone(History(order).failure(), text)
+
+    def test_none_is_found_where_there_is_none(self):
+        for text in self.BAD:
+            acts = self.parsed(text)
+            for order in (acts, acts[::-1]):
+                self.assertIsNotNone(History(order).failure(), text)
+
+    def test_what_was_there_before_counts(self):
+        acts = self.parsed("s0:1 1 2, r1 3 4")
+        self.assertIsNone(History(acts, "0").failure())
+        failed = History(acts, "2").failure()
+        self.assertIn("impossible", history_text(acts, failed))
+
+    def any_order(self, acts):
+        """True when some order of some acts will do: all are tried."""
+        unsure = [act for act in acts if not act.sure]
+        for count in range(len(unsure) + 1):
+            for left in itertools.combinations(unsure, count):
+                rest = [act for act in acts if act not in left]
+                if any(map(self.is_order, itertools.permutations(rest))):
+                    return True
+        return False
+
+    @staticmethod
+    def is_order(acts):
+        value = None
+        for place, act in enumerate(acts):
+            if not POSSIBLE[act.kind](value, act) or any(
+                    later.end < act.start for later in acts[place + 1:]):
+                return False
+            value = act.value if act.kind in CHANGES else value
+        return True
+
+    def test_it_says_what_trying_all_orders_says(self):
+        chance, said = random.Random(1), []
+        for _ in range(400):
+            acts = []
+            for number in range(chance.randint(2, 5)):
+                kind = chance.choice("rrrwwwdssanp")
+                start, value = chance.randint(0, 8), "%d" % number
+                other = chance.choice("01234")
+                acts += self.parsed("%s%s %d %d%s" % (
+                    kind, {"r": chance.choice("-01234"), "n": other,
+                           "s": "%s:%s" % (other, value), "p": "", "d": ""}
+                    .get(kind, value), start, start + chance.randint(0, 6),
+                    "?" * (kind in "wdsa" and chance.random() < 0.3)))
+            said.append(self.any_order(acts))
+            self.assertEqual(History(acts).failure() is None, said[-1],
+                             acts)
+        self.assertGreater(min(said.count(True), said.count(False)), 50)
+
+
+@unittest.skipUnless(gos3rve.have_workers(), "needs /proc")
+class SoakRuns(unittest.TestCase):
+    """The command itself, for a moment.  With GOS3RVE_KILLS=N until it has
+    killed so many."""
+
+    def run_soak(self, *arguments, status=0):
+        """What it said, and its report."""
+        directory = temporary_directory(self)
+        path = os.path.join(directory, "report")
+        done = subprocess.run(
+            [sys.executable, os.path.abspath(__file__), "soak",
+             "--dir", directory, "--json", path] + list(arguments),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            universal_newlines=True, env=clean_environment())
+        self.assertEqual((done.returncode, done.stderr.count("Traceback")),
+                         (status, 0), done.stdout + done.stderr)
+        return done.stdout, json.loads(read_text(path))
+
+    def test_nothing_acknowledged_is_lost_and_nothing_torn_is_seen(self):
+        kills = os.environ.get("GOS3RVE_KILLS")
+        text, report = self.run_soak(*(
+            ("--kills", kills) if kills else ("2.5", "--processes", "2")))
+        self.assertGreater(report["checks"], 300)
+        self.assertGreater(report["versions"], 10)
+        self.assertGreater(report["kills"], 0)
+        if kills:
+            print(text)
+
+    def test_a_server_without_locks_is_found_out(self):
+        text, report = self.run_soak("--linearize", "1000", "--broken",
+                                     status=1)
+        self.assertIn("impossible", text)
+        self.assertIn("seed %d" % report["seed"], text)
+        self.assertGreater(len(report["history"]), 2)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["bench"]:
-        sys.exit(bench(sys.argv[2:]))
+    for command in (bench, soak):
+        if sys.argv[1:2] == [command.__name__]:
+            sys.exit(command(sys.argv[2:]))
     unittest.main()
