@@ -3917,13 +3917,13 @@ class Bucket:
                 pass
         odd = self._odd_path(key)
         for _ in range(MAX_LOOKS):
+            began = time.time_ns()      # we may sleep at any moment
             for candidate in (odd,) if path is None else (path, odd):
                 try:
                     return self._open_path(candidate) + (candidate,)
                 except _ABSENT:
                     continue
-            if path is None or time.time_ns() - _modified_ns(
-                    self._odd) > TICK_NS:
+            if path is None or began - _modified_ns(self._odd) > TICK_NS:
                 return None
         return None
 
@@ -4268,8 +4268,9 @@ class Bucket:
             except LeadsOut:
                 raise S3Error("AccessDenied", "The key leads out of the "
                               "bucket through a symbolic link") from None
-            except FileNotFoundError:
-                # a delete next to us pruned the directory: make it again
+            except (FileNotFoundError, NotADirectoryError):
+                # a delete next to us pruned the directory, and a file may
+                # have taken its place: make it again
                 if not os.path.exists(source):
                     raise S3Error("NoSuchBucket",
                                   BucketName=self.name) from None
@@ -4437,7 +4438,8 @@ class Bucket:
         return count
 
     def _describes(self, key, name):
-        """True when a sidecar of that name is that of the key's file."""
+        """True when a sidecar of that name is that of the key's file or of
+        a version, or when that is not to be told just now."""
         found = self._open_key(key)
         if found is not None:
             os.close(found[0])
@@ -4445,10 +4447,14 @@ class Bucket:
                 return True
         directory = self._version_directory(key)
         for version in _listdir(directory):
-            with contextlib.suppress(OSError):
+            try:
                 inode = os.stat(os.path.join(directory, version)).st_ino
-                if self._sidecar(key, inode).endswith(name):
-                    return True
+            except _ABSENT:
+                continue
+            except OSError:
+                return True
+            if self._sidecar(key, inode).endswith(name):
+                return True
         return False
 
     # versions; the caller holds the key's lock to change any
@@ -4929,6 +4935,17 @@ _NO_RECORD = _NO_XATTR + _NO_XATTR_YET + (
     errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
+def _record_inside(path):
+    """The record that a file itself has, {} for none; OSError where it
+    cannot be had just now."""
+    try:
+        return load_record(os.getxattr(path, XATTR))
+    except OSError as error:
+        if error.errno not in _NO_RECORD:
+            raise
+        return {}
+
+
 # --- listing ---
 
 class Names(NamedTuple):
@@ -5162,25 +5179,30 @@ class Walker:
         return Names(stamp, sorted(filter(None, keys)), frozenset())
 
     def missed(self, prefix, after, last, entries):
-        """True when version_keys() gave some key up to `last` neither by
-        its file nor by its versions: it got its first noncurrent one, and
-        lost its file, between the two looks.  entries: what was made of
-        the keys that it gave."""
-        old = self._names(self._bucket._versions, self._read_versions)
-        new = Walker(self._bucket, self._cache)._names(
-            self._bucket._versions, self._read_versions)
-        if new is None or new is old:
-            return False
-        late = {key for key in set(new.entries).difference(
-            old.entries if old else ())
-            if key.startswith(prefix) and key > after
-            and (last is None or key < last)}
+        """True when some key up to `last` may have been given by none of
+        the looks at odd/, at the versions and at the files, in this order:
+        its file came to odd/ behind the first one, or it got its first
+        noncurrent version, and lost its file, behind the second.  entries:
+        what was made of the keys that were given."""
+        late = {key for key in self._late(self._bucket._odd, self._read_odd)
+                + self._late(self._bucket._versions, self._read_versions)
+                if key.startswith(prefix) and key > after
+                and (last is None or key < last)}
         if late:
             late.difference_update(entry.key for entry in entries)
             rolled = tuple(entry.key for entry in entries
                            if isinstance(entry, CommonPrefix))
             late = {key for key in late if not key.startswith(rolled)}
         return bool(late)
+
+    def _late(self, path, read):
+        """The keys that have come to a directory since it was read."""
+        old = self._seen.get(path, False)
+        new = old is not False and Walker(
+            self._bucket, self._cache)._names(path, read)
+        if not new or new is old:
+            return []
+        return list(set(new.entries).difference(old.entries if old else ()))
 
     @staticmethod
     def _merge(natural, odd):
@@ -5215,16 +5237,10 @@ class Walker:
     def _hashed_key(self, path, name):
         """The key of that odd_name() that a file's record tells, or None.
         """
-        if self._bucket._xattrs:
-            try:
-                record = load_record(os.getxattr(path, XATTR))
-            except OSError as error:
-                if error.errno not in _NO_RECORD:
-                    raise
-                record = {}
-            for key in (record.get("key", ""), record.get("was", "")):
-                if odd_name(key) == name:
-                    return key
+        record = _record_inside(path) if self._bucket._xattrs else {}
+        for key in (record.get("key", ""), record.get("was", "")):
+            if odd_name(key) == name:
+                return key
         ending = "-%x" % os.stat(path).st_ino
         for sidecar in os.listdir(self._bucket._meta):
             if sidecar.endswith(ending) and sidecar[:32] == name[1:33]:
@@ -5886,31 +5902,43 @@ class Store:
         show(info): what is to be Listed of an object.  It is kept, and so
         may depend on the Info only.
         """
-        deadline = time.monotonic() + LISTING_PATIENCE_SECONDS
-        while True:
-            walker = Walker(bucket, self._cache)
-            stamp = walker.odd_stamp()
+        def walk(walker):
             page = collect_page(
                 functools.partial(walker.keys, prefix),
                 self._listed.looker(bucket, show), prefix, delimiter, after,
                 limit, skip)
-            if walker.odd_stamp() == stamp or time.monotonic() > deadline:
-                return page             # nothing moved behind our back
+            return page, page.entries[-1].key if page.truncated else None
+        return self._whole_page(bucket, walk, prefix, skip + "\U0010ffff"
+                                if skip else after)
+
+    def _whole_page(self, bucket, walk, prefix, after):
+        """The Page of walk(walker), which gives it and where it ends;
+        again as long as something has moved behind its back.
+
+        While others keep moving files, what surely moved behind it: what
+        went to odd/ and back between two looks could still be missed.
+        """
+        deadline = time.monotonic() + LISTING_PATIENCE_SECONDS
+        for number in range(MAX_RETRIES):
+            walker = Walker(bucket, self._cache)
+            stamp = walker.odd_stamp()
+            page, last = walk(walker)
+            if (walker.odd_stamp() == stamp
+                    or number > 2 and time.monotonic() > deadline) \
+                    and not walker.missed(prefix, after, last,
+                                          page.entries):
+                break
+        return page
 
     def list_versions(self, bucket, prefix="", delimiter="", key_marker="",
                       version_marker="", limit=MAX_LIST_KEYS, skip=""):
         """A Page of all versions and delete markers, by key and then the
         newest first, behind a key or behind one version of it."""
         after = skip + "\U0010ffff" if skip else key_marker
-        for _ in range(MAX_RETRIES):
-            walker = Walker(bucket, self._cache)
-            keys = walker.version_keys(prefix, after, version_marker)
-            page, last = _collect_versions(
-                keys, bucket.versions, (prefix, delimiter),
-                (key_marker, version_marker), limit, skip)
-            if not walker.missed(prefix, after, last, page.entries):
-                break
-        return page
+        return self._whole_page(bucket, lambda walker: _collect_versions(
+            walker.version_keys(prefix, after, version_marker),
+            bucket.versions, (prefix, delimiter),
+            (key_marker, version_marker), limit, skip), prefix, after)
 
     def spool(self, name, webhook):
         """The Spool of a bucket, or of one that was deleted, by the name
@@ -6074,12 +6102,9 @@ class Store:
             status = os.stat(path)
         except _ABSENT:
             return None
-        record = {}
-        if self.xattrs:
-            with contextlib.suppress(OSError):
-                record = load_record(os.getxattr(path, XATTR))
+        record = _record_inside(path) if self.xattrs else {}
         if not record:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*_ABSENT):
                 sidecar = "%s-%x.json" % (path, status.st_ino)
                 with open(sidecar, "rb") as file:
                     record = load_record(file.read())

@@ -3330,13 +3330,20 @@ class DamagedRecords(StorageCase):
             self.put(key, b"content")
         where = (os, "getxattr") if self.xattrs and HAVE_XATTRS \
             else (gos3rve, "open")
+        upload = self.store.upload(self.bucket, "k", self.store.create_upload(
+            self.bucket, "k", {}))
+        with self.store.part_draft(upload) as draft:
+            draft.write(b"part")
+            self.store.put_part(upload, 1, draft, {"etag": md5_hex(b"part")})
         self.restart()
         with mock.patch.object(*where, create=True, side_effect=OSError(
                 errno.EIO, "Input/output error")):
             for look in (bound(self.read, "k"), self.page, self.keys,
-                         bound(self.bucket.archive, "k", [])):
+                         bound(self.bucket.archive, "k", []),
+                         bound(self.store.list_parts, upload)):
                 with self.assertRaises(OSError):
                     look()
+        self.assertEqual(len(self.store.list_parts(upload)), 1)
         self.assertEqual(self.read("k")[0].etag, md5_hex(b"content"))
         self.assertEqual([info.key for info in self.page()], ["k", odd])
 
@@ -4012,9 +4019,9 @@ class KnownFiles(StorageCase):
                 self.store.list_objects(self.bucket, itself)
             self.assertEqual("hand" not in self.read_anew(), known)
 
-    def test_record_that_cannot_be_read_is_looked_for_again(self):
+    def test_record_that_may_not_be_read_is_looked_for_again(self):
         def fail(*_, **__):
-            raise OSError(errno.EMFILE, "Too many open files")
+            raise OSError(errno.EACCES, "Permission denied")
         os.makedirs(self.path(gos3rve.STATE, "meta"), exist_ok=True)
         targets = [(gos3rve, "open")] + [(os, "getxattr")] * self.xattrs
         for target in targets:
@@ -4824,6 +4831,65 @@ class Together(StorageCase):
             if isinstance(found, tuple):
                 os.close(found[1])
             self.delete("a/b")
+
+    def test_object_is_found_by_who_slept_while_it_moved_twice(self):
+        moves, real, now = [], os.open, time.time_ns
+        names = ("a", gos3rve.odd_name("a"))
+
+        def opened(path, *args, **named):
+            try:
+                return real(path, *args, **named)
+            finally:
+                if moves and os.path.basename(path) in names:
+                    move = moves.pop(0)
+                    with mock.patch.object(os, "open", real):
+                        move()
+        self.put("a", b"1")
+        self.put("a/b", b"1")
+        moves[:] = [lambda: None, lambda: [self.delete("a/b"),
+                                           self.put("a", b"2")],
+                    lambda: self.put("a/b", b"3")]
+        with mock.patch.object(os, "open", opened), mock.patch.object(
+                time, "time_ns", lambda: now() + (
+                    0 if moves else 2 * gos3rve.TICK_NS)):
+            found = self.bucket.find("a")
+        self.assertIsNotNone(found)
+
+    def test_listing_is_whole_however_long_a_look_at_the_disk_takes(self):
+        """`a` goes to odd/ between the look there and that at the files."""
+        real, moves = os.scandir, []
+
+        def scanned(path):
+            if moves:
+                moves.pop()()
+            return real(path)
+        for page in (self.page, bound(self.store.list_versions,
+                                      self.bucket)):
+            self.put("a", b"1")
+            self.put("c", b"1")
+            moves.append(lambda: self.put("a/b", b"1"))
+            with mock.patch.object(os, "scandir", scanned), \
+                    mock.patch.object(gos3rve, "LISTING_PATIENCE_SECONDS",
+                                      0):
+                found = page()
+            self.assertEqual([info.key for info in getattr(
+                found, "entries", found)], ["a", "a/b", "c"])
+            self.delete("a/b")
+
+    def test_a_file_takes_the_place_of_a_directory_that_is_made(self):
+        """Behind the mkdir: its own lock is another one."""
+        real, moves = os.mkdir, [True]
+
+        def made(path, *args, **named):
+            real(path, *args, **named)
+            if path == self.path("a") and moves:
+                os.rmdir(path)
+                by_hand(path, b"1")
+                moves.pop()
+        with mock.patch.object(os, "mkdir", made):
+            self.put("a/b/c", b"2")
+        self.assertEqual([self.read(key)[1] for key in self.keys()],
+                         [b"1", b"2"])
 
     def winners(self, conditions, key="k", count=32):
         """How many of 32 conditional puts won; the rest got 412."""
