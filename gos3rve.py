@@ -6168,7 +6168,7 @@ class Store:
                 count += _sweep_drafts(os.path.dirname(tmp),
                                        now - grace_seconds)
                 count += bucket.sweep_sidecars(now - grace_seconds)
-        for path in self.leftovers(now - grace_seconds):
+        for path in self.leftovers(now, grace_seconds):
             shutil.rmtree(path, ignore_errors=True)
             count += 1
         for name in _listdir(self.dir_uploads):
@@ -6177,15 +6177,14 @@ class Store:
                 upload_ttl_seconds, grace_seconds)
         return count
 
-    def leftovers(self, before):
-        """The paths of half-made and half-removed buckets and uploads,
-        unchanged since `before`, in seconds since the epoch."""
+    def leftovers(self, now, grace_seconds=SWEEP_GRACE_SECONDS):
+        """The paths of half-made and half-removed buckets and uploads."""
         for directory in (self.dir_buckets, self.dir_uploads):
             for name in _listdir(directory):
                 path = os.path.join(directory, name)
                 if name.startswith((_NEW, _OLD)) \
-                        and _modified(path) < before \
-                        and not _has_events(path, time.time()):
+                        and _modified(path) < now - grace_seconds \
+                        and not _has_events(path, now):
                     yield path
 
     def _sweep_uploads(self, directory, now, ttl, grace):
@@ -6853,7 +6852,8 @@ class Checker:
                  progress=lambda counts: None):
         self._store, self._tell, self._progress = store, tell, progress
         self._mend, self._verify = mend, verify
-        self._before = time.time() - SWEEP_GRACE_SECONDS
+        self._now = time.time()
+        self._before = self._now - SWEEP_GRACE_SECONDS
         self.counts = collections.Counter()
 
     def run(self):
@@ -6862,7 +6862,7 @@ class Checker:
             self.counts["buckets"] += 1
             with self._telling(_quoted(bucket.root)):
                 self._check_bucket(bucket)
-        for path in self._store.leftovers(self._before):
+        for path in self._store.leftovers(self._now):
             self._found(_quoted(path), "is left of a bucket that was being "
                         "made or deleted", lambda path=path:
                         shutil.rmtree(path))

@@ -5718,7 +5718,7 @@ class Checks(UploadCase):
         checker = gos3rve.Checker(
             self.store, lambda where, what, state: found.update(
                 {(where.rpartition("/")[2], what): state}), **options)
-        checker._before = time.time() + FUTURE
+        checker._now = checker._before = time.time() + FUTURE
         self.counts = checker.run()
         return found
 
