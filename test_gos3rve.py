@@ -3293,12 +3293,70 @@ class ShellWithLargeRecords(Shell):
     padding = 70000
 
 
+class Records(unittest.TestCase):
+    """Records as they are written, and as they were once."""
+
+    ETAG, TIME = "5d41402abc4b2a76b9719d911017c592", 1764208695123456789
+    BINARY = {"Content-Type": "application/octet-stream"}
+    MTIME = {"mtime": "1764208695.123456789"}
+    CRC = {"checksums": {"CRC32": "AAAAAA=="},
+           "checksum_type": "FULL_OBJECT"}
+    # (the fields but ETag, size and time; what is written behind them)
+    FORMS = (
+        ({"headers": {}}, b'""'), ({}, b"null"),
+        ({"headers": BINARY}, b'"application/octet-stream"'),
+        (dict(CRC, headers=BINARY),
+         b'"application/octet-stream",{"c":{"CRC32":"AAAAAA=="}}'),
+        ({"headers": BINARY, "meta": MTIME},
+         b'"application/octet-stream",'
+         b'{"m":{"mtime":"1764208695.123456789"}}'),
+        ({"headers": {"Content-Type": "image/jpeg"}, "version": "7e" * 16},
+         b'"image/jpeg",{"v":"' + b"7e" * 16 + b'"}'))
+    MORE = (
+        {"headers": dict(BINARY, Expires="0")}, {"headers": {"Expires": "0"}},
+        {"headers": {"Content-Type": ""}}, {"headers": {"Content-Type": 5}},
+        dict(CRC, checksum_type="COMPOSITE"), {"checksums": {}},
+        {"checksums": {"SHA1": "x"}}, {"checksum_type": "FULL_OBJECT"},
+        {"headers": {}, "meta": {"a": "\u00e9"}, "tags": {"c": "m"},
+         "key": "k", "parts": [[5, 2]], "acl": [], "lock": {"hold": "ON"}})
+
+    def record(self, fields):
+        """The record of a small object."""
+        return dict(fields, etag=self.ETAG, size=1024, mtime_ns=self.TIME)
+
+    def test_short_form_fits_the_first_buffer_of_getxattr(self):
+        for fields, text in self.FORMS:
+            record = self.record(fields)
+            data = b'["%s",1024,%d,%s]' % (self.ETAG.encode(), self.TIME,
+                                           text)
+            self.assertEqual(gos3rve.dump_record(record), data)
+            self.assertEqual(gos3rve.load_record(data), record)
+            self.assertLessEqual(len(data), 128)
+
+    def test_any_record_is_read_as_it_was_written_now_or_once(self):
+        records = [self.record(fields) for fields in self.MORE + tuple(
+            fields for fields, _ in self.FORMS)]
+        records += [{"marker": True, "key": "k", "size": 0, "mtime_ns": 7},
+                    {"tags": {"a": "b"}}, {"key": "k"}]
+        for record in records:
+            before = json.dumps(record)
+            for data in (gos3rve.dump_record(record), before.encode()):
+                self.assertEqual(gos3rve.load_record(data), record)
+            self.assertEqual(json.dumps(record), before)    # as it was
+
+
 class DamagedRecords(StorageCase):
     """A record that cannot be read is reported, and taken as absent."""
 
     DAMAGE = (b"", b"{", b"[]", b"null", b"\xff\xfe", b"\0" * 50, b"7",
               b'{"size": "1"}', b'{"etag": 5}', b'{"headers": []}',
-              b'{"meta": "x"}', b"[" * 3000, b'{"a":' * 700)
+              b'{"meta": "x"}', b"[" * 3000, b'{"a":' * 700,
+              b'["e",7]', b'["e",7,7,"",{},1]', b'["e",7,7,5]',
+              b'[5,7,7,""]', b'["e","7",7,""]', b'["e",7,7.0,""]',
+              b'["e",true,7,""]', b'["e",7,7,[]]', b'["e",7,7,"",[]]',
+              b'["e",7,7,"",{"c":[]}]', b'["e",7,7,"",{"m":"x"}]',
+              b'["e",7,7,"",{"tags":5}]', b'["e",7,7,""]]', b'["e",7,7,"',
+              b'["e",7,7,"",' + b'{"c":' * 70 + b"1" + b"}" * 70 + b"]")
 
     def damage(self, data):
         """Overwrite the record of object `k`."""
