@@ -505,8 +505,8 @@ def http_date(seconds):
 
 def iso_date(time_ns):
     """The ISO 8601 form, with milliseconds and Z, that S3's XML uses."""
-    seconds, rest = divmod(time_ns, 1000000000)
-    return "%s.%03dZ" % (_iso_seconds(seconds), rest // 1000000)
+    return "%s.%03dZ" % (_iso_seconds(time_ns // 1000000000),
+                         time_ns // 1000000 % 1000)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -829,17 +829,22 @@ def parse_json(text, **hooks):
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
-    if text.count("[") + text.count("{") > MAX_JSON_DEPTH \
+    # what is nested deeper than that, and ends, takes two brackets a level
+    if len(text) > 2 * MAX_JSON_DEPTH \
+            and text.count("[") + text.count("{") > MAX_JSON_DEPTH \
             and _json_depth(text) > MAX_JSON_DEPTH:
         raise ValueError("nested too deep")
-    if not hooks and text[:1] in ("{", "["):
-        value, end = _raw_json(text)    # half the time of what follows
-        if end == len(text):
-            return value
+    if not hooks:
+        try:
+            value, end = _scan_json(text, 0)    # a third of what follows
+            if end == len(text):
+                return value
+        except StopIteration:           # no JSON, or blanks before it
+            pass
     return json.loads(text, **hooks)
 
 
-_raw_json = json.JSONDecoder().raw_decode
+_scan_json = json.JSONDecoder().scan_once
 
 
 def _json_depth(text):
@@ -3276,15 +3281,15 @@ def load_record(data):
 
 def _unpacked(etag, size, mtime_ns, headers, others=None):
     """The record that dump_record() wrote as an array, or ValueError."""
-    record = {"etag": etag, "size": size, "mtime_ns": mtime_ns}
     if type(headers) is str:
-        record["headers"] = {"Content-Type": headers} if headers else {}
-    elif type(headers) is dict:
-        record["headers"] = headers
-    elif headers is not None:
-        raise ValueError("no headers")
-    if not (type(etag) is str and type(size) is type(mtime_ns) is int):
-        raise ValueError("no ETag, size or time")
+        headers = {"Content-Type": headers} if headers else {}
+    if not (type(etag) is str and type(size) is type(mtime_ns) is int
+            and (headers is None or type(headers) is dict)):
+        raise ValueError("wrong type of a field")
+    record = {"etag": etag, "size": size, "mtime_ns": mtime_ns,
+              "headers": headers}
+    if headers is None:
+        del record["headers"]
     if others is not None:
         if type(others) is not dict:
             raise ValueError("no fields")
@@ -3736,11 +3741,11 @@ def _looked_at(info, fd):
 
 def _settled(status, now_ns=None):
     """True when any change from now on must show as another time."""
-    # ctime, too: tar and rsync set mtime back
-    changed = max(status.st_mtime_ns, status.st_ctime_ns)
-    coarse = changed % 1000000000 == 0
+    changed, mtime_ns = status.st_ctime_ns, status.st_mtime_ns
+    if mtime_ns > changed:              # tar and rsync set it back
+        changed = mtime_ns
     return (now_ns or time.time_ns()) - changed > (
-        COARSE_TICK_NS if coarse else TICK_NS)
+        TICK_NS if changed % 1000000000 else COARSE_TICK_NS)
 
 
 class Stripes:
@@ -4030,11 +4035,12 @@ class Bucket:
         os.close(found[1])
         return found[0]
 
-    def look_once(self, key):
+    def look_once(self, key, path=None):
         """(As find(), status), for listings: by path, without opening the
         file.  status is lstat's of the file when nothing else but a new
-        name in meta/ could make it another Info, else None."""
-        path = self._path(key)
+        name in meta/ could make it another Info, else None.  path: the
+        natural one where it is known to be that."""
+        path = path or self._path(key)
         try:
             status = path and os.lstat(path)
         except OSError:
@@ -5136,9 +5142,10 @@ class ListedCache:
         self._lock = threading.Lock()
         self._used = []                 # the dicts that have anything in them
 
-    def looker(self, bucket, show):
+    def looker(self, bucket, show, natural=False):
         """look(key) -> Listed, or None for a key that is gone; for one
-        page.  show(info): depends on the Info only.
+        page.  show(info): depends on the Info only.  natural: True when
+        all keys come from natural paths.
 
         A key that is known costs one lstat, which is half the time that it
         takes in all; to read and show it anew takes five times as long.
@@ -5165,7 +5172,7 @@ class ListedCache:
                         return listed
                 except OSError:
                     pass
-            info, status = bucket.look_once(key)
+            info, status = bucket.look_once(key, natural and root + key)
             if info is None:
                 return None
             listed = Listed(key, show(info), status)
@@ -5209,7 +5216,7 @@ class Walker:
     def keys(self, prefix, after):
         """The keys that start with `prefix` and come after `after`."""
         natural = self._natural(prefix, after)
-        odd = self._odd_keys()
+        odd = self.odd_keys()
         if not odd:
             return natural
         start = bisect.bisect_left(odd, prefix)
@@ -5279,7 +5286,8 @@ class Walker:
                 yield key
             last = key
 
-    def _odd_keys(self):
+    def odd_keys(self):
+        """The keys that lie in odd/, in order."""
         names = self._names(self._bucket._odd, self._read_odd)
         return names.entries if names else ()
 
@@ -5972,8 +5980,8 @@ class Store:
         def walk(walker):
             page = collect_page(
                 functools.partial(walker.keys, prefix),
-                self._listed.looker(bucket, show), prefix, delimiter, after,
-                limit, skip)
+                self._listed.looker(bucket, show, not walker.odd_keys()),
+                prefix, delimiter, after, limit, skip)
             return page, page.entries[-1].key if page.truncated else None
         return self._whole_page(bucket, walk, prefix, skip + "\U0010ffff"
                                 if skip else after)
@@ -11045,18 +11053,26 @@ def _shown(info):
     """(all that a listing shows of an object between its key and its owner,
     its own owner or None): depends on the Info only, so that it can be
     kept."""
-    record = info.record
-    text = ("<LastModified>%s</LastModified><ETag>&quot;%s&quot;</ETag>"
-            "<Size>%d</Size><StorageClass>%s</StorageClass>" % (
-                iso_date(info.mtime_ns), xml_escape(info.etag), info.size,
-                xml_escape(record.get("class", "STANDARD"))))
-    for name in record.get("checksums", ()):
-        text += ("<ChecksumAlgorithm>%s</ChecksumAlgorithm>"
-                 % xml_escape(name))
-    if record.get("checksums") and "checksum_type" in record:
-        text += "<ChecksumType>%s</ChecksumType>" % xml_escape(
-            record["checksum_type"])
-    return text, record.get("owner")
+    record, etag = info.record, info.etag
+    checksums = record.get("checksums")
+    return ("<LastModified>%s</LastModified><ETag>&quot;%s&quot;</ETag>"
+            "<Size>%d</Size><StorageClass>%s</StorageClass>%s" % (
+                iso_date(info.mtime_ns),
+                etag if etag.isalnum() else xml_escape(etag), info.size,
+                xml_escape(record["class"]) if "class" in record
+                else "STANDARD",
+                _checksum_texts(tuple(checksums), record.get("checksum_type"))
+                if checksums else "")), record.get("owner")
+
+
+@functools.lru_cache(maxsize=64)
+def _checksum_texts(names, kind):
+    """What a listing shows of an object's checksums."""
+    text = "".join("<ChecksumAlgorithm>%s</ChecksumAlgorithm>"
+                   % xml_escape(name) for name in names)
+    if kind is not None:
+        text += "<ChecksumType>%s</ChecksumType>" % xml_escape(kind)
+    return text
 
 
 def _contents(listed, key, owner_of):

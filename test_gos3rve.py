@@ -3957,9 +3957,9 @@ class KnownFiles(StorageCase):
         """The keys that another listing does not know any more."""
         keys, real = [], gos3rve.Bucket.look_once
 
-        def look_once(bucket, key):
+        def look_once(bucket, key, path=None):
             keys.append(key)
-            return real(bucket, key)
+            return real(bucket, key, path)
         with mock.patch.object(gos3rve.Bucket, "look_once", look_once):
             self.seen()
         return keys
