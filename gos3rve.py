@@ -3163,7 +3163,8 @@ def is_reserved(name):
 
 def odd_name(key):
     """The file name under odd/ of a key: itself encoded, or its hash."""
-    name = "k" + urllib.parse.quote(key, safe="")
+    name = "k" + (key.replace("/", "%2F") if UNRESERVED.match(key)
+                  else urllib.parse.quote(key, safe=""))
     if len(name) <= MAX_ODD_NAME:
         return name
     return "h" + hashlib.sha256(key.encode()).hexdigest()
@@ -3258,11 +3259,12 @@ def load_json(data):
 #     [etag, size, mtime_ns, headers, {other fields}]
 # headers: the Content-Type alone where there is no other, "" for none, null
 # where the record has no such field.  The other fields, if any, go by their
-# names but for these; `c` is a FULL_OBJECT checksum, whose type is left out.
+# names but for these two; `c` is "<algorithm> <digest>", a single checksum of
+# the type FULL_OBJECT.
 # CPython's os.getxattr() tries 128 bytes before it allocates 64 KiB: 2.2 us,
 # and 6.  A small PUT's record takes 90 to 127 here, 140 to 210 as an object
 # of all the fields by their names, which is read as well: once all were that.
-_LONG_NAMES = {"c": "checksums", "m": "meta", "v": "version"}
+_LONG_NAMES = {"m": "meta", "v": "version"}
 
 
 def load_record(data):
@@ -3271,7 +3273,7 @@ def load_record(data):
         value = parse_json(data)
         if type(value) is list:
             return _unpacked(*value)
-    except (ValueError, TypeError):     # TypeError: too few, too many
+    except (ValueError, TypeError):     # TypeError: too many, or no text
         return {}
     if not isinstance(value, dict):
         return {}
@@ -3293,13 +3295,15 @@ def _unpacked(etag, size, mtime_ns, headers, others=None):
     if others is not None:
         if type(others) is not dict:
             raise ValueError("no fields")
+        if "c" in others:
+            name, digest = str.split(others.pop("c"), " ")
+            record["checksums"] = {name: digest}
+            record["checksum_type"] = "FULL_OBJECT"
         for short, value in others.items():
             name = _LONG_NAMES.get(short, short)
             if not isinstance(value, _RECORD_TYPES.get(name, object)):
                 raise ValueError("wrong type of a field")
             record[name] = value
-        if "c" in others:
-            record["checksum_type"] = "FULL_OBJECT"
     return record
 
 
@@ -3329,10 +3333,12 @@ def dump_record(record):
 
 def _shortened(fields):
     """Some fields of a record by their short names, in place."""
-    if "checksums" in fields \
+    if "checksums" in fields and len(fields["checksums"]) == 1 \
             and fields.get("checksum_type") == "FULL_OBJECT":
-        del fields["checksum_type"]
-        fields["c"] = fields.pop("checksums")
+        (name, digest), = fields["checksums"].items()
+        if type(digest) is str and " " not in name + digest:
+            del fields["checksums"], fields["checksum_type"]
+            fields["c"] = name + " " + digest
     if "meta" in fields:
         fields["m"] = fields.pop("meta")
     if "version" in fields:
@@ -5212,6 +5218,7 @@ class Walker:
     def __init__(self, bucket, cache):
         self._bucket, self._cache = bucket, cache
         self._seen = {}                 # read once a request
+        self._given = None              # a key that no walk has led to
 
     def keys(self, prefix, after):
         """The keys that start with `prefix` and come after `after`."""
@@ -5229,17 +5236,39 @@ class Walker:
     def version_keys(self, prefix, after, inclusive):
         """As keys(), and those that have noncurrent versions only; `after`
         itself, too, when `inclusive`."""
-        names = self._names(self._bucket._versions, self._read_versions)
-        old = names.entries if names else ()
+        old = self._versioned_keys()
         start = max(bisect.bisect_left(old, prefix),
                     bisect.bisect_left(old, after) if inclusive
                     else bisect.bisect_right(old, after))
         current = self.keys(prefix, after)
         if inclusive and after.startswith(prefix):
+            self._given = after
             current = itertools.chain([after], current)
         return self._merge(current, itertools.takewhile(
             lambda key: key.startswith(prefix),
             itertools.islice(old, start, None)))
+
+    def _versioned_keys(self):
+        """The keys that have a directory of noncurrent versions."""
+        names = self._names(self._bucket._versions, self._read_versions)
+        return names.entries if names else ()
+
+    def versions(self, key):
+        """Bucket.versions() of a key that version_keys() gave.
+
+        Most keys have no directory of versions: a look by path, and that
+        there is none after it, tell as much as _snapshot() in a seventh of
+        the time.  A version that was not current at the look lay in that
+        directory then, and has been deleted since.
+        """
+        old, bucket = self._versioned_keys(), self._bucket
+        place = bisect.bisect_left(old, key)
+        if key != self._given and (place == len(old) or old[place] != key):
+            info = bucket.look_once(key, not self.odd_keys()
+                                    and bucket._root_slash + key)[0]
+            if not _is_there(bucket._version_directory(key)):
+                return [info] if info else []
+        return bucket.versions(key)
 
     def _read_versions(self, path, stamp):
         keys = []
@@ -6012,7 +6041,7 @@ class Store:
         after = skip + "\U0010ffff" if skip else key_marker
         return self._whole_page(bucket, lambda walker: _collect_versions(
             walker.version_keys(prefix, after, version_marker),
-            bucket.versions, (prefix, delimiter),
+            walker.versions, (prefix, delimiter),
             (key_marker, version_marker), limit, skip), prefix, after)
 
     def spool(self, name, webhook):
@@ -6041,7 +6070,7 @@ class Store:
         newest first, key by key."""
         walker = Walker(bucket, self._cache)
         for key in walker.version_keys("", "", ""):
-            found = bucket.versions(key)
+            found = walker.versions(key)
             if found:
                 yield found
 

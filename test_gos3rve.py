@@ -3306,17 +3306,21 @@ class Records(unittest.TestCase):
         ({"headers": {}}, b'""'), ({}, b"null"),
         ({"headers": BINARY}, b'"application/octet-stream"'),
         (dict(CRC, headers=BINARY),
-         b'"application/octet-stream",{"c":{"CRC32":"AAAAAA=="}}'),
+         b'"application/octet-stream",{"c":"CRC32 AAAAAA=="}'),
         ({"headers": BINARY, "meta": MTIME},
          b'"application/octet-stream",'
          b'{"m":{"mtime":"1764208695.123456789"}}'),
         ({"headers": {"Content-Type": "image/jpeg"}, "version": "7e" * 16},
-         b'"image/jpeg",{"v":"' + b"7e" * 16 + b'"}'))
+         b'"image/jpeg",{"v":"' + b"7e" * 16 + b'"}'),
+        (dict(CRC, headers={}, version="7e" * 16),
+         b'"",{"c":"CRC32 AAAAAA==","v":"' + b"7e" * 16 + b'"}'))
     MORE = (
         {"headers": dict(BINARY, Expires="0")}, {"headers": {"Expires": "0"}},
         {"headers": {"Content-Type": ""}}, {"headers": {"Content-Type": 5}},
         dict(CRC, checksum_type="COMPOSITE"), {"checksums": {}},
         {"checksums": {"SHA1": "x"}}, {"checksum_type": "FULL_OBJECT"},
+        dict(CRC, checksums={"A": "1", "B": "2"}), dict(CRC, checksums={}),
+        dict(CRC, checksums={"A": "1 2"}), dict(CRC, checksums={"A": 1}),
         {"headers": {}, "meta": {"a": "\u00e9"}, "tags": {"c": "m"},
          "key": "k", "parts": [[5, 2]], "acl": [], "lock": {"hold": "ON"}})
 
@@ -3354,7 +3358,8 @@ class DamagedRecords(StorageCase):
               b'["e",7]', b'["e",7,7,"",{},1]', b'["e",7,7,5]',
               b'[5,7,7,""]', b'["e","7",7,""]', b'["e",7,7.0,""]',
               b'["e",true,7,""]', b'["e",7,7,[]]', b'["e",7,7,"",[]]',
-              b'["e",7,7,"",{"c":[]}]', b'["e",7,7,"",{"m":"x"}]',
+              b'["e",7,7,"",{"c":[]}]', b'["e",7,7,"",{"c":"CRC32"}]',
+              b'["e",7,7,"",{"c":"A B C"}]', b'["e",7,7,"",{"m":"x"}]',
               b'["e",7,7,"",{"tags":5}]', b'["e",7,7,""]]', b'["e",7,7,"',
               b'["e",7,7,"",' + b'{"c":' * 70 + b"1" + b"}" * 70 + b"]")
 
@@ -4472,7 +4477,8 @@ class MovingVersions(VersionCase):
     """A reader, between any two calls of whom a version moves: into
     versions/ and out of it, from one name to another."""
 
-    NAMES = ("open", "stat", "listdir", "scandir", "getxattr")
+    NAMES = ("access", "getxattr", "listdir", "lstat", "open", "scandir",
+             "stat")
     KEYS = "d/k", "k//" + "x" * 200
 
     def setUp(self):
