@@ -3074,6 +3074,9 @@ def sealed_etag(key, md5):
 STATE = ".gos3rve"
 KEY_FILE = "key"                    # in a directory named by a key's hash
 XATTR = "user.gos3rve"
+FIDEDUPERANGE = 0xC0189436              # linux/fs.h
+MAX_SHARED_BYTES = 16 * MIB             # a call: btrfs takes no more
+MIN_SHARED_BYTES = 4 * KIB              # less than a block saves none
 LOCK_STRIPES = 32
 MAX_ODD_NAME = 140                  # longer encoded keys are hashed
 MAX_RETRIES = 100                   # of a step that another writer undid
@@ -3510,13 +3513,14 @@ class Draft:
     writer lives, so that no sweep takes it.  Made at the first write.
 
     Close it in the end, published or not.  make(): makes the directory
-    where that may be missing.  status: of the sealed file.
+    where that may be missing.  status: of the sealed file.  digest: a
+    SHA-256 of what is written, for who wants to know it.
     """
 
-    def __init__(self, directory, make=None):
+    def __init__(self, directory, make=None, digest=None):
         self._directory, self._make = directory, make
         self.path = self.fd = self.status = None
-        self.size = 0
+        self.size, self.digest = 0, digest
 
     def __enter__(self):
         return self
@@ -3545,6 +3549,8 @@ class Draft:
     def write(self, data):
         """Append bytes."""
         self.open()
+        if self.digest is not None:
+            self.digest.update(data)
         while data:
             done = os.write(self.fd, data)
             self.size += done
@@ -3554,6 +3560,7 @@ class Draft:
         """Append `length` bytes of a file descriptor from `offset` on, in
         the kernel (by reflink where the file system can)."""
         self.open()
+        self.digest = None              # it does not pass through here
         end = offset + length
         for copy in (_copy_range, _copy_plain):
             try:
@@ -3593,6 +3600,8 @@ class Draft:
             self.path = None
 
 
+# EINVAL and ENOTTY are older kernels' and other systems' word for it
+_NO_SHARING = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 _NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP,
                   errno.EBADF, errno.EPERM, errno.ETXTBSY)
 
@@ -3601,6 +3610,29 @@ def _copy_range(source, target, offset, length):
     if not hasattr(os, "copy_file_range"):
         raise OSError(errno.ENOSYS, "no copy_file_range")
     return os.copy_file_range(source, target, min(length, GIB), offset)
+
+
+def share_content(source, target, length):
+    """Have the file `target` share the first `length` bytes of `source`,
+    its whole content, on the disk; False when they differ.
+
+    The kernel compares them while nobody can change either, and each file
+    stays independent of the other: ioctl_fideduperange(2).  OSError where
+    the file system cannot share.
+    """
+    offset = 0
+    while offset < length:
+        step = min(length - offset, MAX_SHARED_BYTES)
+        call = bytearray(struct.pack("=QQHHIqQQiI", offset, step, 1, 0, 0,
+                                     target, offset, 0, 0, 0))
+        fcntl.ioctl(source, FIDEDUPERANGE, call)
+        done, status = struct.unpack_from("=Qi", call, 40)
+        if status < 0:
+            raise OSError(-status, os.strerror(-status))
+        if status or not done:
+            return False
+        offset += done
+    return True
 
 
 def _copy_plain(source, target, offset, length):
@@ -3798,6 +3830,7 @@ class Bucket:
         self._sync, self._follow = store.sync, store.follow_symlinks
         self._xattrs = store.xattrs
         self._report = store.report
+        self._unique = store.unique and fcntl is not None
         self._real = os.path.realpath(root)
         self._real_slash = os.path.join(self._real, "")
         self._real_state = os.path.join(self._real, STATE, "")
@@ -3807,6 +3840,7 @@ class Bucket:
         self._meta = os.path.join(self._state, "meta")
         self._versions = os.path.join(self._state, "versions")
         self._tmp = os.path.join(self._state, "tmp")
+        self._same = os.path.join(self._state, "unique")
         self._locks = os.path.join(self._state, "locks", "")
         self._threads = [threading.Lock() for _ in range(LOCK_STRIPES)]
         self._config, self._no_config = (None, {}), {}
@@ -3883,7 +3917,8 @@ class Bucket:
 
     def draft(self):
         """A Draft on the bucket's own file system."""
-        return Draft(self._tmp, functools.partial(self._make_state, "tmp"))
+        return Draft(self._tmp, functools.partial(self._make_state, "tmp"),
+                     hashlib.sha256() if self._unique else None)
 
     def _make_state(self, name):
         """Make a directory of the bucket's state, but never the bucket:
@@ -4874,6 +4909,68 @@ class Bucket:
         finally:
             os.close(fd)
 
+    # content that is there already: under unique/ a file for each SHA-256
+    # and size, with the key that had that content last.  It is a hint: what
+    # shares content is compared in the kernel first, so all of it may be
+    # wrong, or be removed at any time.
+
+    def share(self, draft):
+        """Have the content of a draft take no room where the bucket has
+        the same; its name under unique/, None when that is not to be kept.
+        """
+        if not self._unique or draft.size < MIN_SHARED_BYTES:
+            return None
+        digest = draft.digest
+        if digest is None:
+            digest = hashlib.sha256()
+            for block in read_blocks(draft.fd, 0, draft.size):
+                digest.update(block)
+        name = "%s-%x" % (digest.hexdigest(), draft.size)
+        with contextlib.suppress(OSError), open(
+                os.path.join(self._same, name), "rb") as file:
+            for path in self._files_of(load_record(file.read()).get("key")):
+                if self._shares(path, draft):
+                    break
+        return name if self._unique else None
+
+    def _files_of(self, key):
+        """Where the versions of a key lie, the newest first."""
+        found = key and self._open_key(key)
+        if found:
+            os.close(found[0])
+            yield found[2]
+        if key:
+            for name in self.version_names(key, bool(found)):
+                yield os.path.join(self._version_directory(key), name)
+
+    def _shares(self, path, draft):
+        """True when a draft has the content of another file, and has it
+        by reflink now."""
+        fd, status = self._open_path(path)
+        try:
+            return status.st_size == draft.size and share_content(
+                fd, draft.fd, draft.size)
+        except OSError as error:
+            if error.errno in _NO_SHARING:
+                self._unique = False
+                self._report("-unique: the file system of %s cannot share "
+                             "content: all is stored in full" % self.root)
+            return False
+        finally:
+            os.close(fd)
+
+    def note_content(self, name, key):
+        """Tell under unique/ which key has some content."""
+        with contextlib.suppress(OSError), self.draft() as draft:
+            draft.write(dump_record({"key": key}))
+            path = os.path.join(self._same, name)
+            try:
+                os.replace(draft.path, path)
+            except FileNotFoundError:
+                self._make_state("unique")
+                os.replace(draft.path, path)
+            draft.path = None
+
     # access logs: a file a day, which a deliverer claims by renaming it
 
     def append_log(self, day, lines):
@@ -5720,16 +5817,19 @@ class Store:
     dir_buckets, dir_uploads: directories.  mapped: bucket name -> further
     directory served as that bucket.  sync: fsync before an answer.
     xattrs: False keeps every record in a sidecar.  report: takes a line
-    for the operator.
+    for the operator.  unique: content that a bucket has already takes no
+    further room, where the file system can share it.
     """
 
     def __init__(self, dir_buckets, dir_uploads, mapped=None, sync=False,
-                 follow_symlinks=False, xattrs=True, report=None):
+                 follow_symlinks=False, xattrs=True, report=None,
+                 unique=False):
         self.dir_buckets = os.path.abspath(dir_buckets)
         self.dir_uploads = os.path.abspath(dir_uploads)
         self.mapped = {name: os.path.abspath(path)
                        for name, path in (mapped or {}).items()}
         self.sync, self.follow_symlinks = sync, follow_symlinks
+        self.unique = unique
         self.xattrs = xattrs and _HAVE_XATTR
         self.report = report or (lambda line: None)
         self._cache, self._listed = DirectoryCache(), ListedCache()
@@ -5867,6 +5967,7 @@ class Store:
         Atomic: `conditions` (WriteConditions) are checked and the file
         renamed under the key's lock.  Raises what they raise.
         """
+        content = None if "sse" in record else bucket.share(draft)
         draft.seal(record)
 
         def step():
@@ -5877,7 +5978,10 @@ class Store:
             if done:
                 done(info)
             return info
-        return bucket.retry(key, step)
+        info = bucket.retry(key, step)
+        if content:
+            bucket.note_content(content, key)
+        return info
 
     @staticmethod
     def _put_version(bucket, key, draft, record):
@@ -18099,6 +18203,9 @@ OPTIONS = (
            "where NAME is the last part of a destination's ARN", True),
     Option("sync", _switch, False, "Sync",
            "flush every change to the disk before answering"),
+    Option("unique", _switch, False, "Unique",
+           "an object whose content its bucket has already takes no further "
+           "room, where the file system can share it (btrfs, XFS)"),
     Option("readonly", _switch, False, "ReadOnly",
            "refuse every change"),
     Option("follow_symlinks", _switch, False, "FollowSymlinks",
@@ -18381,7 +18488,8 @@ def make_store(values, report=None):
     """The Store of some settings."""
     return Store(values["dir_buckets"], values["dir_uploads"],
                  {name: path for name, path in values["bucket"] if path},
-                 values["sync"], values["follow_symlinks"], report=report)
+                 values["sync"], values["follow_symlinks"], report=report,
+                 unique=values["unique"])
 
 
 class Running:

@@ -5771,6 +5771,139 @@ class SweepingWithSidecars(Sweeping):
     xattrs = False
 
 
+# --- content that is there already ---
+
+class SharedContent(VersionCase):
+    """-unique, with a kernel that shares what is the same."""
+
+    def setUp(self):
+        super().setUp()
+        self.shared = []
+        self.restart(unique=True)
+        patch = mock.patch.object(gos3rve, "share_content", self.share)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def share(self, source, target, length):
+        """What the ioctl does: it compares the whole of both."""
+        same = os.pread(source, length, 0) == os.pread(target, length, 0)
+        self.shared.append(same)
+        return same
+
+    def content(self, number, size=5000):
+        return b"%d" % number * size
+
+    def test_what_the_bucket_has_is_shared(self):
+        for number, key in enumerate(("a", "b", "d/e", "a")):
+            self.put(key, self.content(1))
+            self.assertEqual(self.shared, [True] * number)
+        self.put("other", self.content(2))
+        self.put("small", b"x" * 100)
+        self.put("small too", b"x" * 100)
+        self.copy("other", "copy")
+        self.assertEqual(self.shared, [True] * 4)
+
+    def test_a_noncurrent_version_is_content_too(self):
+        self.put("a", self.content(1))
+        self.put("a", self.content(2))
+        self.delete("a")
+        self.put("b", self.content(1))
+        self.assertEqual(self.shared[-1:], [True])
+
+    def test_the_index_is_a_hint(self):
+        self.put("a", self.content(1))
+        by_hand(self.path("a"), self.content(3))
+        self.put("b", self.content(1))          # the kernel says no
+        self.assertEqual(self.shared, [False])
+        self.put("c", self.content(1))          # and is asked about b now
+        self.assertEqual(self.shared, [False, True])
+        index = self.path(gos3rve.STATE, "unique")
+        for name in os.listdir(index):
+            by_hand(os.path.join(index, name), b"{damaged")
+        self.put("d", self.content(1))
+        shutil.rmtree(index)
+        self.put("e", self.content(1))
+        self.assertEqual(self.shared, [False, True])
+        self.put("f", self.content(1))
+        self.assertEqual(self.shared, [False, True, True])
+        for key in "bcdef":
+            self.assertEqual(self.read(key)[1], self.content(1))
+
+    def test_where_nothing_can_be_shared_it_is_said_once(self):
+        with mock.patch.object(gos3rve, "share_content",
+                               raising(errno.EOPNOTSUPP)):
+            for key in "abcd":
+                self.put(key, self.content(1))
+        self.assertEqual(len(self.reports), 1)
+        self.assertIn("cannot share", self.reports[0])
+        self.assertEqual(self.read("d")[1], self.content(1))
+
+    def test_what_is_encrypted_is_left_alone(self):
+        with self.bucket.draft() as draft:
+            draft.write(self.content(1))
+            self.store.put_object(self.bucket, "k", draft, {
+                "etag": "0" * 32, "sse": {"algorithm": "SSE-C"}}, ANY)
+        self.assertFalse(os.path.exists(self.path(gos3rve.STATE, "unique")))
+
+    def test_without_the_flag_there_is_no_index(self):
+        self.restart()
+        self.put("a", self.content(1))
+        self.put("b", self.content(1))
+        self.assertFalse(os.path.exists(self.path(gos3rve.STATE, "unique")))
+        self.assertEqual(self.shared, [])
+
+
+@unittest.skipUnless(sys.platform == "linux" and os.geteuid() == 0,
+                     "only root mounts a file system of its own")
+class SharingFileSystems(StorageCase):
+    """-unique on file systems that share: what is there takes no room."""
+
+    def mount(self, name, *make):
+        """A new file system of that name, in a file."""
+        image, path = (os.path.join(self.directory, name + end)
+                       for end in (".img", ""))
+        with open(image, "wb") as file:
+            file.truncate(400 * MIB)
+        os.mkdir(path)
+        for command in (make + (image,), ("mount", "-o", "loop", image,
+                                          path)):
+            try:
+                subprocess.run(command, stdout=subprocess.DEVNULL, check=True,
+                               stderr=subprocess.DEVNULL)
+            except (OSError, subprocess.CalledProcessError) as error:
+                self.skipTest("no %s here: %s" % (name, error))
+        self.addCleanup(subprocess.run, ("umount", "-l", path), check=True)
+        return path
+
+    def used(self):
+        """MiB that are taken of the file system."""
+        os.sync()
+        status = os.statvfs(self.directory)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize / MIB
+
+    def share(self, path):
+        self.start(path, unique=True)
+        data, before = os.urandom(4 * MIB + 99), self.used()
+        for key in ("a", "b", "c"):
+            self.put(key, data)
+        self.assertLess(self.used() - before, 6)
+        with open(self.path("b"), "r+b") as file:
+            file.write(b"edited")               # each is independent
+        self.assertEqual(self.read("a")[1], data)
+        self.assertEqual(self.read("b")[1], b"edited" + data[6:])
+        for key in ("a", "b"):
+            self.delete(key)
+        self.assertEqual(self.read("c")[1], data)
+        self.put("d", b"else" + data[4:])
+        self.assertGreater(self.used() - before, 7)
+
+    def test_btrfs(self):
+        self.share(self.mount("btrfs", "mkfs.btrfs", "-q"))
+
+    def test_xfs(self):
+        self.share(self.mount("xfs", "mkfs.xfs", "-q"))
+
+
 # --- checking ---
 
 class Checks(UploadCase):
@@ -20797,6 +20930,7 @@ SAMPLES = {
     "webhook": ("jobs=https://example.com/hook?a=b",
                 (("jobs", "https://example.com/hook?a=b"),)),
     "sync": ("true", True),
+    "unique": ("true", True),
     "readonly": ("true", True),
     "follow_symlinks": ("true", True),
     "upload_ttl": ("15m", 900),
@@ -20806,7 +20940,7 @@ SAMPLES = {
     "workers": ("3", 3),
     "ready_file": ("ready", "ready"),
 }
-SWITCHES = ("sync", "readonly", "follow_symlinks")
+SWITCHES = ("sync", "unique", "readonly", "follow_symlinks")
 # What an option cannot do without
 COMPANIONS = {"tls_key": ("tls_cert", "cert.pem")}
 SEED_FLAGS = ("p", "dir_buckets", "dir_uploads", "key_id", "key_val",
