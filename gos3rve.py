@@ -3084,7 +3084,7 @@ LISTING_PATIENCE_SECONDS = 0.3      # with others who keep moving files
 MAX_LOOKS = 50                      # for a file that others move about
 # The names that the listing cache keeps, over all directories.  A million
 # of 10 characters take 13 MB in one directory, 20 MB in 10,000 of them.
-MAX_CACHED_NAMES_BYTES = 96 * MIB
+MAX_CACHED_NAMES_BYTES = 32 * MIB
 # What listings show of files, kept over all buckets: about 650 bytes each.
 MAX_CACHED_FILES = 12500
 # A time on the disk is trusted once it is older than its clock's tick: 10 ms
@@ -5165,6 +5165,17 @@ def _stamp(status):
             status.st_ctime_ns)
 
 
+class Reading:
+    """A directory being read, by one thread at a time: sixteen took 630
+    MiB, each for a list of a million names."""
+
+    __slots__ = ("lock", "begun", "names")
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.begun, self.names = -1, None
+
+
 class DirectoryCache:
     """Sorted directory listings, each good while its mtime stands still.
 
@@ -5177,21 +5188,45 @@ class DirectoryCache:
         self._limit, self._bytes = limit, 0
         self._lock = threading.Lock()
         self._known = collections.OrderedDict()
+        self._readings = {}             # path -> Reading
 
     def get(self, path, read):
         """The Names of a directory; read(path, stamp) makes them anew."""
+        names = self._find(path, os.stat(path))
+        if names is not None:
+            return names
+        asked = time.monotonic_ns()
+        with self._lock:
+            reading = self._readings.setdefault(path, Reading())
+        try:
+            with reading.lock:
+                if reading.begun <= asked:      # else that is new enough
+                    begun = time.monotonic_ns()
+                    reading.names = self._read(path, read)
+                    reading.begun = begun
+                return reading.names
+        finally:
+            with self._lock:
+                self._readings.pop(path, None)
+
+    def _read(self, path, read):
         status = os.stat(path)
-        stamp = _stamp(status)
+        names = self._find(path, status)
+        if names is None:
+            settled = _settled(status)
+            names = read(path, _stamp(status))
+            if settled and not names.links:
+                self._keep(path, names)
+        return names
+
+    def _find(self, path, status):
+        """The Names that are kept of a directory, None when it changed."""
         with self._lock:
             names = self._known.get(path)
-            if names is not None and names.stamp == stamp:
-                self._known.move_to_end(path)
-                return names
-        settled = _settled(status)
-        names = read(path, stamp)
-        if settled and not names.links:
-            self._keep(path, names)
-        return names
+            if names is None or names.stamp != _stamp(status):
+                return None
+            self._known.move_to_end(path)
+            return names
 
     def _keep(self, path, names):
         with self._lock:

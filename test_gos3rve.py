@@ -3915,6 +3915,26 @@ class KnownDirectories(StorageCase):
                                                        kept)))
                 self.assertLessEqual(cache._bytes, 6000)
 
+    def test_threads_share_what_one_reads_after_they_asked(self):
+        """Also of a directory that changes all the time."""
+        by_hand(self.path("a"))
+        self.store._cache, now = gos3rve.DirectoryCache(), threading.Lock()
+        reads, real = [], os.scandir
+
+        def scandir(path):
+            self.assertTrue(now.acquire(False), "two at once")
+            reads.append(path)
+            end = time.monotonic() + 0.05   # for all to have asked
+            while time.monotonic() < end:
+                os.utime(path)
+            now.release()
+            return real(path)
+        with mock.patch.object(os, "scandir", scandir):
+            found = run_threads(*[self.keys] * 8)
+        self.assertEqual(found, [["a"]] * 8)
+        self.assertLess(len(reads), 8)
+        self.assertEqual(self.store._cache._readings, {})
+
     def test_names_of_a_million_files_take_13_mb(self):
         names = ["key-%07d" % number for number in range(100000)]
         packed = gos3rve.Names((), gos3rve.PackedNames(names), frozenset())
