@@ -20738,191 +20738,105 @@ class LogsOfTwoServers(unittest.TestCase):
             self.assertEqual(len(found), len(set(found)))
 
 
-class VersionServers(unittest.TestCase):
-    """Two server processes on one directory, whose bucket has versions.
-
-    What was acknowledged is in `sure`: key -> version id -> content, None
-    for a delete marker; what may have gone without an answer in `doubt`.
+class ConcurrentVersions(unittest.TestCase):
+    """16 writers of one key with versions, and readers beside them, over
+    two server processes.  sure: version id -> content that must be there.
     """
-
-    def setUp(self):
-        self.directory = temporary_directory(self)
-        self.random = random.Random(os.environ.get("GOS3RVE_SEED"))
-        self.servers = [self.start(), self.start()]
-        self.sure = {"key%d" % number: {} for number in range(3)}
-        self.doubt, self.sent = set(), set()
-        client = self.servers[0].client()
-        self.assertEqual(client.put("/box", (
-            "<VersioningConfiguration><Status>Enabled</Status>"
-            "</VersioningConfiguration>").encode(),
-            {"versioning": ""}).status, 200)
-        client.close()
-
-    def start(self):
-        """A server; its end is that of the test at the latest."""
-        server = ServerProcess(self.directory, "-bucket", "box")
-        self.addCleanup(server.__exit__)
-        return server
-
-    def content(self):
-        """Content that no other version has."""
-        data = os.urandom(16) * self.random.choice((1, 30, 5000))
-        self.sent.add(data)
-        return data
-
-    def write(self, client, key, body, kind="put"):
-        """A new version in one of three ways; its id."""
-        path = "/box/" + key
-        if kind == "put":
-            answer = client.put(path, body)
-        elif kind == "copy":
-            source = "/box/source-" + body[:16].hex()
-            answer = client.put(source, body)
-            self.assertEqual(answer.status, 200, answer.body)
-            answer = client.put(path, headers={"x-amz-copy-source": source})
-        else:
-            upload = client.post(path, {"uploads": ""}).one("UploadId")
-            etag = client.put(path, body, {
-                "partNumber": "1", "uploadId": upload}).etag
-            answer = client.post(path, {"uploadId": upload}, (
-                "<CompleteMultipartUpload><Part><PartNumber>1</PartNumber>"
-                "<ETag>%s</ETag></Part></CompleteMultipartUpload>"
-                % etag).encode())
-        self.assertEqual(answer.status, 200, answer.body)
-        version = answer.headers["x-amz-version-id"]
-        self.sure[key][version] = body
-        return version
-
-    def hide(self, client, key):
-        """A delete marker; its id."""
-        answer = client.delete("/box/" + key)
-        self.assertEqual(answer.status, 204, answer.body)
-        version = answer.headers["x-amz-version-id"]
-        self.sure[key][version] = None
-        return version
-
-    def remove(self, client, key, version):
-        """A version goes for good."""
-        self.doubt.add(version)
-        self.sure[key].pop(version, None)
-        answer = client.delete("/box/" + key, {"versionId": version})
-        self.assertEqual(answer.status, 204, answer.body)
-        self.doubt.discard(version)
-
-    def listed(self, client, key):
-        """The versions of a key, as written in `sure`, the newest first;
-        that one, and no other, is the latest."""
-        found, query = {}, {"versions": "", "prefix": key}
-        answer = client.get("/box", query)
-        self.assertEqual(answer.one("IsTruncated"), "false")
-        for element in answer.xml():
-            if element.tag in ("Version", "DeleteMarker"):
-                self.assertEqual(element.findtext("Key"), key)
-                self.assertEqual(element.findtext("IsLatest"),
-                                 "false" if found else "true")
-                version = element.findtext("VersionId")
-                self.assertNotIn(version, found)
-                found[version] = element.tag == "Version" or None
-        self.assertEqual(list(found), sorted(found))
-        return found
-
-    def check(self):
-        """What was acknowledged is there, what is there was sent, and the
-        disk tells of the same.  Gives the number of versions."""
-        self.assertEqual([server.process.poll()
-                          for server in self.servers], [None, None])
-        clients = [server.client() for server in self.servers]
-        for key, sure in self.sure.items():
-            found = self.listed(clients[0], key)
-            self.assertEqual(found, self.listed(clients[1], key))
-            self.assertLessEqual(set(sure), set(found), "lost")
-            for number, version in enumerate(found):
-                content = self.read(clients[number % 2], key, version)
-                if version in sure:
-                    self.assertEqual(content, sure[version])
-                elif version not in self.doubt and content is not None:
-                    self.assertIn(content, self.sent)
-                found[version] = content
-            answer = clients[0].get("/box/" + key)
-            latest = next(iter(found.values()), None)
-            self.assertEqual(answer.status, 404 if latest is None else 200)
-            if latest is not None:
-                self.assertEqual(answer.body, latest)
-            self.assert_disk(key, found)
-            self.sure[key] = found
-        for client in clients:
-            client.close()
-        return sum(map(len, self.sure.values()))
-
-    def read(self, client, key, version):
-        """The content of a version, None of a marker."""
-        answer = client.get("/box/" + key, {"versionId": version})
-        self.assertEqual(answer.headers.get("x-amz-version-id"), version,
-                         answer.body)
-        if answer.status == 405:
-            return None
-        self.assertEqual(answer.status, 200)
-        return answer.body
-
-    def assert_disk(self, key, found):
-        """The newest version is the plain file, if it is no marker; each
-        other one is a file under versions/."""
-        path = os.path.join(self.directory, "buckets", "box")
-        current = next(iter(found.values()), None)
-        self.assertEqual(os.path.exists(os.path.join(path, key)),
-                         current is not None)
-        if current is not None:
-            self.assertEqual(open_and_read(os.path.join(path, key)), current)
-        old = os.path.join(path, gos3rve.STATE, "versions", "k" + key)
-        names = os.listdir(old) if os.path.isdir(old) else []
-        whole = {name.partition(".")[0] for name in names}
-        self.assertLessEqual(set(list(found)[current is not None:]), whole)
-        left = whole - set(found)       # a marker that never came to be
-        self.assertEqual([name for name in names
-                          if name.partition(".")[0] in left],
-                         [name + gos3rve.PENDING for name in left])
-
-
-class ConcurrentVersions(VersionServers):
-    """16 writers of one key, and readers beside them."""
 
     turns = int(os.environ.get("GOS3RVE_RACES", "6"))
 
+    def setUp(self):
+        self.directory, self.sure = temporary_directory(self), {}
+        servers = [ServerProcess(self.directory, "-bucket", "box")
+                   for _ in range(2)]
+        self.clients = [servers[number % 2].client() for number in range(20)]
+        for server in servers:
+            self.addCleanup(server.__exit__)
+        for client in self.clients:
+            self.addCleanup(client.close)
+        self.assertEqual(self.clients[0].put("/box", (
+            "<VersioningConfiguration><Status>Enabled</Status>"
+            "</VersioningConfiguration>").encode(),
+            {"versioning": ""}).status, 200)
+
+    def write(self, client):
+        """A new version; its id."""
+        body = os.urandom(16) * random.choice((1, 30, 5000))
+        answer = client.put("/box/key", body)
+        self.assertEqual(answer.status, 200, answer.body)
+        version = answer.headers["x-amz-version-id"]
+        self.sure[version] = body
+        return version
+
+    def remove(self, client, version):
+        """A version goes for good."""
+        del self.sure[version]
+        answer = client.delete("/box/key", {"versionId": version})
+        self.assertEqual(answer.status, 204, answer.body)
+
+    def listed(self, client):
+        """The ids of all versions, the newest first; that one, and no
+        other, is the latest."""
+        answer = client.get("/box", {"versions": ""})
+        found = answer.all("Version/VersionId")
+        self.assertEqual(answer.all("Version/IsLatest"), ["true"] + [
+            "false"] * (len(found) - 1))
+        self.assertEqual(found, sorted(set(found)))
+        return found
+
+    def read(self, client, version=None):
+        """The content of a version, or of the latest."""
+        answer = client.get("/box/key", {"versionId": version} if version
+                            else ())
+        self.assertEqual(answer.status, 200, answer.body)
+        return answer.body
+
+    def check(self):
+        """All that is sure is there, and the newest version is the plain
+        file, each other one a file under versions/; the ids."""
+        found = self.listed(self.clients[0])
+        self.assertEqual(found, self.listed(self.clients[1]))
+        self.assertEqual({version: self.read(self.clients[number % 2],
+                                             version)
+                          for number, version in enumerate(found)},
+                         self.sure)
+        latest, path = self.sure[found[0]], os.path.join(
+            self.directory, "buckets", "box")
+        self.assertEqual(self.read(self.clients[0]), latest)
+        self.assertEqual(open_and_read(os.path.join(path, "key")), latest)
+        self.assertEqual(sorted(os.listdir(os.path.join(
+            path, gos3rve.STATE, "versions", "kkey"))), found[1:])
+        return found
+
     def test_sixteen_writers_and_their_readers_lose_no_version(self):
-        clients = [self.servers[number % 2].client() for number in range(20)]
-        first = self.write(clients[0], "key0", self.content())
+        first = self.write(self.clients[0])
         order, stop = [[] for _ in range(16)], threading.Event()
 
         def writer(number):
+            client = self.clients[number]
             try:
                 for turn in range(self.turns):
-                    order[number].append(self.write(
-                        clients[number], "key0", self.content()))
+                    order[number].append(self.write(client))
                     if turn % 3 == 2:
-                        self.remove(clients[number], "key0",
-                                    order[number].pop(-2))
+                        self.remove(client, order[number].pop(-2))
             finally:
                 stop.set()
 
         def reader(number):
-            client = clients[number]
+            client = self.clients[number]
             while not stop.is_set():
-                self.assertEqual(client.get("/box/key0").status, 200)
-                self.assertEqual(client.head("/box/key0").status, 200)
-                self.assertEqual(self.read(client, "key0", first),
-                                 self.sure["key0"][first])
-                self.assertIn(first, self.listed(client, "key0"))
-                self.assertIn("key0", client.keys("box"))
+                self.read(client)
+                self.assertEqual(client.head("/box/key").status, 200)
+                self.assertEqual(self.read(client, first), self.sure[first])
+                self.assertIn(first, self.listed(client))
+                self.assertIn("key", client.keys("box"))
         done = run_threads(*[bound(writer if number < 16 else reader, number)
                              for number in range(20)])
         self.assertEqual(done, [None] * 20)
-        self.assertEqual(self.check(), 1 + sum(map(len, order)))
-        found = list(self.sure["key0"])
+        found = self.check()
         for versions in order:
             self.assertEqual(versions, sorted(
                 versions, key=found.index, reverse=True))
-        for client in clients:
-            client.close()
 
 
 ###############################################################################
