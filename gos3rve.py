@@ -3129,7 +3129,7 @@ def storage_error(error):
         return S3Error("AccessDenied", "The server may not do this to its "
                        "files")
     if code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN,
-                errno.ESTALE):
+                errno.ESTALE, errno.ENOTCONN):  # a file server that is away
         return S3Error("SlowDown")
     return S3Error("InternalError")
 
@@ -6988,7 +6988,7 @@ def meet(trial, report, seconds=None):
         seconds = MEETING_SECONDS
         report("waiting %d s for -check_dir on another machine" % seconds)
     path = trial.make("held", socket.gethostname().encode())
-    fd, ended = os.open(path, _OPEN_LOCK), threading.Event()
+    fd, ended = os.open(path, _OPEN_HELD), threading.Event()
     beating = threading.Thread(target=_beat, args=(trial, ended))
     try:
         try_flock(fd)
@@ -6998,6 +6998,8 @@ def meet(trial, report, seconds=None):
             return Found(_HOSTS, None, "none ran -check_dir on it at the same "
                          "time")
         return _watch(trial, other)
+    except (OSError, S3Error) as error:
+        return Found(_HOSTS, False, str(error), True)
     finally:
         ended.set()
         beating.join()
@@ -7039,14 +7041,40 @@ def _other_trial(trial, seconds):
 
 def _watch(trial, other):
     """The Found of what is seen of another Trial for a while."""
-    path, number = os.path.join(other, "held"), _beat_of(other) + 1
-    fd = os.open(path, os.O_RDWR)
+    path = os.path.join(other, "held")
+    held = os.open(path, _OPEN_HELD)
+    opened = _open_fresh(os.path.join(other, "beat"))   # to be replaced
     try:
-        name = os.read(fd, 255).decode(errors="replace")
-        alone = try_flock(fd)
+        name = os.read(held, 255).decode(errors="replace")
+        alone, lag = try_flock(held), _lag_of(other)
+        try:
+            kept = _pread(opened, 1, 0)
+        except OSError:
+            kept = b""
     finally:
-        os.close(fd)
-    lag, stamp = 0, 0
+        os.close(held)
+        os.close(opened)
+    trial.make("seen")                  # and be there until it has seen us
+    ended = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < ended and _is_there(path) \
+            and not _is_there(os.path.join(other, "seen")):
+        time.sleep(BEAT_SECONDS)
+    lacks = [text for text, lacking in (
+        ("its lock did not keep us out: conditional writes hold on one "
+         "machine only", alone),
+        ("an open file that it replaced could not be read: downloads break "
+         "off", not kept),
+        ("what it changed was seen %.2f s later: conditional writes may go "
+         "by what was before" % lag, lag >= MAX_LAG_SECONDS)) if lacking]
+    return Found(_HOSTS, not lacks, "%s: %s" % (name, "; ".join(
+        lacks or ["its locks hold, what it changed was seen %.2f s later at "
+                  "most" % lag])), True)
+
+
+def _lag_of(other):
+    """The most seconds without a new sign of life, by its name or by its
+    time."""
+    lag, stamp, number = 0, 0, _beat_of(other) + 1
     named = beaten = now = time.monotonic()
     ended = now + WATCH_SECONDS
     while now < ended:
@@ -7057,19 +7085,7 @@ def _watch(trial, other):
         lag = max(lag, now - min(named, beaten))
         time.sleep(BEAT_SECONDS / 10)
         now = time.monotonic()
-    trial.make("seen")                  # and be there until it has seen us
-    while now < ended + WATCH_SECONDS and _is_there(path) \
-            and not _is_there(os.path.join(other, "seen")):
-        time.sleep(BEAT_SECONDS)
-        now = time.monotonic()
-    if alone:
-        return Found(_HOSTS, False, "%s did not keep us from taking its "
-                     "lock: conditional writes hold on one machine only"
-                     % name, True)
-    return Found(_HOSTS, lag < MAX_LAG_SECONDS, "locks hold against %s, its "
-                 "changes were seen after %.2f s at most" % (name, lag)
-                 + (": conditional writes may go by what was before"
-                    if lag >= MAX_LAG_SECONDS else ""), True)
+    return lag
 
 
 # --- checking ---

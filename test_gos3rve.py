@@ -31,6 +31,7 @@ import ast
 import base64
 import bisect
 import calendar
+import collections
 import concurrent.futures
 import contextlib
 import errno
@@ -6391,17 +6392,22 @@ class SelfTest(unittest.TestCase):
     def test_two_at_once_watch_each_other(self):
         for found in self.meet():
             self.assertIs(found.ok, True, found.text)
-            self.assertIn("against " + socket.gethostname(), found.text)
+            self.assertTrue(found.text.startswith(
+                socket.gethostname() + ": its locks hold"), found.text)
         with mock.patch.object(gos3rve, "try_flock", lambda fd: True):
             for found in self.meet():
                 self.assertEqual((found.ok, found.needed), (False, True))
-                self.assertIn("lock", found.text)
+                self.assertIn("lock did not keep us out", found.text)
+        with mock.patch.object(gos3rve, "_pread", raising(errno.ESTALE)):
+            for found in self.meet():
+                self.assertEqual((found.ok, found.needed), (False, True))
+                self.assertIn("could not be read", found.text)
         for name, cached in (("_modified_ns", 1), ("_is_there", False)):
             with mock.patch.object(gos3rve, name, lambda path: cached), \
                     mock.patch.object(gos3rve, "MAX_LAG_SECONDS", 0.1):
                 for found in self.meet():
                     self.assertEqual((found.ok, found.needed), (False, True))
-                    self.assertIn("after 0.", found.text)
+                    self.assertIn("what it changed was seen 0.", found.text)
 
     def test_one_alone_cannot_tell(self):
         # what a dead one left is no other
@@ -20839,6 +20845,515 @@ class ConcurrentVersions(unittest.TestCase):
                 versions, key=found.index, reverse=True))
 
 
+# --- two machines ---
+#
+# `python3 test_gos3rve.py hosts [ROUNDS]`, and the tests with GOS3RVE_HOSTS=1:
+# the README's set-up for more than one machine, each a network namespace.
+#
+#     clients, haproxy, arbiter       front  10.77.0.3
+#         bridge
+#     gos3rve, mount, brick           a      10.77.0.1
+#     gos3rve, mount, brick           b      10.77.0.2
+#
+# All of it runs in one PID namespace, in mount namespaces of its own and on a
+# tmpfs there: its end, however it comes, ends every process and leaves
+# nothing.  A host that is killed loses its PID and mount namespaces likewise,
+# and keeps its disk.
+
+HOSTS_DIRECTORY = "/media"          # a tmpfs covers it, for these alone
+HOSTS_SECONDS = 6                   # of load: a third with a host down
+HOSTS_TOOLS = ("unshare", "ip", "mount", "glusterd", "gluster",
+               "mount.glusterfs", "haproxy")
+# These two stand in the README; a short time-out ends this test sooner.
+HOSTS_VOLUME = "volume set s3 " + " ".join(
+    "performance.%s off" % name for name in (
+        "stat-prefetch", "open-behind", "quick-read", "io-cache",
+        "write-behind"))
+HOSTS_MOUNT = "mount -t glusterfs -o attribute-timeout=0,entry-timeout=0 "
+HOSTS_MORE = "volume set s3 network.ping-timeout 5"
+HOSTS_NETWORK = "10.77.0.%d"
+UNSHARE = ["unshare", "--mount", "--net", "--uts", "--pid", "--fork",
+           "--kill-child", "--mount-proc"]
+HOSTS_OWN = """
+for at in /run /var/lib/glusterd /var/log/glusterfs; do
+    mkdir -p "$1$at"
+    mount --bind "$1$at" "$at"
+done
+mkdir -p "$1/brick" "$1/s3" /run/gluster
+ip link set lo up
+"""
+# $1 its directory, $2 its name, $3 its address; then gos3rve with its options
+HOSTS_HOST = HOSTS_OWN + """
+hostname "$2"
+until ip link set eth0 up; do sleep 0.05; done
+ip addr add "$3/24" dev eth0
+glusterd
+until """ + HOSTS_MOUNT + """ "$2:/s3" "$1/s3"; do sleep 0.1; done
+at=$1/s3
+shift 3
+while :; do
+    "$@" -dir_buckets "$at/buckets" -dir_uploads "$at/uploads" || sleep 0.2
+done
+"""
+HOSTS_HAPROXY = """
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 60s
+    timeout server 60s
+    option redispatch
+    option httpchk GET /-/health
+    default-server check inter 300ms fall 2 rise 2
+listen s3
+    bind 10.77.0.3:8000
+    server a 10.77.0.1:8000
+    server b 10.77.0.2:8000
+"""
+
+
+class HostsError(Exception):
+    """What keeps the hosts from running, or what they did wrong."""
+
+
+def hosts_obstacle():
+    """Why there can be no such hosts here; "" when they can."""
+    if sys.platform != "linux" or os.geteuid():
+        return "needs root on Linux"
+    missing = [name for name in HOSTS_TOOLS if not shutil.which(
+        name, path=hosts_environment()["PATH"])]
+    if missing:
+        return "needs " + ", ".join(missing)
+    if not os.path.exists("/dev/fuse"):
+        return "needs /dev/fuse"
+    tried = subprocess.run(
+        UNSHARE + ["sh", "-ec", "mount -t tmpfs hosts %s; ip link add type "
+                   "veth" % HOSTS_DIRECTORY],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=hosts_environment())
+    return "needs namespaces: %s" % tried.stdout.decode(
+        errors="replace").strip() if tried.returncode else ""
+
+
+def hosts_environment():
+    """This environment, with the tools of administrators in its PATH."""
+    return clean_environment(PATH=os.environ.get("PATH", os.defpath)
+                             + ":/usr/sbin:/sbin")
+
+
+def call(*words):
+    """Run a command; what it prints, or HostsError."""
+    done = subprocess.run(words, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, universal_newlines=True)
+    if done.returncode:
+        raise HostsError("%s: %s" % (" ".join(words), done.stdout.strip()))
+    return done.stdout
+
+
+def until(done, seconds=60):
+    """The first true value of a function, a HostsError being none."""
+    def tried():
+        try:
+            return done()
+        except HostsError as error:
+            told.append(error)
+            return None
+    told = [HostsError("not within %d s" % seconds)]
+    value = wait_for(tried, seconds)
+    if not value:
+        raise told[-1]
+    return value
+
+
+class Host:
+    """a or b: its disk, and while it is up its namespaces."""
+
+    def __init__(self, name, number):
+        self.name, self.number = name, number
+        self.address = HOSTS_NETWORK % number
+        self.directory = os.path.join(HOSTS_DIRECTORY, name)
+        self.process = None
+        os.mkdir(self.directory)
+
+    def start(self):
+        """Switch it on."""
+        link = "to-" + self.name
+        with open(os.path.join(self.directory, "said"), "ab") as said:
+            self.process = subprocess.Popen(
+                UNSHARE + [
+                    "sh", "-ec", HOSTS_HOST, "sh", self.directory, self.name,
+                    self.address, sys.executable, "-B", SERVER, "-p", "8000",
+                    "-log", "none"] + list(KEYS[4:]),
+                stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        space = "/proc/%s/ns/net"
+        if not wait_for(lambda: os.readlink(space % self.process.pid)
+                        != os.readlink(space % "self")):
+            raise HostsError("no namespace for " + self.name)
+        call("ip", "link", "add", link, "type", "veth", "peer", "name",
+             "eth0", "netns", str(self.process.pid))
+        call("ip", "link", "set", link, "master", "bridge", "up")
+
+    def kill(self):
+        """Switch it off: kill -9 of its init, and so of all in it."""
+        self.process.kill()
+        self.process.wait()
+
+    def said(self):
+        """What it wrote, less its banner."""
+        with open(os.path.join(self.directory, "said")) as file:
+            return "".join(line for line in file if re.match(
+                "gos3rve:|mount|sh:|ip:|Traceback", line))
+
+    def client(self):
+        """A Client of its gos3rve, without haproxy."""
+        return Client("http://%s:8000" % self.address, "KEY", "hush-hush")
+
+    def is_up(self):
+        """True when its gos3rve answers."""
+        try:
+            with urllib.request.urlopen("http://%s:8000/-/health"
+                                        % self.address, timeout=5):
+                return True
+        except OSError:
+            return False
+
+
+class Ledger:
+    """What the clients were told, and what may therefore be found.
+
+    may: path -> the contents that may be found there, None for nothing; of
+    each path one client at a time is the writer.  What got no answer may
+    come to be at any later time.
+    """
+
+    def __init__(self):
+        self.may, self.unanswered = {}, collections.defaultdict(set)
+        self.won, self.tried = collections.defaultdict(set), \
+            collections.defaultdict(set)
+        self.appended, self.versions = set(), set()
+        self.faults, self.answered = [], 0
+        self.failed = collections.Counter()
+
+    def wrote(self, path, content, answered):
+        """A write or delete (content None) is over."""
+        if answered:
+            self.may[path] = {content} | self.unanswered[path]
+        else:
+            self.unanswered[path].add(content)
+            self.may.setdefault(path, {None}).add(content)
+
+    def fault(self, text, *values):
+        """Note what must not be."""
+        self.faults.append(text % values)
+
+
+class HostsClient:
+    """One client of the load: what it does, and what it was told."""
+
+    def __init__(self, number, ledger, url):
+        self.ledger, self.number = ledger, number
+        self.random, self.count = random.Random(number), 0
+        self.client = Client(url, "KEY", "hush-hush")
+
+    def run(self, ended):
+        """One thing after the other, until that is set."""
+        while not ended.is_set():
+            self.count += 1
+            act = self.random.choice((
+                self.put, self.put, self.put, self.delete, self.read,
+                self.upload, self.win, self.append, self.version, self.list))
+            act("%d-%d" % (self.number, self.count))
+        self.client.close()
+
+    def ask(self, method, path, *args, **named):
+        """An Answer; None for none, or one that tells nothing."""
+        try:
+            answer = self.client.request(method, path, *args, **named)
+        except (OSError, http.client.HTTPException) as error:
+            self.client.close()
+            self.ledger.failed[type(error).__name__] += 1
+            return None
+        if answer.status >= 500:        # haproxy's have a page of HTML
+            self.ledger.failed["%d %s" % (
+                answer.status, answer.code if b"<Code>" in answer.body
+                else "")] += 1
+            return None
+        self.ledger.answered += 1
+        return answer
+
+    def own(self):
+        """The path of one of a few keys that are this client's."""
+        return "/box/%d/%d" % (self.number, self.random.randrange(8))
+
+    def content(self, token):
+        """A content that no other write has."""
+        return token.encode() * self.random.choice((1, 50, 20000))
+
+    def expect(self, method, path, *statuses, **named):
+        """ask(), and a fault unless it has one of the statuses."""
+        answer = self.ask(method, path, **named)
+        if answer is not None and answer.status not in statuses:
+            self.ledger.fault("%s %s: %d %s", method, path, answer.status,
+                              answer.code)
+        return answer
+
+    def put(self, token):
+        """Write one of its keys."""
+        path, content = self.own(), self.content(token)
+        answer = self.expect("PUT", path, 200, body=content)
+        self.ledger.wrote(path, content, answer is not None)
+
+    def delete(self, token):
+        """Delete one of its keys."""
+        path = self.own()
+        answer = self.expect("DELETE", path, 204)
+        self.ledger.wrote(path, None, answer is not None)
+
+    def read(self, token):
+        """Read one of its keys."""
+        path = self.own()
+        may = self.ledger.may.get(path, {None})
+        answer = self.expect("GET", path, 200, 404)
+        check_content(self.ledger, path, may, answer)
+
+    def upload(self, token):
+        """Write one of its keys as a multipart upload."""
+        path, content = self.own(), self.content(token)
+        answer = self.expect("POST", path, 200, query=[("uploads", "")])
+        if answer is None:
+            return
+        upload = ("uploadId", answer.one("UploadId"))
+        answer = self.expect("PUT", path, 200, body=content, query=[
+            ("partNumber", "1"), upload])
+        if answer is None:
+            return
+        answer = self.expect("POST", path, 200, query=[upload], body=(
+            "<CompleteMultipartUpload><Part><PartNumber>1</PartNumber><ETag>"
+            "%s</ETag></Part></CompleteMultipartUpload>" % answer.etag
+            ).encode())
+        self.ledger.wrote(path, content, answer is not None)
+
+    def win(self, token):
+        """A key that all want to make: one does."""
+        path = "/box/won/%d" % (time.monotonic() * 5)
+        self.ledger.tried[path].add(token.encode())
+        answer = self.expect("PUT", path, 200, 409, 412, body=token.encode(),
+                             headers={"If-None-Match": "*"})
+        if answer is not None and answer.status == 200:
+            self.ledger.won[path].add(token.encode())
+
+    def append(self, token):
+        """A key that all add to, if nobody else has meanwhile."""
+        answer = self.expect("GET", "/box/all", 200)
+        if answer is None:
+            return
+        token = b" " + token.encode()
+        answer = self.expect("PUT", "/box/all", 200, 409, 412,
+                             body=answer.body + token, headers={
+                                 "If-Match": answer.headers["etag"]})
+        if answer is not None and answer.status == 200:
+            self.ledger.appended.add(token)
+
+    def version(self, token):
+        """Write a version of a key that all write."""
+        answer = self.expect("PUT", "/old/k", 200, body=token.encode())
+        if answer is not None and answer.status == 200:
+            self.ledger.versions.add(answer.headers["x-amz-version-id"])
+
+    def list(self, token):
+        """Its own keys, as they must be listed."""
+        answer = self.expect("GET", "/box", 200, query=[
+            ("list-type", "2"), ("prefix", "%d/" % self.number)])
+        if answer is not None:
+            listed = {"/box/" + key for key in answer.all("Contents/Key")}
+            check_listed(self.ledger, listed, "/box/%d/" % self.number)
+
+
+def check_content(ledger, path, may, answer):
+    """A fault unless a GET found what may be there."""
+    if answer is None:
+        return
+    found = None if answer.status == 404 else answer.body
+    if found not in may:
+        ledger.fault("%s is %.40r, not one of %s", path, found,
+                     ["%.40r" % one for one in may])
+
+
+def check_listed(ledger, listed, prefix):
+    """A fault unless the keys are listed that must be, and no others."""
+    for path, may in list(ledger.may.items()):
+        if path.startswith(prefix) and (
+                path in listed and may == {None}
+                or path not in listed and None not in may):
+            ledger.fault("%s is %slisted", path,
+                         "" if path in listed else "not ")
+
+
+def check_host(ledger, host):
+    """Everything, once all is quiet, as one host has it; what it lists."""
+    def get(path, *query):
+        """The answer: what heals may be unreadable for a while."""
+        return until(lambda: answered(client.get(path, query)))
+
+    def answered(answer):
+        if answer.status >= 500:
+            raise HostsError("%s: %r" % (host.name, answer.body))
+        return answer
+    client = host.client()
+    for path, may in ledger.may.items():
+        check_content(ledger, path, may, get(path))
+    listed = ["/box/" + key for key in get("/box").all("Contents/Key")]
+    check_listed(ledger, set(listed), "/box/")
+    for path, tried in ledger.tried.items():
+        won = ledger.won[path]
+        if len(won) > 1:
+            ledger.fault("%s was made by %r", path, won)
+        check_content(ledger, path, won or tried | {None}, get(path))
+    found = get("/box/all").body
+    for token in ledger.appended:
+        if found.count(token + b" ") + found.endswith(token) != 1:
+            ledger.fault("%s is not in /box/all", token)
+    kept = set(get("/old", ("versions", "")).all("Version/VersionId"))
+    if not ledger.versions <= kept:
+        ledger.fault("of the versions are gone: %s", ledger.versions - kept)
+    client.close()
+    return listed
+
+
+def hosts_up():
+    """The hosts a and b, with haproxy before them, and two buckets."""
+    call("mount", "-t", "tmpfs", "hosts", HOSTS_DIRECTORY)
+    names = os.path.join(HOSTS_DIRECTORY, "hosts")
+    with open(names, "w") as file:
+        for number, name in enumerate(("a", "b", "front"), 1):
+            file.write("%s %s\n" % (HOSTS_NETWORK % number, name))
+        file.write("127.0.0.1 localhost\n")
+    call("mount", "--bind", names, "/etc/hosts")
+    for words in ("link add bridge type bridge", "link set bridge up",
+                  "addr add %s/24 dev bridge" % (HOSTS_NETWORK % 3)):
+        call("ip", *words.split())
+    hosts = [Host("a", 1), Host("b", 2)]
+    for host in hosts:
+        host.start()
+    front = os.path.join(HOSTS_DIRECTORY, "front")
+    call("sh", "-ec", HOSTS_OWN + "glusterd", "sh", front)
+    for host in hosts:
+        until(lambda: gluster("peer", "probe", host.name))
+    until(lambda: gluster("peer", "status").count("(Connected)") == 2)
+    bricks = ["%s:%s/%s/brick/s3" % (name, HOSTS_DIRECTORY, name)
+              for name in ("a", "b", "front")]
+    until(lambda: gluster("volume", "create", "s3", "replica", "3", "arbiter",
+                          "1", *bricks, "force"))
+    for words in (HOSTS_VOLUME, HOSTS_MORE, "volume start s3"):
+        gluster(*words.split())
+    config = os.path.join(HOSTS_DIRECTORY, "haproxy.cfg")
+    with open(config, "w") as file:
+        file.write(HOSTS_HAPROXY)
+    call("haproxy", "-D", "-f", config)
+    for host in hosts:
+        until(host.is_up)
+    return hosts
+
+
+def gluster(*words):
+    """What GlusterFS's command prints, as the front runs it."""
+    return call("gluster", "--mode=script", *words)
+
+
+def hosts_inside(victim):
+    """One round, in namespaces of its own; what it found, as a dict."""
+    times = [time.monotonic()]
+    hosts = hosts_up()
+    times.append(time.monotonic())
+    ledger, ended = Ledger(), threading.Event()
+    url = "http://%s:8000" % (HOSTS_NETWORK % 3)
+    client = Client(url, "KEY", "hush-hush")
+    for path in ("/box", "/old", "/box/all"):
+        until(lambda: client.put(path).status == 200)
+    client.put("/old", b"<VersioningConfiguration><Status>Enabled</Status>"
+               b"</VersioningConfiguration>", [("versioning", "")])
+    clients = [HostsClient(number, ledger, url) for number in range(6)]
+    with concurrent.futures.ThreadPoolExecutor(len(clients)) as pool:
+        runs = [pool.submit(one.run, ended) for one in clients]
+        try:
+            time.sleep(HOSTS_SECONDS / 3)
+            before = ledger.answered
+            hosts[victim].kill()
+            time.sleep(HOSTS_SECONDS / 3)
+            without = ledger.answered - before
+            hosts[victim].start()
+            until(hosts[victim].is_up)
+            time.sleep(HOSTS_SECONDS / 3)
+        finally:
+            ended.set()
+        for run in runs:
+            run.result()
+    times.append(time.monotonic())
+    lists = [check_host(ledger, host) for host in hosts]
+    if lists[0] != lists[1]:
+        ledger.fault("the hosts list %s", set(lists[0]) ^ set(lists[1]))
+    times.append(time.monotonic())
+    return {"victim": hosts[victim].name, "answered": ledger.answered,
+            "without": without, "failed": ledger.failed,
+            "won": len(ledger.won), "appended": len(ledger.appended),
+            "versions": len(ledger.versions), "faults": ledger.faults,
+            "said": "".join(host.said() for host in hosts),
+            "seconds": [round(b - a, 1) for a, b in zip(times, times[1:])]}
+
+
+def run_hosts(victim):
+    """hosts_inside(), from outside: its dict, or HostsError."""
+    with subprocess.Popen(
+            UNSHARE + [sys.executable, "-B", __file__, "hosts", "--inside",
+                       str(victim)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=hosts_environment()) as process:
+        try:
+            said = process.stdout.read()
+        finally:
+            process.kill()
+    try:
+        return json.loads(said)
+    except ValueError:
+        raise HostsError("the hosts ended early") from None
+
+
+def hosts(argv):
+    """The command: ROUNDS rounds, a and b being killed in turn."""
+    if argv[:1] == ["--inside"]:
+        def end_with_parent():
+            sys.stdin.buffer.read()
+            os._exit(1)
+        threading.Thread(target=end_with_parent, daemon=True).start()
+        print(json.dumps(hosts_inside(int(argv[1]))), flush=True)
+        os._exit(0)
+    obstacle = hosts_obstacle()
+    if obstacle:
+        print("two machines: skipped: it " + obstacle)
+        return 0
+    bad = 0
+    for number in range(int(argv[0]) if argv else 1):
+        found = run_hosts(number % 2)
+        print(found)
+        bad += bool(found["faults"])
+    return bad
+
+
+@unittest.skipUnless(os.environ.get("GOS3RVE_HOSTS") == "1",
+                     "GOS3RVE_HOSTS=1 runs it")
+class TwoMachines(unittest.TestCase):
+
+    def test_nothing_is_lost_when_one_dies_and_comes_back(self):
+        obstacle = hosts_obstacle()
+        if obstacle:
+            print("two machines: skipped: it " + obstacle, file=sys.stderr)
+            self.skipTest(obstacle)
+        found = run_hosts(os.getpid() % 2)
+        print("two machines: %s" % found, file=sys.stderr)
+        self.assertEqual(found["faults"], [], found["said"])
+        for what in ("without", "won", "appended", "versions"):
+            self.assertGreater(found[what], 0, what)
+
+
 ###############################################################################
 # 11. Configuration and command line
 ###############################################################################
@@ -25977,7 +26492,7 @@ class SoakRuns(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    for command in (bench, soak):
+    for command in (bench, soak, hosts):
         if sys.argv[1:2] == [command.__name__]:
             sys.exit(command(sys.argv[2:]))
     unittest.main()
