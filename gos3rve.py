@@ -73,8 +73,9 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 try:
     import fcntl                # absent on Windows: locks hold in-process
+    import resource
 except ImportError:
-    fcntl = None
+    fcntl = resource = None
 
 __version__ = "1.0.0"
 
@@ -16815,8 +16816,6 @@ for _name in ("AssumeRoleWithSAML", "AssumeRoleWithWebIdentity",
 # One connection: heads in, answers out.  Knows no paths, no documents and
 # no rules of S3.  Runs in the connection's own thread.
 
-IDLE_SECONDS = 60       # between two requests, and for a byte of a body
-HEAD_SECONDS = 30                   # for a whole request head
 LINGER_SECONDS = 5                  # for a body that nobody wants
 MAX_EMPTY_LINES = 8                 # before a request line
 MAX_DRAIN_BYTES = 256 * KIB         # read away to keep the connection
@@ -16845,6 +16844,19 @@ _WAIT_ERRORS = (BlockingIOError, socket.timeout, ssl.SSLWantReadError,
 
 class Disconnected(Exception):
     """The client is gone: there is nobody to answer."""
+
+
+class Limits(NamedTuple):
+    """connections: at once, each with a thread; further ones wait.  Seconds
+    for a whole request head, for the next bytes of a body to come or to be
+    taken, and between two requests."""
+    connections: int = 2500
+    head_seconds: float = 30
+    body_seconds: float = 60
+    idle_seconds: float = 60
+
+
+LIMITS = Limits()
 
 
 class Head(NamedTuple):
@@ -16922,17 +16934,23 @@ class Wire:
     """The receiving side of a connection, buffered.
 
     `before_body` is called once before the next body byte is waited for:
-    it sends 100 Continue.  stopping(): True once the server ends; given
-    where nothing else can wake a reader that waits for a request.  last:
+    it sends 100 Continue.  wanted(): False once nobody is to wait for a
+    request any more; given where nothing else can wake who does.  last:
     the time.perf_counter() of the last bytes that came.
     """
 
-    def __init__(self, connection, stopping=None):
+    def __init__(self, connection, limits, wanted=None):
         self._connection, self._recv = connection, connection.recv
+        self._limits = limits
+        # one time-out for all that comes: to change it is a system call
+        self._patience = limits.body_seconds
+        if _has_two_timeouts(connection):
+            self._patience = min(self._patience, limits.idle_seconds)
+        self._rest()
         # a block in one call and one piece; TLS sockets know no flags
         self._flags = () if isinstance(connection, ssl.SSLSocket) else (
             getattr(socket, "MSG_WAITALL", 0),)
-        self._stopping = stopping
+        self._wanted = wanted
         self._buffer = b""
         self.before_body = None
         self.received = self.last = 0
@@ -16947,6 +16965,19 @@ class Wire:
         except OSError as error:
             raise Disconnected(str(error)) from None
 
+    def _receive_body(self, size, *flags):
+        """Bytes of a body, or RequestTimeout."""
+        if self.before_body:
+            self.before_body()
+        try:
+            return self._receive(size, *flags)
+        except S3Error:
+            more = self._limits.body_seconds - self._patience
+            if more <= 0:
+                raise
+            return self._receive_until(time.monotonic() + more, None, size,
+                                       *flags)
+
     def read(self, size):
         """1 to `size` bytes of a body, b"" at the end."""
         data = self._buffer
@@ -16954,18 +16985,14 @@ class Wire:
             self._buffer = data[size:]
             data = data[:size]
         else:
-            if self.before_body:
-                self.before_body()
-            data = self._receive(size, *self._flags)
+            data = self._receive_body(size, *self._flags)
         self.received += len(data)
         return data
 
     def readline(self, limit):
         """A line of a body, or what there is up to `limit` bytes."""
         while b"\n" not in self._buffer and len(self._buffer) < limit:
-            if self.before_body:
-                self.before_body()
-            data = self._receive(MAX_LINE_BYTES)
+            data = self._receive_body(MAX_LINE_BYTES)
             if not data:
                 break
             self._buffer += data
@@ -16975,27 +17002,31 @@ class Wire:
         return line
 
     def _first_bytes(self):
-        """The first bytes of a head; b"" when none come in IDLE_SECONDS,
-        or before the server ends."""
+        """The first bytes of a head; b"" when none come in time, or nobody
+        waits for them any more."""
+        idle = self._limits.idle_seconds
         try:
-            if self._stopping is None:
+            if self._wanted is None and idle == self._patience:
                 return self._receive(MAX_HEAD_BYTES)
-            return self._receive_until(time.monotonic() + IDLE_SECONDS)
+            return self._receive_until(time.monotonic() + idle,
+                                       self._wanted, MAX_HEAD_BYTES)
         except S3Error:
             return b""
 
     def head(self):
         """The bytes of the next request head; b"" when there is none.
 
-        The first byte may take as long as the connection's time-out, the
-        whole head HEAD_SECONDS from then on.
+        The first byte may take idle_seconds, the whole head head_seconds
+        from then on.
         """
         data = self._buffer or self._first_bytes()
-        end, deadline = _head_end(data), time.monotonic() + HEAD_SECONDS
+        end = _head_end(data)
+        deadline = time.monotonic() + self._limits.head_seconds
         while end < 0 and data:
             if len(data) > MAX_HEAD_BYTES:
                 raise S3Error("RequestHeaderSectionTooLarge")
-            more = self._receive_until(deadline)
+            more = self._receive_until(deadline, self._wanted,
+                                       MAX_HEAD_BYTES)
             if not more:
                 raise S3Error("BadRequest", "The request head is incomplete")
             data += more
@@ -17005,22 +17036,28 @@ class Wire:
         self._buffer = data[end:]
         return data[:end].lstrip(b"\r\n")       # RFC 9112 section 2.2
 
-    def _receive_until(self, deadline):
-        """Bytes of a head before a time.monotonic() and before the server
-        ends, or RequestTimeout."""
+    def _receive_until(self, deadline, wanted, size, *flags):
+        """Bytes before a time.monotonic(), and while they are wanted, or
+        RequestTimeout."""
         try:
             while True:
-                left = max(deadline - time.monotonic(), 0.001)
+                left = deadline - time.monotonic()
+                if left <= 0:           # though bytes may come fast enough
+                    raise S3Error("RequestTimeout")
                 set_timeout(self._connection,
-                            min(left, 0.5) if self._stopping else left)
+                            min(left, 0.5) if wanted else left)
                 try:
-                    return self._receive(MAX_HEAD_BYTES)
+                    return self._receive(size, *flags)
                 except S3Error:
-                    if (self._stopping is None or self._stopping()
-                            or time.monotonic() > deadline):
+                    if wanted is not None and not wanted():
                         raise
         finally:
-            set_timeout(self._connection, IDLE_SECONDS)
+            self._rest()
+
+    def _rest(self):
+        """Give the connection its usual time-outs."""
+        set_timeout(self._connection, self._patience,
+                    self._limits.body_seconds)
 
 
 def _head_end(data):
@@ -17036,18 +17073,25 @@ def _head_end(data):
     return end + 4 if end >= 0 else -1
 
 
-def set_timeout(connection, seconds):
-    """Bound every wait on a socket.
+def _has_two_timeouts(connection):
+    """True where to send may take another time than to receive."""
+    return os.name == "posix" and not isinstance(connection, ssl.SSLSocket)
+
+
+def set_timeout(connection, seconds, send_seconds=None):
+    """Bound every wait on a socket: to receive, and, where that is given
+    and there are two, to send.
 
     In the kernel where that works: a Python time-out costs a poll(2)
     before each recv and send.
     """
-    if os.name == "posix" and not isinstance(connection, ssl.SSLSocket):
-        whole = int(seconds)
-        value = struct.pack("ll", whole, int((seconds - whole) * 999999) or
-                            not whole)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+    if _has_two_timeouts(connection):
+        for option, bound in ((socket.SO_RCVTIMEO, seconds),
+                              (socket.SO_SNDTIMEO, send_seconds)):
+            if bound is not None:
+                whole = int(bound)
+                connection.setsockopt(socket.SOL_SOCKET, option, struct.pack(
+                    "ll", whole, int((bound - whole) * 999999) or not whole))
     else:
         connection.settimeout(seconds)
 
@@ -17068,20 +17112,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection = self.request
         self.close_connection = self.unread = False
         self.tls = isinstance(self.connection, ssl.SSLSocket)
-        set_timeout(self.connection, HEAD_SECONDS)
-        self.server.idle.add(self.connection)
+        idle, limits = self.server.idle, self.server.limits
+        idle[self.connection] = time.monotonic(), True
         try:
             self.connection.setsockopt(socket.IPPROTO_TCP,
                                        socket.TCP_NODELAY, 1)
             if self.tls:
+                set_timeout(self.connection, limits.head_seconds)
                 self.connection.do_handshake()
-            set_timeout(self.connection, IDLE_SECONDS)
+            # shutting a TLS connection's socket down would break its end
+            self.wire = Wire(self.connection, limits, (
+                lambda: self.connection in idle) if self.tls else None)
         except (OSError, ValueError):
             self.close_connection = self.unread = True
-        self.server.idle.discard(self.connection)
-        # shutting a TLS connection's socket down would break its end
-        self.wire = Wire(self.connection, (
-            lambda: self.server.stopping) if self.tls else None)
+        idle.pop(self.connection, None)
 
     def handle(self):
         """Serve requests until one side has had enough."""
@@ -17133,12 +17177,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _next_head(self):
         """The bytes of a request head; b"" at the connection's end."""
         idle = self.server.idle
-        if not self.tls:
-            idle.add(self.connection)
+        idle[self.connection] = time.monotonic(), not self.tls
         try:
             return b"" if self.server.stopping else self.wire.head()
         finally:
-            idle.discard(self.connection)
+            idle.pop(self.connection, None)
             self.started, self.now = time.perf_counter(), time.time()
 
     def _keep_alive(self, head):
@@ -17251,7 +17294,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _head_bytes(self, response):
         """The status line and headers of an answer."""
         status, length = response.status, response.length
-        if self.server.stopping:
+        if self.server.stopping or self.server.crowded_since:
             self.close_connection = True
         lines = ["HTTP/1.1 %d %s\r\nServer: gos3rve\r\nDate: %s\r\n"
                  "x-amz-request-id: %s\r\nx-amz-id-2: %s" % (
@@ -17376,6 +17419,17 @@ _PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 _PHRASES[416] = "Requested Range Not Satisfiable"
 
 
+def refusal(request_id):
+    """The bytes of a SlowDown, for who asked for whatever it was."""
+    response = error_response(S3Error("SlowDown"), request_id)
+    return ("HTTP/1.1 %d %s\r\nServer: gos3rve\r\nDate: %s\r\n"
+            "x-amz-request-id: %s\r\nContent-Type: application/xml\r\n"
+            "Content-Length: %d\r\nConnection: close\r\n\r\n" % (
+                response.status, _PHRASES[response.status],
+                http_date(int(time.time())), request_id,
+                response.length)).encode() + response.body
+
+
 def new_request_id():
     """Sixteen hexadecimal digits; not a secret."""
     return "%016X" % random.getrandbits(64)
@@ -17399,10 +17453,11 @@ def new_request_id():
 # socket and its queue are everybody's, all else is on the disk.  The pipe
 # ends with the supervisor, however it ends, and every worker with the pipe.
 
-MAX_CONNECTIONS = 1000              # threads; further clients wait
+GRACE_SECONDS = 1       # for a request to come, though others wait
+QUEUE_SECONDS = 10                  # to wait for a slot before a SlowDown
 DRAIN_SECONDS = 30                  # for running requests at the end
 HOUSEKEEPING_SECONDS = 60
-THREAD_STACK_BYTES = 512 * KIB      # address space: 1,000 of them in 0.5 GB
+THREAD_STACK_BYTES = 512 * KIB      # address space: 2,000 of them in 1 GB
 MAX_WORKERS = 64
 MAX_DEFAULT_WORKERS = 4
 GONE = (1 << 31) - 1                # the load of a worker that takes nothing
@@ -17618,20 +17673,33 @@ class Server(http.server.ThreadingHTTPServer):
     report: takes a line for the operator.  workers: the processes that
     will serve, each of which calls start(); the connections' cap is shared
     out among them.
+
+    Where a connection finds no slot it waits in the system's queue.  To
+    make room, those that have waited longest for a request are ended, and
+    every answer is the last one on its connection, until the queue is
+    empty.  Where it has not been for QUEUE_SECONDS, whoever finds no slot
+    gets a SlowDown.  Requests that run are left alone.
+
+    idle: connection -> since when it waits for a request, and whether it
+    can be shut down for that to end.  crowded_since: the time.monotonic()
+    from which somebody waited for a slot, else None.
     """
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 1024
+    request_queue_size = 4096           # where the system allows that
 
     def __init__(self, address, service, tls=None, access_log=None,
-                 report=None, upload_ttl=0, workers=1):
+                 report=None, upload_ttl=0, workers=1, limits=LIMITS):
         self.service, self.tls = service, tls
         self.access_log = access_log
         self.report = report or (lambda line: None)
-        self.idle = set()               # sockets to shut down at the end
-        self.stopping = False
-        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS // workers)
+        self.limits, self.idle = limits, {}
+        self.stopping, self.crowded_since = False, None
+        self._shares = [(limits.connections + number) // workers
+                        for number in reversed(range(workers))]
+        self._slots = threading.BoundedSemaphore(self._shares[0])
+        self._somebody_came = False
         self._upload_ttl = upload_ttl
         self._ended = threading.Event()
         self._senders = []
@@ -17668,6 +17736,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Serve in background threads, as the worker of that number; the
         first of them keeps house for all."""
         self._worker = worker
+        self._slots = threading.BoundedSemaphore(self._shares[worker])
         self.loads[worker] = 0
         threading.Thread(target=self.serve_forever, args=(0.1,),
                          name="accept", daemon=True).start()
@@ -17702,37 +17771,95 @@ class Server(http.server.ThreadingHTTPServer):
                 return
             time.sleep(pause)
 
+    def service_actions(self):
+        """See whether the queue is empty; called after every look at it."""
+        if not self._somebody_came:
+            self.crowded_since = None
+        self._somebody_came = False
+
     def get_request(self):
-        """Accept; the TLS handshake is left to the connection's thread."""
+        """Accept, once there is a slot; the TLS handshake is left to the
+        connection's thread."""
+        self._somebody_came = True
         self._leave_to_others()
+        self._take_slot()
         try:
-            connection, address = super().get_request()
-        except BlockingIOError:         # another worker took it
+            connection, address = self._accept()
+            if self.tls is not None:
+                connection = self.tls.wrap_socket(
+                    connection, server_side=True,
+                    do_handshake_on_connect=False, suppress_ragged_eofs=True)
+        except BaseException:
+            self._slots.release()
             raise
-        except OSError:                 # no descriptor left: do not spin
-            self._ended.wait(0.05)
-            raise
-        if self.tls is not None:
-            connection = self.tls.wrap_socket(
-                connection, server_side=True,
-                do_handshake_on_connect=False, suppress_ragged_eofs=True)
         if address[0].startswith("::ffff:"):
             address = (address[0][7:],) + address[1:]
         return connection, address
 
+    def _accept(self):
+        try:
+            return super().get_request()
+        except BlockingIOError:         # another worker took it
+            raise
+        except OSError:                 # no descriptor left: do not spin
+            self._make_room()
+            self._ended.wait(0.05)
+            raise
+
+    def _take_slot(self):
+        """Take a slot, or BlockingIOError: who waits may come in later, by
+        another worker, or was refused."""
+        if self._slots.acquire(blocking=False):
+            return
+        now = time.monotonic()
+        self.crowded_since = self.crowded_since or now
+        waited = now - self.crowded_since
+        if waited < GRACE_SECONDS and any(
+                load < share for load, share in zip(self.loads,
+                                                    self._shares)):
+            self._ended.wait(0.005)     # that worker is faster
+            raise BlockingIOError
+        self._make_room()
+        patient = waited < QUEUE_SECONDS
+        if self._slots.acquire(timeout=0.1 if patient else 0.005):
+            return
+        if not patient:
+            self._refuse(self._accept()[0])
+        raise BlockingIOError
+
+    def _make_room(self):
+        """End the connections that have waited longest for a request."""
+        most = max(1, self._shares[self._worker] // 64)
+        end = time.monotonic() - GRACE_SECONDS
+        for connection, (since, _) in list(self.idle.items())[:most]:
+            if since < end:
+                self._end_wait(connection)
+
+    def _end_wait(self, connection):
+        """End a connection that waits for a request."""
+        _, can_shut = self.idle.pop(connection, (0, False))
+        if can_shut:                    # the others look for themselves
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RD)
+
+    def _refuse(self, connection):
+        """Say SlowDown, as far as that goes without waiting."""
+        with connection, contextlib.suppress(OSError):
+            if self.tls is None:
+                connection.setblocking(False)
+                connection.send(refusal(new_request_id()))
+                connection.shutdown(socket.SHUT_WR)
+                connection.recv(MAX_HEAD_BYTES)     # else it is a reset
+
     def process_request(self, request, client_address):
-        """A thread for the connection, once there is a slot for it."""
-        while not self._slots.acquire(timeout=0.2):
-            if self.stopping:
-                self.shutdown_request(request)
-                return
-            self._end_idle(1)           # to make room
+        """A thread for the connection, which has a slot."""
         self._count(1)
         try:
             super().process_request(request, client_address)
         except RuntimeError:            # no more threads to be had
             self._leave()
-            self.shutdown_request(request)
+            self._make_room()
+            self._refuse(request)
 
     def process_request_thread(self, request, client_address):
         """As in socketserver, and give the slot back."""
@@ -17793,12 +17920,6 @@ class Server(http.server.ThreadingHTTPServer):
         except Exception:
             self.report("housekeeping: " + traceback.format_exc())
 
-    def _end_idle(self, most=None):
-        """Wake connections that wait for a request: they end."""
-        for connection in list(self.idle)[:most]:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(connection, socket.SHUT_RD)
-
     def close(self, drain_seconds=DRAIN_SECONDS):
         """Stop accepting, let running requests finish, close; True when
         all of them did in time."""
@@ -17811,7 +17932,8 @@ class Server(http.server.ThreadingHTTPServer):
         deadline = time.monotonic() + drain_seconds
         with self._changed:
             while self._running and time.monotonic() < deadline:
-                self._end_idle()
+                for connection in list(self.idle):
+                    self._end_wait(connection)
                 self._changed.wait(0.1)
             finished = not self._running
         self.service.outbox.close()
@@ -18130,6 +18252,20 @@ def _duration(value):
     return int(match[1]) * unit
 
 
+def _timeout(value):
+    """Seconds of a duration up to a day."""
+    seconds = _duration(value)
+    if not 1 <= seconds <= 86400:
+        raise ValueError("is not between 1s and 24h")
+    return seconds
+
+
+def _connections(value):
+    if not re.match(r"\d{1,6}\Z", value, re.ASCII) or int(value) == 0:
+        raise ValueError("is no number from 1 to 999999")
+    return int(value)
+
+
 def _day(value):
     """A whole number of seconds, up to a real day."""
     seconds = int(value) if re.match(r"\d{1,5}\Z", value, re.ASCII) else 0
@@ -18276,9 +18412,20 @@ OPTIONS = (
     Option("workers", _workers, None, "Workers",
            "processes that serve (default: on Linux one a core, at most 4; "
            "elsewhere 1)"),
+    Option("max_conns", _connections, LIMITS.connections,
+           "MaxConnections",
+           "connections at once, in all processes, each with a thread; "
+           "further ones wait, and get 503 SlowDown after ten seconds"),
+    Option("head_timeout", _timeout, LIMITS.head_seconds, "HeadTimeout",
+           "time for a whole request head (default 30s)"),
+    Option("body_timeout", _timeout, LIMITS.body_seconds, "BodyTimeout",
+           "time without a byte of a body sent or taken (default 60s)"),
+    Option("idle_timeout", _timeout, LIMITS.idle_seconds, "IdleTimeout",
+           "time between two requests on a connection (default 60s)"),
     Option("ready_file", _filled, None, "ReadyFile",
            "write the URL into this file once requests are served"),
 )
+SPARE_FILES = 256                   # besides those of the connections
 _COMMANDS = (("help", "show this help"), ("version", "show the version"),
              ("operations", "list every S3 operation and its state"),
              ("fsck", "check all buckets and uploads, and end"),
@@ -18574,7 +18721,10 @@ class Running:
         self._make_directories(values)
         self.server = Server((values["bind"], values["p"]), service, tls,
                              access_log, report, values["upload_ttl"],
-                             workers)
+                             workers, Limits(
+                                 values["max_conns"], values["head_timeout"],
+                                 values["body_timeout"],
+                                 values["idle_timeout"]))
         self.port = self.server.server_port
         self.url = "%s://%s:%d" % ("https" if tls else "http",
                                    _reachable(values["bind"]), self.port)
@@ -18708,7 +18858,8 @@ def help_text():
         lines += ["  -%s string" % name, "    \t" + text]
     for option in OPTIONS:
         kind = {_switch: "", _port: " int", _workers: " int",
-                _duration: " duration"}.get(option.cast, " string")
+                _connections: " int", _duration: " duration",
+                _timeout: " duration"}.get(option.cast, " string")
         text = option.help
         if option.default not in (None, "", (), False) \
                 and "default" not in text:
@@ -18880,10 +19031,28 @@ def fsck(config, asked):
     return 1 if counts[LEFT] else 0
 
 
+def raise_file_limit(connections):
+    """Let each process have as many descriptors as the connections may
+    need; tell the operator where it may not."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections * 4 + SPARE_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        operator_log("%d connections may need %d open files, of which the "
+                     "system allows %d" % (connections, wanted, hard))
+        wanted = hard
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def run(config):
     """Serve until a signal comes; the exit status."""
     values = config.values
     workers = values["workers"] or default_workers()
+    raise_file_limit(values["max_conns"])
     try:
         if workers == 1:
             _serve_alone(config)

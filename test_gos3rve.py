@@ -49,6 +49,7 @@ import os
 import platform
 import random
 import re
+import select
 import selectors
 import shlex
 import shutil
@@ -19071,12 +19072,60 @@ class HttpConnections(HttpCase):
             self.assertTrue(server.close(5))    # all threads have ended
         self.assertEqual(reports, [])
 
+    def waiting(self, **seconds):
+        """A Peer of a server that waits for so long."""
+        limits = self.server.server.limits._replace(**seconds)
+        with mock.patch.object(self.server.server, "limits", limits):
+            peer = self.peer().send(HEALTH)
+            self.ok(peer.answer())
+        peer.sock.settimeout(5)
+        return peer
+
     def test_half_a_head_is_not_waited_for_beyond_its_time(self):
-        with mock.patch.object(gos3rve, "HEAD_SECONDS", 1):
-            peer = self.peer().send(GET)
-            peer.sock.settimeout(5)
+        for idle in (60, 0.1):
+            peer = self.waiting(head_seconds=0.2, idle_seconds=idle)
+            peer.send(GET)
+            start = time.monotonic()    # bytes that drip do not prolong it
+            while not select.select([peer.sock], [], [], 0.001)[0]:
+                self.assertLess(time.monotonic(), start + 5)
+                peer.send(b"a")
+            self.error(peer.answer(), "RequestTimeout")
+
+    def test_the_next_request_is_not_waited_for_beyond_its_time(self):
+        for idle, body in ((0.1, 60), (0.1, 0.05), (0.1, 0.1)):
+            self.closed(self.waiting(idle_seconds=idle, body_seconds=body))
+
+    def test_a_body_is_not_waited_for_beyond_its_time(self):
+        whole = self.put_bytes("/box/k", b"x" * 9999)
+        chunked = self.head("PUT", "/box/k", headers=[
+            ("Transfer-Encoding", "chunked")]) + b"5\r\nhe"
+        peers = [self.waiting(idle_seconds=idle, body_seconds=body).send(data)
+                 for idle, body in ((60, 0.2), (0.1, 0.3), (0.2, 0.2))
+                 for data in (whole[:-1], whole[:-9999], chunked,
+                              chunked[:-3])]
+        for peer in peers:
             self.error(peer.answer(), "RequestTimeout")
             self.closed(peer)
+        self.assertEqual(self.s3.keys("box"), [])
+
+    def test_a_body_that_drips_within_its_time_is_taken(self):
+        peer = self.waiting(idle_seconds=0.05, body_seconds=0.25)
+        peer.send(self.put_bytes("/box/k", b"x" * 4)[:-4])
+        for _ in range(4):              # longer than one wait, all together
+            time.sleep(0.1)
+            peer.send(b"x")
+        self.ok(peer.answer())
+
+    def test_a_reader_that_stands_still_is_not_waited_for(self):
+        self.s3.put("/box/k", b"x" * (8 << 20))
+        log = Lines()
+        self.server.server.access_log = log.append
+        self.addCleanup(setattr, self.server.server, "access_log", None)
+        peer = self.waiting(body_seconds=0.1)
+        peer.send(self.head("GET", "/box/k"))
+        self.assertTrue(wait_for(
+            lambda: log and log[-1]["operation"] == "GetObject"))
+        self.assertLess(log[-1]["bytes_out"], 8 << 20)
 
     def test_downloads_larger_than_any_buffer_arrive_whole(self):
         data = random.Random(1).getrandbits(8 * 3000001).to_bytes(
@@ -19666,6 +19715,19 @@ class WorkerRules(unittest.TestCase):
                 server.close(5)
                 self.assertEqual(house.call_count, kept)
 
+    def test_a_worker_without_a_slot_leaves_who_comes_to_the_other(self):
+        with self.bound().server as server:
+            self.assertEqual(sum(server._shares), server.limits.connections)
+            self.addCleanup(socket.create_connection(
+                server.server_address).close)
+            while server._slots.acquire(blocking=False):
+                pass
+            server.loads[0], server.loads[1] = server._shares[0], 7
+            with mock.patch.object(server, "_leave_to_others"):
+                self.assertRaises(BlockingIOError, server.get_request)
+                server._slots.release()
+                server.get_request()[0].close()
+
     def test_a_connection_is_left_to_a_worker_that_has_fewer(self):
         with self.bound().server as server:
             for own, other, change, pauses in (
@@ -19867,7 +19929,7 @@ class ServerWorkers(EndCase):
         self.assertEqual(server.end(), 0)
 
     def test_the_cap_of_connections_is_that_of_all_workers(self):
-        server = self.start(patch="gos3rve.MAX_CONNECTIONS = 4")
+        server = self.start("-max_conns", "4")
         peers = [self.begin(server, HEALTH) for _ in range(4)]
         for peer in peers:              # busy until their bodies have come
             self.ok(peer.answer())
@@ -19885,9 +19947,98 @@ class ServerWorkers(EndCase):
 
 class ServerConnections(HttpCase):
 
+    def crowd(self, limit, **more):
+        """A server for so many connections, in a hurry, and a function
+        that connects to it and sends something."""
+        patch = mock.patch.object(gos3rve, "GRACE_SECONDS", 0.1)
+        patch.start()
+        self.addCleanup(patch.stop)
+        server = gos3rve.serve(buckets=["box"], max_conns=limit, **more)
+        self.addCleanup(server.close, 0)
+        context = trusting(more["tls_cert"]) if more else None
+
+        def peer(data=b""):
+            found = Peer(server.port, context)
+            self.addCleanup(found.close)
+            return found.send(data)
+        return server, peer
+
+    UPLOAD = PUT + b"Content-Length: 5\r\n\r\n"  # refused, once it has come
+
+    def test_who_only_keeps_a_connection_makes_room_for_who_asks(self):
+        pair = make_certificate(self)
+        for more in ({}, dict(zip(("tls_cert", "tls_key"), pair))):
+            server, peer = self.crowd(4, **more)
+            keeping = [peer(HEALTH) for _ in range(3)]
+            for one in keeping:
+                self.ok(one.answer())
+            busy = peer(self.UPLOAD)
+            if not more:                # of these no thread sees an answer
+                keeping[2].send(b"GET / HT")
+            start = time.monotonic()
+            for _ in range(2):
+                self.ok(peer(HEALTH).answer())
+            self.assertLess(time.monotonic() - start, 5)
+            self.assertEqual(busy.send(b"hello").answer().status, 403)
+
+    def test_in_a_crowd_every_answer_is_the_last_on_its_connection(self):
+        server, peer = self.crowd(2)
+        with mock.patch.object(gos3rve, "GRACE_SECONDS", 60):
+            busy = [peer(HEALTH) for _ in range(2)]
+            for one in busy:
+                self.assertNotIn("connection", self.ok(one.answer()).headers)
+            third = peer(HEALTH)
+            self.assertTrue(wait_for(lambda: server.server.crowded_since))
+            answer = self.ok(busy[0].send(HEALTH).answer())
+            self.assertEqual(answer.headers["connection"], "close")
+            self.closed(busy[0])
+            self.ok(third.answer())
+            self.assertTrue(wait_for(
+                lambda: not server.server.crowded_since))
+            answer = self.ok(busy[1].send(HEALTH).answer())
+            self.assertNotIn("connection", answer.headers)
+
+    def test_who_waits_too_long_gets_SlowDown_and_uploads_go_on(self):
+        server, peer = self.crowd(2)
+        busy = [peer(self.UPLOAD) for _ in range(2)]
+        start = time.monotonic()
+        with mock.patch.object(gos3rve, "QUEUE_SECONDS", 0.6):
+            for one in [peer(HEALTH) for _ in range(5)]:
+                answer = self.error(one.answer(), "SlowDown")
+                self.assertTrue(answer.one("RequestId"))
+                self.closed(one)
+        self.assertGreater(time.monotonic() - start, 0.5)
+        self.assertLess(time.monotonic() - start, 5)
+        for one in busy:
+            self.error(one.send(b"hello").answer(), "AccessDenied")
+        self.ok(peer(HEALTH).answer())
+
+    def test_where_no_thread_is_to_be_had_it_is_SlowDown(self):
+        server, peer = self.crowd(9)
+        with mock.patch.object(threading.Thread, "start",
+                               side_effect=RuntimeError):
+            self.error(peer(HEALTH).answer(), "SlowDown")
+        self.ok(peer(HEALTH).answer())
+        self.assertEqual(server.server.loads[0], 1)
+
+    @unittest.skipUnless(sys.platform == "linux", "descriptors of Linux")
+    def test_without_descriptors_idle_connections_make_room(self):
+        import resource
+        server = Process(self, "-workers", "1", *KEYS, patch=(
+            "gos3rve.resource.setrlimit(gos3rve.resource.RLIMIT_NOFILE, "
+            "(32, 64)); gos3rve.GRACE_SECONDS = 0.1"))
+        self.assertEqual(resource.prlimit(
+            server.process.pid, resource.RLIMIT_NOFILE), (64, 64))
+        self.assertRegex(server.stderr(), r"\Agos3rve: 2500 connections may "
+                         r"need \d+ open files, .* allows 64\n\Z")
+        for _ in range(80):
+            peer = Peer(server.port)
+            self.addCleanup(peer.close)
+            peer.send(HEALTH)
+        self.ok(peer.answer())
+
     def test_connections_beyond_the_cap_wait_for_their_turn(self):
-        with mock.patch.object(gos3rve, "MAX_CONNECTIONS", 2):
-            server = gos3rve.serve()
+        server = gos3rve.serve(max_conns=2)
         self.addCleanup(server.close, 5)
         peers = [Peer(server.port) for _ in range(3)]
         for peer in peers:
@@ -21388,6 +21539,10 @@ SAMPLES = {
     "object_ownership": ("ObjectWriter", "ObjectWriter"),
     "cors": ("https://a.example", ("https://a.example",)),
     "workers": ("3", 3),
+    "max_conns": ("300", 300),
+    "head_timeout": ("10s", 10),
+    "body_timeout": ("2m", 120),
+    "idle_timeout": ("90", 90),
     "ready_file": ("ready", "ready"),
 }
 SWITCHES = ("sync", "unique", "readonly", "follow_symlinks")

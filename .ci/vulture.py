@@ -12,6 +12,8 @@ StartDoctypeDeclHandler
 daemon_threads
 block_on_close
 request_queue_size
+service_actions
+shutdown_request
 server_bind
 server_name
 handle_error
