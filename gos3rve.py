@@ -2195,6 +2195,8 @@ class Body:
                     break
                 pieces.append(data)
                 have += len(data)
+                if len(pieces) > 1000:  # each takes 33 bytes, and its own
+                    pieces = [b"".join(pieces)]
             data = b"".join(pieces)
         self.received += len(data)
         if self._thread is None and self.received > OVERLAP_BYTES:

@@ -22,7 +22,8 @@ those of gos3rve.py, under the same banners:
     14. Benchmark
     15. Soak
 
-`python3 test_gos3rve.py bench` measures instead, `... soak` torments.
+`python3 test_gos3rve.py bench` measures instead, `flood` does so beside
+connections that are a burden, and `soak` torments.
 """
 
 import argparse
@@ -64,6 +65,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import types
 import unicodedata
 import unittest
@@ -2262,6 +2264,13 @@ class Bodies(Refusing):
                     self.assertEqual(b"".join(blocks), data)
                     self.assertEqual({len(b) for b in blocks[:-1]},
                                      {size} if blocks[1:] else set())
+
+    def test_a_block_in_tiny_pieces_takes_little_more_than_its_bytes(self):
+        size, body = 16 * KIB, self.body(os.urandom(16 * KIB), step=2)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        self.assertEqual(len(next(body.blocks(size))), size)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 12 * size)
 
     def test_bytes_behind_the_body_stay_in_the_source(self):
         source = Drip(b"helloGET / HTTP/1.1", 100)
@@ -24269,7 +24278,7 @@ class Crew:
         self._running = [pipe for _, pipe in self._members[:len(shares)]]
         for pipe, share in zip(self._running, shares):
             pipe.send((load, share))
-        return self._results()
+        return self.results()
 
     def start(self, seconds=None):
         """Let it run."""
@@ -24279,13 +24288,9 @@ class Crew:
     def go(self, seconds=None):
         """Let it run to its end; the list of results."""
         self.start(seconds)
-        return self.finish()
+        return self.results()
 
-    def finish(self):
-        """Wait for its end; the list of results."""
-        return self._results()
-
-    def _results(self):
+    def results(self):
         """One message of each process; a BenchError among them is raised,
         once nobody is at work any more."""
         try:
@@ -24943,6 +24948,247 @@ def bench(argv):
     return any("failed" in row for row in report["cases"].values())
 
 
+# --- the flood ---
+#
+# `python3 test_gos3rve.py flood`: what is left of the rate of some
+# connections beside many slow ones, and what the server takes for all of
+# them.  In a run of half an hour its rows have to be alike.
+
+SLOW_PUT_BYTES = MIB                # which no slow upload lives to send
+FLOOD_ROUND_SECONDS = 20            # at most: the upload waits for its end
+
+
+class Burden:
+    """A connection that asks for little and stays: one of KINDS, which are
+    what it does with its head, or once that was sent.  turn() whenever some
+    time has passed."""
+
+    KINDS = ("head", "idle", "get", "put")
+
+    def __init__(self, client, number, large):
+        self._client, self._large = client, large
+        self._kind = self.KINDS[number % len(self.KINDS)]
+        self._path = "/%s/slow-%d" % (large.split("/")[1], number)
+        address = urllib.parse.urlsplit(client.url)
+        self._address = address.hostname, address.port
+        self.ended, self.socket = -1, None
+        self._connect()
+
+    def _connect(self):
+        """Connect, again where the server ended it; send a head."""
+        self.ended += 1
+        self.close()
+        self.socket = socket.socket()
+        if self._kind == "get":         # no buffer takes it all
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF,
+                                   4 * KIB)
+        self.socket.settimeout(SILENT_SECONDS)
+        self.socket.connect(self._address)
+        path = self._path if self._kind == "put" else self._large
+        data = request_bytes(self._client, Ask(
+            {"put": "PUT", "get": "GET"}.get(self._kind, "HEAD"), path))
+        if self._kind == "head":
+            data = data[:1]
+        self.socket.sendall(data.replace(
+            b"content-length: 0", b"content-length: %d" % SLOW_PUT_BYTES))
+        self.socket.setblocking(False)
+
+    def turn(self):
+        """Take a little, send a little."""
+        try:
+            if not self.socket.recv(KIB):
+                self._connect()
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            self._connect()
+        with contextlib.suppress(OSError):      # seen in the next turn
+            if self._kind in ("head", "put"):
+                self.socket.send(b"E")
+
+    def close(self):
+        """Close the connection."""
+        if self.socket is not None:
+            self.socket.close()
+
+
+class Flood:
+    """`count` Burdens, each of which has its turn once a second, in a
+    thread, until the end of a with block."""
+
+    def __init__(self, endpoint, count, large):
+        client = Client(*endpoint)
+        self._burdens = [Burden(client, number, large)
+                         for number in range(count)]
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self):
+        pause = 1 / len(self._burdens)
+        for burden in itertools.cycle(self._burdens):
+            if self._end.wait(pause):
+                return
+            burden.turn()
+
+    def ended(self):
+        """How often the server ended one of them."""
+        return sum(burden.ended for burden in self._burdens)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._end.set()
+        self._thread.join()
+        for burden in self._burdens:
+            burden.close()
+
+
+class Upload:
+    """One upload in `count` pieces, which takes as long as a flood."""
+
+    def __init__(self, endpoint, path, count):
+        self._client, self._path, self._sent = Client(*endpoint), path, 0
+        headers = self._client.sign("PUT", path, (), {}, "UNSIGNED-PAYLOAD")
+        self._connection = self._client.connect()
+        self._connection.putrequest("PUT", path, skip_host=True)
+        for name, value in headers.items():
+            self._connection.putheader(name, value)
+        self._connection.putheader("content-length", str(count * 99 * KIB))
+        self._connection.endheaders()
+
+    def send(self):
+        """Send the next piece."""
+        self._connection.send(content(self._sent, 99 * KIB))
+        self._sent += 99 * KIB
+
+    def end(self):
+        """BenchError unless all of it was stored."""
+        response = self._connection.getresponse()
+        with contextlib.closing(self._connection):
+            said = response.read()
+        digest = '"%s"' % pattern_digest("md5", self._sent)
+        if (response.status, response.headers["ETag"]) != (200, digest):
+            raise BenchError("the upload: %d %r" % (response.status, said))
+
+
+class Usage(NamedTuple):
+    """What a server takes: resident MiB of its largest process, and of all
+    where what they share counts once; descriptors, threads, temporary files
+    and parts."""
+    largest: float
+    memory: float
+    descriptors: int
+    threads: int
+    files: int
+
+
+def usage(pid, place):
+    """The Usage of a family of processes with some data (Linux)."""
+    memory, shares, threads, descriptors = [], [], 0, 0
+    for one in family(pid):
+        status = read_text("/proc/%d/status" % one)
+        memory.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / KIB)
+        shares.append(int(re.search(r"Pss:\s+(\d+)", read_text(
+            "/proc/%d/smaps_rollup" % one))[1]) / KIB)
+        threads += int(re.search(r"Threads:\s+(\d+)", status)[1])
+        descriptors += len(os.listdir("/proc/%d/fd" % one))
+    files = sum(
+        len(names) for path, _, names in os.walk(place)
+        if "/%s/tmp" % gos3rve.STATE in path or "/uploads/" in path)
+    return Usage(max(memory), sum(shares), descriptors, threads, files)
+
+
+def settle(pid, place):
+    """Wait until the server has taken what it takes of many connections."""
+    before = None
+    while before != usage(pid, place).threads:
+        before = usage(pid, place).threads
+        time.sleep(0.3)
+
+
+def flood_options(argv):
+    """The options of the command line, and those that a Bench needs."""
+    parser = argparse.ArgumentParser(
+        prog="test_gos3rve.py flood", description="Measure this server "
+        "beside many slow connections: heads and bodies that drip, readers "
+        "that hardly read, and idle ones.")
+    add = parser.add_argument
+    add("--slow", type=int, default=1900, help="connections, a quarter of "
+        "each kind (%(default)s)")
+    add("--fast", type=int, default=100, help="connections that GET and PUT "
+        "objects of 1 KiB (%(default)s)")
+    add("--seconds", type=float, default=30, help="of the flood "
+        "(%(default)s)")
+    add("--processes", type=int, default=2, help="that send requests")
+    add("--objects", type=int, default=1000)
+    add("--large", type=int, default=64, help="size of what is read slowly, "
+        "in MiB")
+    add("--server", default="", help="more options for the server, as one "
+        "word: \"-max_conns 500\"")
+    add("--python", default=sys.executable, help="interpreter for it")
+    options = vars(parser.parse_args(argv))
+    seconds = options.pop("seconds")
+    rounds = math.ceil(seconds / FLOOD_ROUND_SECONDS)
+    return argparse.Namespace(
+        connections=options["fast"], endpoint=[], bucket=None,
+        rounds=rounds, seconds=seconds / rounds, **options)
+
+
+def flood_row(title, figures, used):
+    """A line of the report."""
+    rate = ["", ""] if figures is None else [
+        number(figures["rate"]), number(figures["p99_ms"])]
+    return ("%-12s %10s %8s " % (title, *rate)
+            + "%8.1f %8.1f %11d %8d %11d" % used)
+
+
+def flood(argv):
+    """The command: print a line for each round; the exit status, 1 where
+    a request or the upload failed."""
+    options = flood_options(argv)
+    gos3rve.raise_file_limit(options.slow)
+    print(machine())
+    print("%d connections of %d processes, %d slow ones, rounds of %g s\n"
+          % (options.fast, options.processes, options.slow, options.seconds))
+    print("%-12s %10s %8s %17s %11s %8s %11s" % (
+        "", "requests/s", "p99 ms", "MiB: one, all", "descriptors",
+        "threads", "temporaries"))
+    with contextlib.ExitStack() as stack:
+        crew = stack.enter_context(Crew(options.processes))
+        endpoint, pid, place, _ = stack.enter_context(
+            measured_server(options))
+        bench = Bench(endpoint, crew, options, place)
+        stack.callback(bench.client.close)
+
+        def say(title, figures=None):
+            print(flood_row(title, figures, usage(pid, place)), flush=True)
+            return figures and figures["rate"]
+        try:
+            path = bench.large()
+            alone = say("alone", bench.mixed())
+            upload = Upload(endpoint, path + "-upload", options.rounds)
+            rates = []
+            with Flood(endpoint, options.slow, path) as many:
+                settle(pid, place)
+                for turn in range(options.rounds):
+                    rates.append(say("round %d" % (turn + 1),
+                                     bench.mixed()))
+                    upload.send()
+            upload.end()
+            settle(pid, place)
+            say("afterwards")
+        except BENCH_ERRORS as error:
+            print("failed: %s" % error)
+            return 1
+    print("\nthe rate beside them: %.0f to %.0f %% of that alone; %d times "
+          "the server ended one; the upload went on"
+          % (100 * min(rates) / alone, 100 * max(rates) / alone,
+             many.ended()))
+    return 0
+
+
 # --- tests of it ---
 
 class BenchReplies(unittest.TestCase):
@@ -25089,6 +25335,28 @@ class BenchLoads(unittest.TestCase):
                           put._replace(payload="0" * 64)):
                 with self.assertRaises(BenchError, msg=wrong):
                     Streams(endpoint, [[wrong]]).run(None)
+
+
+@unittest.skipUnless(sys.platform == "linux", "what it takes is in /proc")
+class FloodRuns(unittest.TestCase):
+
+    def test_slow_connections_take_a_thread_each_and_nothing_stays(self):
+        done = subprocess.run(
+            [sys.executable, os.path.abspath(__file__), "flood", "--slow",
+             "80", "--fast", "4", "--seconds", "0.5", "--objects", "40",
+             "--large", "4", "--processes", "1"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            universal_newlines=True, env=clean_environment(), timeout=200)
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        rows = {match[1]: list(map(int, match[2].split())) for match in
+                re.finditer(r"(?m)^(alone|round 1|afterwards) .*? "
+                            r"((?: +\d+){3})$", done.stdout)}
+        self.assertEqual(list(rows), ["alone", "round 1", "afterwards"])
+        before, during, after = rows.values()
+        self.assertLessEqual(before[0] + 80, during[0])
+        self.assertEqual(before[1] + 81, during[1])     # one is the upload
+        self.assertEqual(after, before)
+        self.assertIn("0 times the server ended one", done.stdout)
 
 
 class BenchRuns(unittest.TestCase):
@@ -26148,7 +26416,7 @@ class Soak:
         self.crew.start((until, self.options.most))
         while self.options.torment and time.monotonic() < until:
             self.tormentor.torment()
-        clients = list(itertools.chain(*self.crew.finish()))
+        clients = list(itertools.chain(*self.crew.results()))
         self._await_quiet()
         self._check(clients, urls)
 
@@ -26647,7 +26915,7 @@ class SoakRuns(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    for command in (bench, soak, hosts):
+    for command in (bench, flood, soak, hosts):
         if sys.argv[1:2] == [command.__name__]:
             sys.exit(command(sys.argv[2:]))
     unittest.main()
