@@ -1932,6 +1932,15 @@ def chunk_size(text):
     return int(text, 16)
 
 
+# RFC 9110 section 5: a token, a colon, visible text
+FIELD_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*"
+_TRAILER_LINE = re.compile(FIELD_LINE + rb"\Z")
+# What stands in an extension is left alone, but for control characters: a
+# bare CR in it ends the line for some readers ("Funky chunks", 2025)
+_CHUNK_HEADER = re.compile(
+    rb"([^\t ;]*)[\t ]*(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
+
+
 class ChunkedReader:
     """Transfer-Encoding: chunked, RFC 9112 section 7.1."""
 
@@ -1945,8 +1954,8 @@ class ChunkedReader:
         if self.left == 0:
             return b""
         if self._chunk is None:
-            header = read_line(self._source)
-            self._chunk = chunk_size(header.partition(b";")[0].rstrip())
+            header = _CHUNK_HEADER.match(read_line(self._source))
+            self._chunk = chunk_size(header[1] if header else b"")
             if self._chunk == 0:
                 self._trailer()
                 return b""
@@ -1963,9 +1972,13 @@ class ChunkedReader:
 
     def _trailer(self):
         for _ in range(MAX_HEADERS):
-            if not read_line(self._source):
+            line = read_line(self._source)
+            if not line:
                 self.left = 0
                 return
+            if not _TRAILER_LINE.match(line):
+                raise S3Error("InvalidRequest", "A trailer of the body is "
+                              "malformed")
         raise S3Error("RequestHeaderSectionTooLarge")
 
 
@@ -16829,9 +16842,7 @@ MAX_LOGGED_CHARS = 3300
 
 _REQUEST_LINE = re.compile(
     rb"([A-Z]{1,16}) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])\Z")
-# RFC 9110 section 5: a token, a colon, visible text; no obs-fold
-_HEADER_LINES = re.compile(
-    rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)*\Z")
+_HEADER_LINES = re.compile(rb"(?:" + FIELD_LINE + rb"\r\n)*\Z")
 # Headers that may come once only: two of them are a smuggling attempt
 _SINGLE_HEADERS = frozenset((
     "authorization", "content-length", "content-type", "host",
@@ -17035,8 +17046,10 @@ class Wire:
             end = _head_end(data)
         if end > MAX_HEAD_BYTES:
             raise S3Error("RequestHeaderSectionTooLarge")
-        self._buffer = data[end:]
-        return data[:end].lstrip(b"\r\n")       # RFC 9112 section 2.2
+        self._buffer, data = data[end:], data[:end]
+        while data.startswith(b"\r\n"):         # RFC 9112 section 2.2
+            data = data[2:]
+        return data
 
     def _receive_until(self, deadline, wanted, size, *flags):
         """Bytes before a time.monotonic(), and while they are wanted, or
