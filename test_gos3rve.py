@@ -22353,8 +22353,10 @@ CLIENTS = {
     "aws": (["aws", "--version"], r"aws-cli/"),
     "boto3": ([sys.executable, "-c", "import boto3"], r""),
     "curl": (["curl", "--version"], r"curl (7\.8[89]|7\.9|[89]\.|\d\d)"),
+    "haproxy": (["haproxy", "-v"], r"HAProxy version"),
     "mc": (["mc", "--version"], r"RELEASE\."),      # not Midnight Commander
     "minio": ([sys.executable, "-c", "import minio"], r""),
+    "nginx": (["nginx", "-v"], r"nginx/"),
     "openssl": (["openssl", "version"], r"OpenSSL"),
     "pytest": ([sys.executable, "-c", "import boto3, pytest"], r""),
     "rclone": (["rclone", "version"], r"rclone v"),
@@ -22362,7 +22364,7 @@ CLIENTS = {
     "s5cmd": (["s5cmd", "version"], r"v\d"),
 }
 # What .ci/run cannot or need not install
-OPTIONAL_CLIENTS = ("mc", "pytest")
+OPTIONAL_CLIENTS = ("haproxy", "mc", "nginx", "pytest")
 # s3api rename-object came with botocore 1.38.37, in the middle of 2025
 AWS_WITH_RENAME = r"aws-cli/(1\.(4[1-9]|[5-9]\d)|2\.(2[89]|[3-9]\d)|[3-9])"
 
@@ -22458,6 +22460,177 @@ def need_client(test, *names):
                 and name not in OPTIONAL_CLIENTS:
             test.fail("%s is not installed" % name)
         test.skipTest("%s is not installed" % name)
+
+
+# What stands before the server, as lax as it can be, with connections to it
+# that all clients share; what it takes for a request is a line of its log.
+PROXIES = {
+    "nginx": (["nginx", "-p", "{place}", "-c", "{place}/conf"], """
+daemon off;
+master_process off;
+pid {place}/pid;
+error_log {place}/errors;
+events {{ worker_connections 200; }}
+http {{
+    log_format line "$request";
+    access_log {place}/log line;
+    client_body_temp_path {place}/body;
+    proxy_temp_path {place}/proxy;
+    fastcgi_temp_path {place}/fastcgi;
+    uwsgi_temp_path {place}/uwsgi;
+    scgi_temp_path {place}/scgi;
+    upstream s3 {{ server 127.0.0.1:{server}; keepalive 4; }}
+    server {{
+        listen 127.0.0.1:{port};
+        ignore_invalid_headers off;
+        underscores_in_headers on;
+        merge_slashes off;
+        client_max_body_size 0;
+        client_header_timeout 2;
+        client_body_timeout 2;
+        location / {{
+            proxy_pass http://s3;
+            proxy_http_version 1.1;
+            proxy_request_buffering off;
+            proxy_set_header Host $http_host;
+            proxy_set_header Connection "";
+        }}
+    }}
+}}
+"""),
+    "haproxy": (["haproxy", "-f", "{place}/conf"], """
+global
+    maxconn 200
+    log stdout format raw local0
+defaults
+    mode http
+    log global
+    log-format "%r"
+    option http-keep-alive
+    option accept-invalid-http-request
+    http-reuse always
+    timeout connect 5s
+    timeout client 2s
+    timeout server 5s
+frontend front
+    bind 127.0.0.1:{port}
+    default_backend back
+backend back
+    server s3 127.0.0.1:{server}
+"""),
+}
+
+
+class Proxy:
+    """nginx or haproxy before a server, until the end of a test."""
+
+    def __init__(self, test, name, server_port):
+        place = temporary_directory(test)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        command, text = PROXIES[name]
+        with open(os.path.join(place, "conf"), "w") as file:
+            file.write(text.format(place=place, port=self.port,
+                                   server=server_port))
+        self._log = os.path.join(place, "log")
+        with open(self._log, "ab") as log, \
+                open(os.path.join(place, "said"), "wb") as said:
+            process = subprocess.Popen(
+                [word.format(place=place) for word in command],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=said)
+        test.addCleanup(process.wait)
+        test.addCleanup(process.kill)
+        if not wait_for(lambda: process.poll() is not None
+                        or not refused(self.port), 10) or process.poll():
+            test.fail("%s does not run: %s" % (name, read_text(
+                os.path.join(place, "said"))))
+
+    def requests(self, word):
+        """How many requests with some word it has seen."""
+        with open(self._log, "rb") as file:
+            return sum(word in line for line in file)
+
+
+class BehindProxies(HttpCase):
+    """What a proxy and the server take for a request is the same."""
+
+    SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+    def rows(self):
+        """(name, bytes) of all that is odd, each with a request behind."""
+        for name, data, *_ in MALFORMED + TOLERATED:
+            yield name, data + self.SMUGGLED
+        for name, data in ambiguous():
+            yield name, data + HEALTH
+        for body in BAD_CHUNKS:
+            yield repr(body[:40]), self.head("PUT", "/box/k", headers=[
+                ("Transfer-Encoding", "chunked")]) + body + self.SMUGGLED
+        for extra in (b"Expect: 100-continue\r\n", b"Connection: close, "
+                      b"Content-Length\r\n", b"Upgrade: websocket\r\n"
+                      b"Connection: Upgrade\r\n"):
+            for method in (b"GET", b"HEAD", b"PUT", b"OPTIONS", b"CONNECT"):
+                yield repr((method, extra)), (
+                    b"%s /nobox/k HTTP/1.1\r\nHost: a\r\n%s"
+                    b"Content-Length: %d\r\n\r\n" % (
+                        method, extra, len(self.SMUGGLED))
+                    + self.SMUGGLED + HEALTH)
+
+    def seen(self):
+        """How many requests for /smuggled the server has seen."""
+        return sum("smuggled" in row["resource"] for row in self.log)
+
+    def behind(self, name):
+        """A Proxy before the server, whose log is in self.log."""
+        need_client(self, name)
+        self.log = Lines()
+        self.server.server.access_log = self.log.append
+        self.addCleanup(setattr, self.server.server, "access_log", None)
+        return Proxy(self, name, self.server.port)
+
+    def check_rows(self, name):
+        """No row leads to a request that only one of the two has seen."""
+        proxy = self.behind(name)
+        for title, data in self.rows():
+            with self.subTest(title):
+                raw(proxy.port, data)
+                for _ in range(2):      # the next client's own answer
+                    with Peer(proxy.port) as victim:
+                        answer = victim.send(HEALTH).answer()
+                    self.assertEqual((answer.status, answer.body),
+                                     (200, b""))
+                self.assertTrue(wait_for(lambda: self.seen()
+                                         <= proxy.requests(b"/smuggled"), 2))
+
+    def check_clients(self, name):
+        """Uploads and downloads of several clients, and their errors."""
+        proxy = self.behind(name)
+
+        def session(number):
+            client = Client("http://127.0.0.1:%d" % proxy.port,
+                            self.server.key_id, self.server.key_val)
+            self.addCleanup(client.close)
+            for turn in range(10):
+                path, body = "/box/%d/%d" % (number, turn), content(
+                    turn, turn * 99 * KIB)
+                self.error(client.put("/nobox/k", body), "NoSuchBucket")
+                self.ok(client.put(path, body))
+                self.assertEqual(self.ok(client.get(path)).body, body)
+                self.error(client.get(path + "-"), "NoSuchKey")
+                self.ok(client.head(path))
+                self.ok(client.delete(path), 204)
+        together(4, session)
+
+    def test_nginx_sees_the_requests_that_the_server_sees(self):
+        self.check_rows("nginx")
+
+    def test_haproxy_sees_the_requests_that_the_server_sees(self):
+        self.check_rows("haproxy")
+
+    def test_connections_through_nginx_stay_in_step(self):
+        self.check_clients("nginx")
+
+    def test_connections_through_haproxy_stay_in_step(self):
+        self.check_clients("haproxy")
 
 
 class ClientCase(unittest.TestCase):
