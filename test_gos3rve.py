@@ -25224,7 +25224,7 @@ def bench(argv):
 # them.  In a run of half an hour its rows have to be alike.
 
 SLOW_PUT_BYTES = MIB                # which no slow upload lives to send
-FLOOD_ROUND_SECONDS = 20            # at most: the upload waits for its end
+FLOOD_ROUND_SECONDS = 20            # at most
 
 
 class Burden:
@@ -25281,26 +25281,63 @@ class Burden:
             self.socket.close()
 
 
+class Upload:
+    """An upload that takes as long as a flood."""
+
+    PIECE = 99 * KIB
+
+    def __init__(self, endpoint, path):
+        client = Client(*endpoint)
+        headers = client.sign("PUT", path, (), {}, "UNSIGNED-PAYLOAD")
+        self._connection, self._sent = client.connect(), 0
+        self._connection.putrequest("PUT", path, skip_host=True)
+        for name, value in headers.items():
+            self._connection.putheader(name, value)
+        self._connection.putheader("transfer-encoding", "chunked")
+        self._connection.endheaders()
+
+    def turn(self):
+        """Send the next piece."""
+        self._connection.send(b"%x\r\n%s\r\n" % (
+            self.PIECE, content(self._sent, self.PIECE)))
+        self._sent += self.PIECE
+
+    def end(self):
+        """BenchError unless all of it was stored."""
+        with contextlib.closing(self._connection):
+            self._connection.send(b"0\r\n\r\n")
+            response = self._connection.getresponse()
+            said = response.read()
+        digest = '"%s"' % pattern_digest("md5", self._sent)
+        if (response.status, response.headers["ETag"]) != (200, digest):
+            raise BenchError("the upload: %d %r" % (response.status, said))
+
+
 class Flood:
-    """`count` Burdens, each of which has its turn once a second, in a
-    thread, until the end of a with block."""
+    """`count` Burdens and an Upload, each of which has its turn once a
+    second, in a thread, until the end of a with block; which raises what
+    ended the upload, or BenchError."""
 
     def __init__(self, endpoint, count, large):
         client = Client(*endpoint)
+        self._upload, self._fault = Upload(endpoint, large + "-upload"), None
         self._burdens = [Burden(client, number, large)
                          for number in range(count)]
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self):
-        pause = 1 / len(self._burdens)
-        for burden in itertools.cycle(self._burdens):
-            if self._end.wait(pause):
-                return
-            burden.turn()
+        pause = 1 / (len(self._burdens) + 1)
+        try:
+            for one in itertools.cycle([self._upload] + self._burdens):
+                if self._end.wait(pause):
+                    return
+                one.turn()
+        except OSError as error:
+            self._fault = error
 
     def ended(self):
-        """How often the server ended one of them."""
+        """How often the server ended one of the Burdens."""
         return sum(burden.ended for burden in self._burdens)
 
     def __enter__(self):
@@ -25312,34 +25349,9 @@ class Flood:
         self._thread.join()
         for burden in self._burdens:
             burden.close()
-
-
-class Upload:
-    """One upload in `count` pieces, which takes as long as a flood."""
-
-    def __init__(self, endpoint, path, count):
-        self._client, self._path, self._sent = Client(*endpoint), path, 0
-        headers = self._client.sign("PUT", path, (), {}, "UNSIGNED-PAYLOAD")
-        self._connection = self._client.connect()
-        self._connection.putrequest("PUT", path, skip_host=True)
-        for name, value in headers.items():
-            self._connection.putheader(name, value)
-        self._connection.putheader("content-length", str(count * 99 * KIB))
-        self._connection.endheaders()
-
-    def send(self):
-        """Send the next piece."""
-        self._connection.send(content(self._sent, 99 * KIB))
-        self._sent += 99 * KIB
-
-    def end(self):
-        """BenchError unless all of it was stored."""
-        response = self._connection.getresponse()
-        with contextlib.closing(self._connection):
-            said = response.read()
-        digest = '"%s"' % pattern_digest("md5", self._sent)
-        if (response.status, response.headers["ETag"]) != (200, digest):
-            raise BenchError("the upload: %d %r" % (response.status, said))
+        if self._fault:
+            raise self._fault
+        self._upload.end()
 
 
 class Usage(NamedTuple):
@@ -25437,15 +25449,12 @@ def flood(argv):
         try:
             path = bench.large()
             alone = say("alone", bench.mixed())
-            upload = Upload(endpoint, path + "-upload", options.rounds)
             rates = []
             with Flood(endpoint, options.slow, path) as many:
                 settle(pid, place)
                 for turn in range(options.rounds):
                     rates.append(say("round %d" % (turn + 1),
                                      bench.mixed()))
-                    upload.send()
-            upload.end()
             settle(pid, place)
             say("afterwards")
         except BENCH_ERRORS as error:
