@@ -3131,6 +3131,13 @@ _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # what a path that names no regular file answers to open(2), besides these
 _ABSENT_ERRNO = frozenset((errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG,
                            errno.ENODEV))
+# what passes: too much at once, or a file of a network file system that
+# another machine has just replaced
+_PASSING_ERRNO = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+                            errno.EAGAIN, errno.ENOLCK, errno.ETIMEDOUT,
+                            errno.ESTALE, errno.ENOTCONN))
+# what a directory of keys may answer that listings leave out
+_UNSEEN_ERRNO = _ABSENT_ERRNO | {errno.EACCES}
 _WINDOWS_BAD = re.compile(
     r"[<>:\"\\|?*\x00-\x1f]|[. ]\Z|(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|\Z)",
     re.IGNORECASE)
@@ -3144,8 +3151,7 @@ def storage_error(error):
     if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP):
         return S3Error("AccessDenied", "The server may not do this to its "
                        "files")
-    if code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN,
-                errno.ESTALE, errno.ENOTCONN):  # a file server that is away
+    if code in _PASSING_ERRNO:
         return S3Error("SlowDown")
     return S3Error("InternalError")
 
@@ -3606,11 +3612,23 @@ class Draft:
         record["mtime_ns"] = status.st_mtime_ns
         return status
 
+    def flush(self, sync):
+        """Have what was written and the record taken, or raise; `sync`: on
+        the disk.
+
+        NFS, SMB and FUSE send what they hold when any descriptor of the
+        file is closed, and first tell of a full disk then: too late, once
+        the file is published.  Others do nothing.
+        """
+        if sync:
+            sync_file(self.fd)
+        else:
+            os.close(os.dup(self.fd))
+
     def close(self):
         """Let go of the file, and remove it unless it was published."""
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
+        close_fd(self.fd)
+        self.fd = None
         if self.path is not None:
             _unlink(self.path)
             self.path = None
@@ -3714,10 +3732,19 @@ def _unlink(path):
         return False
 
 
-def _close_place(fd):
-    """Close what Bucket._place() opened."""
+def _remove_tree(path):
+    """Remove a directory and what is in it, as far as that can be done
+    now: a sweep does the rest."""
+    with contextlib.suppress(OSError):      # rmtree does not ignore close's
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def close_fd(fd):
+    """Close a descriptor, if it is not None.  An error is none: it is
+    closed then, too, and what was written had to be taken before."""
     if fd is not None:
-        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
 
 def _leads_to_directory(path):
@@ -3738,6 +3765,23 @@ def _is_there(path):
     return os.access(path, os.F_OK)
 
 
+def _is_surely_there(path):
+    """The same, where an error must not pass for a no."""
+    try:
+        os.stat(path)
+    except _ABSENT:
+        return False
+    return True
+
+
+def _is_link(path):
+    """As os.path.islink(), which takes an error for a no, too."""
+    try:
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    except _ABSENT:
+        return False
+
+
 def write_json(path, value, sync=False):
     """Replace a small JSON state file by one rename; mode 0600."""
     directory = os.path.dirname(path)
@@ -3746,24 +3790,36 @@ def write_json(path, value, sync=False):
         draft.seal({})
         if hasattr(os, "fchmod"):
             os.fchmod(draft.fd, 0o600)
-        if sync:
-            os.fsync(draft.fd)
+        draft.flush(sync)
         os.replace(draft.path, path)
         draft.path = None
     if sync:
         sync_directory(directory)
 
 
+def sync_file(fd):
+    """Have a file, or the entries of a directory, on the disk."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        # macOS: fsync(2) leaves it in the drive's cache
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:        # not every file system knows it
+            if error.errno not in (errno.ENOTSUP, errno.ENOTTY,
+                                   errno.EINVAL):
+                raise
+    os.fsync(fd)
+
+
 def sync_directory(path):
     """Make the entries of a directory durable, where it can be opened."""
-    try:
-        fd = os.open(path, _OPEN_DIRECTORY)
-    except PermissionError:             # Windows
+    if os.name == "nt":
         return
+    fd = os.open(path, _OPEN_DIRECTORY)
     try:
-        os.fsync(fd)
+        sync_file(fd)
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 def try_flock(fd):
@@ -3827,7 +3883,7 @@ class Stripes:
 
     def __exit__(self, *_):
         for fd in self._fds:
-            os.close(fd)
+            close_fd(fd)
         for thread in self._held:
             thread.release()
 
@@ -4027,7 +4083,7 @@ class Bucket:
                 raise FileNotFoundError(errno.ENOENT, "no file", path)
             self._check_inside(fd, path)
         except BaseException:
-            os.close(fd)
+            close_fd(fd)
             raise
         return fd, status
 
@@ -4072,9 +4128,9 @@ class Bucket:
                 if "etag" in record or _same_file(path, status):
                     return _looked_at(Info(key, status, record), fd), fd
             except BaseException:
-                os.close(fd)
+                close_fd(fd)
                 raise
-            os.close(fd)
+            close_fd(fd)
         raise S3Error("SlowDown")
 
     def open(self, key):
@@ -4089,7 +4145,7 @@ class Bucket:
         found = self._look(key)
         if found is None:
             return None
-        os.close(found[1])
+        close_fd(found[1])
         return found[0]
 
     def look_once(self, key, path=None):
@@ -4104,7 +4160,10 @@ class Bucket:
             status = None
         if status is None or not stat.S_ISREG(status.st_mode):
             return self.find(key), None
-        record, alone = self._find_record(path, status, key)
+        try:
+            record, alone = self._find_record(path, status, key)
+        except OSError:                 # gone, say
+            return self.find(key), None
         info = Info(key, status, record)
         if "etag" not in info.record and not _same_file(path, status):
             return self.find(key), None
@@ -4119,30 +4178,31 @@ class Bucket:
     def _read_record(self, file, status, key):
         """The record of a file (descriptor or path); {} for none.
 
-        What is damaged or may not be read never fails a read.  OSError
-        where there is one that cannot be had just now: without its record
-        an object would be another one.
+        What is damaged, or may not be read of a path, never fails a read.
+        OSError where there is one that cannot be had: nothing is told of
+        an object, or written, for want of its record.
         """
         return self._find_record(file, status, key)[0]
 
     def _find_record(self, file, status, key):
         """(_read_record(), True when the file itself has it, or there
         surely is none)."""
-        sure = True
+        # of a path it may be that nobody may see it: listings show it so
+        sure, unseen = True, () if type(file) is int else _UNSEEN_RECORD
         if self._xattrs:
             try:
                 return self._loaded(os.getxattr(file, XATTR), key), True
             except OSError as error:
-                if error.errno not in _NO_RECORD:
+                if error.errno not in _NO_XATTR_YET + unseen:
                     raise
                 sure = error.errno in _NO_XATTR_YET
-        if not os.access(self._meta, os.F_OK):
-            return {}, sure             # as in most buckets: no exception
+        if not _is_surely_there(self._meta):
+            return {}, sure             # as in most buckets
         try:
             with open(self._sidecar(key, status.st_ino), "rb") as sidecar:
                 return self._loaded(sidecar.read(), key), False
         except OSError as error:
-            if error.errno not in _NO_RECORD:
+            if error.errno not in (errno.ENOENT,) + unseen:
                 raise
             return {}, sure and error.errno == errno.ENOENT
 
@@ -4203,23 +4263,34 @@ class Bucket:
         record["key"] = key             # so that a sweep can tell whose it is
         with self.draft() as draft:
             draft.write(dump_record(record))
-            if self._sync:
-                os.fsync(draft.fd)
+            draft.flush(self._sync)
             self._make_state("meta")
             os.replace(draft.path, path)
             draft.path = None
         if self._sync:
             sync_directory(self._meta)
+        self._drop_xattr(fd)
         return path
+
+    def _drop_xattr(self, fd):
+        """Remove the record that a file had before it got a sidecar, which
+        else would not be looked for."""
+        if self._xattrs:
+            try:
+                os.removexattr(fd, XATTR)
+            except OSError as error:
+                if error.errno not in _NO_XATTR_YET:
+                    raise
 
     def _drop_sidecar(self, key, inode):
         """Remove a sidecar, unless a version still has that inode."""
         if not _is_there(self._meta):
             return
         path = self._sidecar(key, inode)
-        if _is_there(path) and not self._describes(
-                key, os.path.basename(path)):
-            _unlink(path)
+        with contextlib.suppress(OSError):      # a sweep will do it
+            if _is_there(path) and not self._describes(
+                    key, os.path.basename(path)):
+                _unlink(path)
 
     # locks
 
@@ -4253,7 +4324,7 @@ class Bucket:
             if fcntl:
                 fcntl.flock(fd, fcntl.LOCK_EX)
         except BaseException:
-            os.close(fd)
+            close_fd(fd)
             raise
         return fd
 
@@ -4273,7 +4344,7 @@ class Bucket:
             os.write(fd, b"%016x" % number)
             return number
         finally:
-            os.close(fd)
+            close_fd(fd)
 
     # writing; the caller holds the key's lock
 
@@ -4302,14 +4373,14 @@ class Bucket:
         try:
             self._check_inside(fd, path)
         except BaseException:
-            os.close(fd)
+            close_fd(fd)
             raise
         return fd, name
 
     def _sync_place(self, fd):
         """Make a change in a _place() durable."""
         if self._sync and fd is not None:
-            os.fsync(fd)
+            sync_file(fd)
 
     def _make_directories(self, parent):
         """mkdir -p below the root, no step of it leading out."""
@@ -4334,8 +4405,7 @@ class Bucket:
             record["key"] = key
         sidecar = self._write_record(draft.fd, status, key, record)
         try:
-            if self._sync:
-                os.fsync(draft.fd)
+            draft.flush(self._sync)
             replaced = self._inode(key)
             self._move(draft.path, key)
             draft.path = None
@@ -4352,7 +4422,7 @@ class Bucket:
         if _is_there(self._meta):
             found = self._open_key(key)
             if found:
-                os.close(found[0])
+                close_fd(found[0])
                 return found[1].st_ino
         return None
 
@@ -4387,7 +4457,7 @@ class Bucket:
                     os.replace(source, name, dst_dir_fd=fd)
                     self._sync_place(fd)
                 finally:
-                    _close_place(fd)
+                    close_fd(fd)
                 return True
             except IsADirectoryError:
                 return False
@@ -4401,7 +4471,7 @@ class Bucket:
             except (FileNotFoundError, NotADirectoryError):
                 # a delete next to us pruned the directory, and a file may
                 # have taken its place: make it again
-                if not os.path.exists(source):
+                if not _is_surely_there(source):
                     raise S3Error("NoSuchBucket",
                                   BucketName=self.name) from None
             except OSError as error:
@@ -4423,9 +4493,9 @@ class Bucket:
         """
         found = self._open_key(key)
         path = self._path(key)
-        if found is None or found[2] != path or os.path.islink(path):
+        if found is None or found[2] != path or _is_link(path):
             if found:
-                os.close(found[0])
+                close_fd(found[0])
             if os.path.lexists(path) and not os.path.isdir(path):
                 raise S3Error("AccessDenied", "Something that is no object "
                               "stands in the way of this key")
@@ -4434,7 +4504,7 @@ class Bucket:
         try:
             self._name_record(fd, status, key)
         finally:
-            os.close(fd)
+            close_fd(fd)
         self._make_state("odd")
         os.replace(path, self._odd_path(key))
 
@@ -4443,7 +4513,7 @@ class Bucket:
         not tell its key, or when its sidecar has to change its name."""
         record = self._read_record(fd, status, old_key or key)
         hashed = _is_hashed(key) or _is_hashed(old_key or key)
-        renamed = old_key is not None and os.path.exists(
+        renamed = old_key is not None and _is_surely_there(
             self._sidecar(old_key, status.st_ino))
         if hashed or renamed:
             # until the rename the file still bears its old name
@@ -4465,7 +4535,7 @@ class Bucket:
             if allow:
                 allow(Info(key, status, self._read_record(fd, status, key)))
         finally:
-            os.close(fd)
+            close_fd(fd)
         if path != self._odd_path(key):
             self._drop_twin(key)
         self._unlink_key(key, path)
@@ -4475,8 +4545,7 @@ class Bucket:
     def _drop_twin(self, key):
         """Remove the older file under odd/ that a crash may have left of a
         key, before its file at the natural path ceases to hide it."""
-        if self._is_odd(key):
-            self._drop(key, self._odd_path(key))
+        self._drop(key, self._odd_path(key))
 
     def _drop(self, key, path):
         """Remove a file and its sidecar; False when it is not there."""
@@ -4499,7 +4568,7 @@ class Bucket:
                 os.unlink(name, dir_fd=fd)
                 self._sync_place(fd)
             finally:
-                _close_place(fd)
+                close_fd(fd)
         self._prune(key)
 
     def _prune(self, key):
@@ -4522,13 +4591,13 @@ class Bucket:
             raise S3Error("NoSuchKey", Key=source)
         fd, status, path = found
         try:
-            if os.path.islink(path):
+            if _is_link(path):
                 raise S3Error("AccessDenied", "A symbolic link would lead "
                               "elsewhere from its new place")
             replaced = self._inode(key)
             renamed = self._name_record(fd, status, key, source)
         finally:
-            os.close(fd)
+            close_fd(fd)
         if path != self._odd_path(source):
             self._drop_twin(source)
         self._move(path, key)
@@ -4572,7 +4641,7 @@ class Bucket:
         a version, or when that is not to be told just now."""
         found = self._open_key(key)
         if found is not None:
-            os.close(found[0])
+            close_fd(found[0])
             if self._sidecar(key, found[1].st_ino).endswith(name):
                 return True
         directory = self._version_directory(key)
@@ -4614,9 +4683,9 @@ class Bucket:
                 info.latest = latest and info.marker
                 return info, fd
         except BaseException:
-            os.close(fd)
+            close_fd(fd)
             raise
-        os.close(fd)
+        close_fd(fd)
         return None
 
     def open_version(self, key, version_id=None):
@@ -4645,14 +4714,14 @@ class Bucket:
         if found and version_id in (None, found[0].version_id):
             return found
         if found:
-            os.close(found[1])
+            close_fd(found[1])
         names = self.version_names(key, bool(found))
         name = _name_of(version_id, names) if version_id \
             else names[:1] and names[0]
         version = name and self._load_version(
             key, name, not found and name == names[0])
         if version and version_id is None and not version[0].marker:
-            os.close(version[1])        # its successor went by hand
+            close_fd(version[1])        # its successor went by hand
             return None
         return version
 
@@ -4676,7 +4745,7 @@ class Bucket:
     def _is_marker(self, key, name):
         found = self._load_version(key, name)
         if found:
-            os.close(found[1])
+            close_fd(found[1])
         return bool(found) and found[0].marker
 
     def versions(self, key):
@@ -4703,7 +4772,7 @@ class Bucket:
                 or self._seek_version(key, version_id)
             if version:
                 info, fd = version
-                os.close(fd)
+                close_fd(fd)
                 info.latest = not found and info.marker
                 found.append(info)
                 known.add(version_id)
@@ -4764,7 +4833,7 @@ class Bucket:
             if name and not _link(path, target):
                 self._copy_version(fd, status, key, record, target)
         finally:
-            os.close(fd)
+            close_fd(fd)
         if self._sync:
             sync_directory(directory)
         return sorted(names + [name]) if name else names
@@ -4775,8 +4844,7 @@ class Bucket:
             draft.copy(fd, 0, status.st_size)
             os.utime(draft.path, ns=(status.st_mtime_ns,) * 2)
             self._write_record(draft.fd, os.fstat(draft.fd), key, record)
-            if self._sync:
-                os.fsync(draft.fd)
+            draft.flush(self._sync)
             os.replace(draft.path, target)
             draft.path = None
 
@@ -4800,8 +4868,7 @@ class Bucket:
         """Have the directory of a key's versions tell the key."""
         with self.draft() as draft:
             draft.write(dump_record({"key": key}))
-            if self._sync:
-                os.fsync(draft.fd)
+            draft.flush(self._sync)
             os.replace(draft.path, os.path.join(
                 self._version_directory(key), KEY_FILE))
             draft.path = None
@@ -4822,8 +4889,7 @@ class Bucket:
         with self.draft() as draft:
             status = draft.seal(record)
             self._write_record(draft.fd, status, key, record)
-            if self._sync:
-                os.fsync(draft.fd)
+            draft.flush(self._sync)
             os.replace(draft.path, os.path.join(directory, name + PENDING))
             draft.path = None
         if self._sync:
@@ -4917,13 +4983,13 @@ class Bucket:
             change(record)
             self._write_record(fd, status, key, record)
             if self._sync:
-                os.fsync(fd)
+                sync_file(fd)
             info = Info(key, status, record, info.latest)
             if done:
                 done(info)
             return info
         finally:
-            os.close(fd)
+            close_fd(fd)
 
     # content that is there already: under unique/ a file for each SHA-256
     # and size, with the key that had that content last.  It is a hint: what
@@ -4953,7 +5019,7 @@ class Bucket:
         """Where the versions of a key lie, the newest first."""
         found = key and self._open_key(key)
         if found:
-            os.close(found[0])
+            close_fd(found[0])
             yield found[2]
         if key:
             for name in self.version_names(key, bool(found)):
@@ -4973,7 +5039,7 @@ class Bucket:
                              "content: all is stored in full" % self.root)
             return False
         finally:
-            os.close(fd)
+            close_fd(fd)
 
     def note_content(self, name, key):
         """Tell under unique/ which key has some content."""
@@ -5015,7 +5081,7 @@ class Bucket:
                 if size < MAX_SPOOLED_BYTES:
                     os.write(fd, lines)
             finally:
-                os.close(fd)
+                close_fd(fd)
 
     def spooled_logs(self):
         """The names of the claimed files, the oldest first."""
@@ -5075,13 +5141,13 @@ class Bucket:
         for path, directories, files in os.walk(self.root, onerror=refuse):
             if path == self.root and STATE in directories:
                 directories.remove(STATE)
-            if files or any(os.path.islink(os.path.join(path, name))
+            if files or any(_is_link(os.path.join(path, name))
                             for name in directories):
                 return False
         for path, no_content in ((self._odd, ()),
                                  (self._versions, (KEY_FILE,))):
             for _, _, files in os.walk(path, onerror=refuse) \
-                    if os.path.exists(path) else ():
+                    if _is_surely_there(path) else ():
                 if set(files).difference(no_content):
                     return False
         return True
@@ -5101,7 +5167,7 @@ _NO_LINK = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP,
 def _link(path, target):
     """Make a hard link; False where there can be none.  One of a symlink
     would lead elsewhere from its new place."""
-    if os.path.islink(path):
+    if _is_link(path):
         return False
     try:
         os.link(path, target)
@@ -5118,10 +5184,12 @@ def _change_mode(fd, mode):
             os.fchmod(fd, mode)
 
 
-_NO_XATTR_YET = (errno.ENODATA, errno.ENOTSUP, errno.EOPNOTSUPP)
+_NO_XATTR_YET = (errno.ENODATA, errno.ENOTSUP, errno.EOPNOTSUPP,
+                 errno.ENOSYS)
 _NO_XATTR = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.E2BIG, errno.ENOSPC,
              errno.ERANGE, errno.EPERM, errno.EACCES, errno.ENOSYS,
              errno.EDQUOT)
+_UNSEEN_RECORD = (errno.EACCES, errno.EPERM)
 # There is no record, or no right to see it; anything else may pass
 _NO_RECORD = _NO_XATTR + _NO_XATTR_YET + (
     errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -5509,12 +5577,12 @@ class Walker:
             except _ABSENT + (ValueError,):
                 self._seen[path] = None
             except OSError as error:
-                if error.errno == errno.EACCES and not path.startswith(
-                        self._bucket._state):       # lost+found, say
-                    self._bucket._report("%s cannot be read and is left "
-                                         "out of listings" % path)
-                elif error.errno not in _ABSENT_ERRNO:
+                # lost+found, say; but never all that a bucket has
+                if read != self._read or path == self._bucket._root_slash \
+                        or error.errno not in _UNSEEN_ERRNO:
                     raise
+                self._bucket._report("%s is left out of listings: %s"
+                                     % (path, error.strerror))
                 self._seen[path] = None
         return self._seen[path]
 
@@ -5534,7 +5602,7 @@ class Walker:
         """The chain of a directory, as the walk to it would make it."""
         path, chain = self._bucket.root, (self._bucket._real,)
         for segment in base.split("/"):
-            linked = os.path.islink(os.path.join(path, segment))
+            linked = _is_link(os.path.join(path, segment))
             chain = self._descend(path, segment + "/",
                                   (segment + "/",) if linked else (), chain)
             if chain is None:
@@ -5749,8 +5817,7 @@ class Spool:
             key.encode()).hexdigest()[:16])
         with self._bucket.draft() as draft:
             draft.write(data)
-            if self._bucket._sync:
-                os.fsync(draft.fd)
+            draft.flush(self._bucket._sync)
             path = os.path.join(self._path, name)
             try:
                 os.replace(draft.path, path)
@@ -5799,10 +5866,10 @@ class Spool:
             try:
                 fd = os.open(os.path.join(self._path, "lock"), _OPEN_LOCK,
                              0o600)
-                stack.callback(os.close, fd)
+                stack.callback(close_fd, fd)
                 if _HAVE_DIR_FD:
                     self._directory = os.open(self._path, _OPEN_DIRECTORY)
-                    stack.callback(os.close, self._directory)
+                    stack.callback(close_fd, self._directory)
                 mine = try_flock(fd)
             except _ABSENT:
                 mine = None
@@ -5930,8 +5997,13 @@ class Store:
                                 os.listdir(self.dir_buckets)))
         found = []
         for name in sorted(names):
-            with contextlib.suppress(S3Error, OSError):
+            try:
                 found.append(self.bucket(name))
+            except S3Error:             # a file of that name, say
+                continue
+            except OSError as error:    # one disk of several, say
+                self.report("the bucket %s cannot be seen and is left out: "
+                            "%s" % (name, error))
         return found
 
     def create_bucket(self, name, owner, region, config=None):
@@ -5954,7 +6026,7 @@ class Store:
                 created_ns=time.time_ns()), self.sync)
             os.rename(path, os.path.join(self.dir_buckets, name))
         except OSError as error:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_tree(path)
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST,
                                errno.ENOTDIR):
                 raise S3Error("BucketAlreadyExists",
@@ -5971,7 +6043,7 @@ class Store:
         name for spool() is returned if some of its events still wait; what
         is left of the bucket goes with them.
         """
-        if bucket.name in self.mapped or os.path.islink(bucket.root) \
+        if bucket.name in self.mapped or _is_link(bucket.root) \
                 or os.path.ismount(bucket.root):
             raise S3Error("AccessDenied", "This bucket is a directory that "
                           "the server's operator set up")
@@ -5987,11 +6059,10 @@ class Store:
             self._set_uploads_aside(bucket.name, aside)
         if self.sync:
             sync_directory(self.dir_buckets)
-        shutil.rmtree(os.path.join(self.dir_uploads, aside),
-                      ignore_errors=True)
+        _remove_tree(os.path.join(self.dir_uploads, aside))
         if _has_events(path, time.time()):
             return aside
-        shutil.rmtree(path, ignore_errors=True)
+        _remove_tree(path)
         return None
 
     def _set_uploads_aside(self, name, aside):
@@ -6104,7 +6175,7 @@ class Store:
             if error.code != "NoSuchVersion":
                 raise
             return Removed(version_id, False, False)
-        os.close(fd)
+        close_fd(fd)
         conditions.check(info)
         if allow:
             allow(info)
@@ -6302,11 +6373,11 @@ class Store:
         try:
             if fcntl:
                 fcntl.flock(fd, fcntl.LOCK_EX)
-            if not os.path.exists(path):
+            if not _is_surely_there(path):
                 raise S3Error("NoSuchUpload", UploadId=upload.upload_id)
             yield
         finally:
-            os.close(fd)
+            close_fd(fd)
 
     def put_part(self, upload, number, draft, record):
         """Publish a draft (of part_draft) as a part of an upload."""
@@ -6314,8 +6385,7 @@ class Store:
         path = os.path.join(upload.path, "%05d" % number)
         with self.locked_upload(upload):
             sidecar = self._write_part_record(draft, path, status, record)
-            if self.sync:
-                os.fsync(draft.fd)
+            draft.flush(self.sync)
             os.replace(draft.path, path)
             draft.path = None
             if sidecar:
@@ -6395,7 +6465,7 @@ class Store:
                 try:
                     draft.copy(fd, 0, os.fstat(fd).st_size)
                 finally:
-                    os.close(fd)
+                    close_fd(fd)
             info = self.put_object(bucket, upload.key, draft, record,
                                    conditions, done)
         self.remove_upload(upload)
@@ -6404,7 +6474,7 @@ class Store:
     def remove_upload(self, upload):
         """Forget an upload and its parts.  The caller holds it."""
         _unlink(os.path.join(upload.path, "upload.json"))
-        shutil.rmtree(upload.path, ignore_errors=True)
+        _remove_tree(upload.path)
         with contextlib.suppress(OSError):
             os.rmdir(os.path.dirname(upload.path))
 
@@ -6428,7 +6498,7 @@ class Store:
                                        now - grace_seconds)
                 count += bucket.sweep_sidecars(now - grace_seconds)
         for path in self.leftovers(now, grace_seconds):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_tree(path)
             count += 1
         for name in _listdir(self.dir_uploads):
             count += self._sweep_uploads(
@@ -6456,7 +6526,7 @@ class Store:
                 continue                # not now: it may well be whole
             idle = now - _last_change(path)
             if upload is None and idle > grace:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove_tree(path)
                 count += 1
             elif upload is not None and ttl and idle > ttl:
                 with contextlib.suppress(S3Error), \
@@ -6477,7 +6547,7 @@ def _file_prefix(path):
     try:
         return read_header(_pread(fd, SEAL_HEADER_BYTES, 0))
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 def _last_change(path):
@@ -6542,7 +6612,7 @@ def _sweep_drafts(directory, before, remove=_unlink):
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 count += bool(remove(path))
             finally:
-                os.close(fd)
+                close_fd(fd)
     return count
 
 
@@ -6928,7 +6998,7 @@ def _try_sendfile(trial):
 def _try_sync(trial):
     fd = os.open(trial.make("sync"), os.O_RDWR)
     try:
-        os.fsync(fd)
+        sync_file(fd)
     finally:
         os.close(fd)
     sync_directory(trial.path)
@@ -7620,7 +7690,7 @@ def _write_new(path, data):
     with open(os.open(path, _OPEN_NEW, 0o600), "wb") as file:
         file.write(data + b"\n")
         file.flush()
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
 
 
 class KeyFile:
@@ -10216,7 +10286,7 @@ def object_guard(request, bucket, key, version_id=None):
         info, fd = bucket.open_version(key, version_id)
     except S3Error:
         return None, None
-    os.close(fd)
+    close_fd(fd)
     owner = object_owner(request, info, bucket)
     return owner, load_acl(info.record.get("acl"), owner)
 
@@ -10247,7 +10317,7 @@ def policy_context(request, bucket, key=None, facts=None):
                 key, request.query.get("versionId"))
         except S3Error:
             return None
-        os.close(fd)
+        close_fd(fd)
         return info.record.get("tags", {})
     query, (signed, v4, presigned) = request.query, signing(request)
 
@@ -10652,7 +10722,7 @@ def open_asked(request):
     version_id = asked_version(request)
     info, fd = request.bucket.open_version(request.key, version_id)
     if info.marker:
-        os.close(fd)
+        close_fd(fd)
         raise marker_error(info, version_id)
     return info, fd
 
@@ -10660,7 +10730,7 @@ def open_asked(request):
 def find_asked(request):
     """The Info of the version that a request reads."""
     info, fd = open_asked(request)
-    os.close(fd)
+    close_fd(fd)
     return info
 
 
@@ -11468,7 +11538,7 @@ class CopySource(NamedTuple):
         return self
 
     def __exit__(self, *_):
-        os.close(self.fd)
+        close_fd(self.fd)
 
 
 def open_copy_source(request):
@@ -11488,11 +11558,11 @@ def open_copy_source(request):
         check_read_conditions(request.headers, info.etag, info.mtime,
                               "x-amz-copy-source-")
         data = data_key(request, info, COPY_CUSTOMER)
+        headers = {"x-amz-copy-source-version-id": info.version_id} \
+            if bucket.versioning else {}
     except BaseException:
-        os.close(fd)
+        close_fd(fd)
         raise
-    headers = {"x-amz-copy-source-version-id": info.version_id} \
-        if bucket.versioning else {}
     request.note(COPY_READS[request.operation.name], bucket, key, version,
                  200, None, info.size)
     return CopySource(info, fd, data, info.latest and (name, key) == (
@@ -11696,7 +11766,10 @@ def _delete_one(request, element, key, version):
             request.bucket, key, conditions, version,
             lock_guard(request, key), note_removed(request, key, version))
     except OSError as error:
-        raise storage_error(error) from error
+        failure = storage_error(error)
+        request.store.report("%s %s: %s" % (request.request_id, failure,
+                                            error))
+        raise failure from error
 
 
 # --- objects: POST uploads ---
@@ -11925,7 +11998,7 @@ def get_object(request):
         if "sse" in info.record:
             response.blocks = _checked_blocks(request, info, fd, response)
     except BaseException:
-        os.close(fd)
+        close_fd(fd)
         raise
     response.file = fd
     return response
@@ -16460,7 +16533,7 @@ def _site_page(request, page):
         raise
     target = response.headers.get("x-amz-website-redirect-location")
     if target:
-        os.close(response.file)
+        close_fd(response.file)
         return Response(301, {"Location": target})
     if page.status != 200:
         response.status = page.status
@@ -17185,7 +17258,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._finish_body(frame, response.status)
         except BaseException:
             if response.file is not None:
-                os.close(response.file)
+                close_fd(response.file)
             raise
         return response
 
@@ -17228,7 +17301,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.server.service, head.method, head.target, head.headers,
                 frame, self.now, self.request_id,
                 "https" if self.tls else "http", self.client_address[0])
-            return answer(self.asked)
+            return _loaded(answer(self.asked), head.method)
         except S3Error as error:
             failure = error
             if error.__cause__ or error.status in (500, 503, 507):
@@ -17248,7 +17321,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                               and self.asked.is_control)
 
     def _report(self, error):
-        """Tell the operator of an S3Error, and why: its cause."""
+        """Tell the operator of an error, and why: its cause."""
         text = "%s %s" % (self.request_id, error)
         if error.__cause__:
             text += ": %s" % error.__cause__
@@ -17291,20 +17364,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.sent = len(response.body)
             elif response.blocks is not None:
                 self._send_blocks(head, response.blocks)
-            elif response.length <= MAX_INLINE_BYTES:
-                data = read_range(fd, response.offset, response.length)
-                self._send_all(head + data)
-                self.sent = len(data)
             else:
                 self._send_file(head, fd, response.offset, response.length)
         except (S3Error, OSError) as error:
             # the head may be out: all that is left to say is to cut short
-            if isinstance(error, S3Error):
+            if not isinstance(error, _CLIENT_ERRORS):
                 self._report(error)
             raise Disconnected(str(error)) from None
         finally:
             if fd is not None:
-                os.close(fd)
+                close_fd(fd)
 
     def _head_bytes(self, response):
         """The status line and headers of an answer."""
@@ -17430,6 +17499,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 left -= len(data)
 
 
+# Of what sendfile(2) may answer, that which is not the file's fault
+_CLIENT_ERRORS = (ConnectionError, BlockingIOError, InterruptedError,
+                  TimeoutError, socket.timeout)
 _PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 _PHRASES[416] = "Requested Range Not Satisfiable"
 
@@ -17443,6 +17515,20 @@ def refusal(request_id):
                 response.status, _PHRASES[response.status],
                 http_date(int(time.time())), request_id,
                 response.length)).encode() + response.body
+
+
+def _loaded(response, method):
+    """A Response with the small part of a file that it sends read into its
+    body: what cannot be read can still be said."""
+    if response.file is not None and response.blocks is None \
+            and response.length <= MAX_INLINE_BYTES and method != "HEAD":
+        try:
+            response.body = read_range(response.file, response.offset,
+                                       response.length)
+        finally:
+            close_fd(response.file)
+        response.file = None
+    return response
 
 
 def new_request_id():

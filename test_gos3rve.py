@@ -23,7 +23,8 @@ those of gos3rve.py, under the same banners:
     15. Soak
 
 `python3 test_gos3rve.py bench` measures instead, `flood` does so beside
-connections that are a burden, and `soak` torments.
+connections that are a burden, `soak` torments, and `faults` tries every fault
+of the disk at every call.
 """
 
 import argparse
@@ -4156,39 +4157,123 @@ class Cut(BaseException):
     """Stands for kill -9."""
 
 
-class Machine:
-    """Counts the calls that change the disk, and fails the one that
-    `at` says: once, with EIO; or as a kill does, with all after it."""
+KILL = "kill"
+# What a call may answer, by the manual pages of Linux, and close(2) of a
+# file that NFS holds; which calls of Machine it may be.
+_NAMING = ("create", "open", "mkdir", "link", "replace", "rename", "unlink",
+           "rmdir", "stat", "lstat", "access", "listdir", "scandir")
+_ROOM = ("create", "mkdir", "link", "replace", "rename", "setxattr", "write",
+         "copy_file_range", "fsync", "close")
+FAULTS = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EROFS: ("create", "mkdir", "link", "replace", "rename", "unlink",
+                  "rmdir", "utime", "setxattr", "removexattr", "fchmod"),
+    errno.EIO: None,                    # any
+    errno.ESTALE: None,
+    errno.EMFILE: ("create", "open", "listdir", "scandir", "dup"),
+    errno.ENFILE: ("create", "open", "listdir", "scandir", "dup"),
+    errno.EACCES: _NAMING + ("utime", "setxattr", "getxattr", "readlink"),
+    errno.ENAMETOOLONG: _NAMING,
+    errno.ELOOP: _NAMING,
+}
+# A disk stays full, or read-only; a path stays what it is; the rest passes.
+DISK, PATH = "disk", "path"
+LASTS = {errno.ENOSPC: DISK, errno.EDQUOT: DISK, errno.EROFS: DISK,
+         errno.EACCES: PATH, errno.ENAMETOOLONG: PATH, errno.ELOOP: PATH}
 
-    NAMES = ("open", "write", "replace", "rename", "unlink", "mkdir",
-             "rmdir", "utime", "setxattr", "fsync", "copy_file_range",
-             "link")
 
-    def __init__(self, at, kill):
-        self.at, self.kill, self.count = at, kill, 0
-        self._real = {name: getattr(os, name) for name in self.NAMES
-                      if hasattr(os, name)}
+class Reading:
+    """A file whose reads a Machine counts."""
+
+    def __init__(self, file, machine):
+        self._file = file
+        self.read = machine.wrap("read", file.read)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
 
     def __enter__(self):
-        for name, real in self._real.items():
-            setattr(os, name, self._wrap(name, real))
         return self
 
     def __exit__(self, *_):
-        for name, real in self._real.items():
-            setattr(os, name, real)
+        self._file.close()
 
-    def _wrap(self, name, real):
+
+class Machine:
+    """Counts the calls that a thread makes of the file system, and fails
+    the one that `at` says.
+
+    fault: KILL, that call and all after it; or an errno: that call, and
+    those after it that it would last for, as LASTS says.  looks: count
+    those calls, too, that change nothing.  names: what was called.
+    """
+
+    CHANGES = ("create", "write", "replace", "rename", "unlink", "mkdir",
+               "rmdir", "utime", "setxattr", "removexattr", "fsync",
+               "copy_file_range", "link")
+    LOOKS = ("open", "stat", "lstat", "fstat", "access", "getxattr",
+             "listdir", "scandir", "readlink", "pread", "read", "sendfile",
+             "lseek", "fchmod", "dup", "close", "flock")
+
+    def __init__(self, at=0, fault=None, looks=False):
+        self.at, self.fault, self.names = at, fault, []
+        self._counted = set(self.CHANGES + self.LOOKS * looks)
+        self._thread, self._path = threading.get_ident(), None
+        self._real, self._real_open = [], os.open
+
+    def __enter__(self):
+        for name in self.CHANGES[1:] + self.LOOKS:
+            owner = gos3rve.fcntl if name == "flock" else os
+            if hasattr(owner, name):
+                self._real.append((owner, name, getattr(owner, name)))
+        for owner, name, real in self._real:
+            setattr(owner, name, self.wrap(name, real))
+        opened = self.wrap("open", open)
+        gos3rve.open = lambda *args: Reading(opened(*args), self)
+        return self
+
+    def __exit__(self, *_):
+        for owner, name, real in self._real:
+            setattr(owner, name, real)
+        del gos3rve.open
+
+    @property
+    def count(self):
+        """How many calls there were."""
+        return len(self.names)
+
+    def wrap(self, name, real):
+        """A function that is counted under that name."""
         def call(*args, **named):
-            if name == "open" and not args[1] & os.O_CREAT:
+            told = name
+            if real is self._real_open and args[1] & os.O_CREAT:
+                told = "create"
+            if told not in self._counted \
+                    or threading.get_ident() != self._thread:
                 return real(*args, **named)
-            self.count += 1
-            if self.kill and self.count >= self.at:
-                raise Cut(name)
-            if self.count == self.at:
-                raise OSError(errno.EIO, "Input/output error")
-            return None if name == "fsync" else real(*args, **named)
+            self.names.append(told)
+            fails = self._fails(told, args[0] if args else None)
+            if fails and told == "close":
+                real(*args)             # as Linux does
+            if fails and told == "access":
+                return False
+            if fails:
+                raise OSError(self.fault, os.strerror(self.fault), *args[:1])
+            return None if told == "fsync" else real(*args, **named)
         return call
+
+    def _fails(self, name, path):
+        if self.fault == KILL and self.count >= self.at:
+            raise Cut(name)
+        if self.fault in (None, KILL) or self.count < self.at:
+            return False
+        if self.count == self.at:
+            self._path = path
+            return True
+        lasts = LASTS.get(self.fault)
+        return lasts and name in FAULTS[self.fault] and (
+            lasts == DISK or path == self._path and isinstance(path, str))
 
 
 class CrashCase(StorageCase):
@@ -4201,13 +4286,13 @@ class CrashCase(StorageCase):
         """Fail act() at every point; afterwards the bucket is one of the
         models in `outcomes`, the last one when act() said so."""
         points = 0
-        for kill in (True, False):
+        for fault in (KILL, errno.EIO):
             for at in range(self.first, 500, self.step):
-                with Machine(0, False):
+                with Machine():
                     self.start(os.path.join(self.directory, "x"), sync=True)
                     prepare()
-                done = self._cut_off(at, kill, act)
-                where = "%s at call %d" % ("kill" if kill else "EIO", at)
+                done = self._cut_off(at, fault, act)
+                where = "%s at call %d" % (fault, at)
                 with self.subTest(where):
                     self._check(outcomes, done)
                 shutil.rmtree(self.directory)
@@ -4217,8 +4302,8 @@ class CrashCase(StorageCase):
                 points += 1
         self.assertGreaterEqual(points, self.least_points)
 
-    def _cut_off(self, at, kill, act):
-        with Machine(at, kill) as self.machine:
+    def _cut_off(self, at, fault, act):
+        with Machine(at, fault) as self.machine:
             try:
                 act()
                 return True
@@ -4422,7 +4507,7 @@ class Versions(VersionCase):
             by_hand(self.path(gos3rve.STATE, "odd", "kk"), b"old")
             self.switch(status)
             for at in range(1, 30):
-                with Machine(at, True), contextlib.suppress(Cut):
+                with Machine(at, KILL), contextlib.suppress(Cut):
                     act()
                 info = self.bucket.find("k")
                 if info is None:
@@ -4436,7 +4521,7 @@ class Versions(VersionCase):
             self.put("d/k", b"1")
             marker = self.store.delete_object(self.bucket, "d/k").version_id
             self.put("d", b"2")
-            with Machine(at, True) as machine, contextlib.suppress(Cut):
+            with Machine(at, KILL) as machine, contextlib.suppress(Cut):
                 self.remove("d/k", marker)
             self.restart()
             self.assertEqual(self.read("d")[1], b"2")
@@ -4787,7 +4872,7 @@ class VersionCrashPoints(CrashCase, VersionCase):
         self.switch(status)
         after = [name] + [one for one in seen if status == "Enabled"
                           or one[0] in "vM"]
-        with Machine(self.random.randrange(1, 30), True), \
+        with Machine(self.random.randrange(1, 30), KILL), \
                 contextlib.suppress(Cut):
             self.write(self.key, name)
         self.restart()
@@ -5136,9 +5221,9 @@ class SmallWrites(StorageCase):
     """What a write asks of the kernel: another walk along a path, or an
     exception for what is not there, is soon 5 us of every PUT."""
 
-    NAMES = ("access", "close", "fstat", "fsync", "getxattr", "listdir",
-             "lstat", "mkdir", "open", "readlink", "replace", "rmdir",
-             "setxattr", "stat", "unlink", "utime", "write")
+    NAMES = ("access", "close", "dup", "fstat", "fsync", "getxattr",
+             "listdir", "lstat", "mkdir", "open", "readlink", "replace",
+             "rmdir", "setxattr", "stat", "unlink", "utime", "write")
 
     def calls(self, act, *args):
         """The names of os's functions that act(*args) calls, in order."""
@@ -5159,12 +5244,13 @@ class SmallWrites(StorageCase):
     @unittest.skipUnless(sys.platform == "linux" and HAVE_XATTRS,
                          "others do it otherwise")
     def test_calls_are_few_and_leave_nothing_open(self):
-        for key, put, delete in (("k", 13, 10), ("d/k", 16, 15)):
+        for key, put, delete in (("k", 15, 10), ("d/k", 18, 15)):
             self.put("d/other", b"1")
             for _ in range(2):          # a new object, and one replaced
                 calls = self.calls(self.put, key, b"2")
                 self.assertLessEqual(len(calls), put, (key, calls))
-                self.assertEqual(calls.count("open"), calls.count("close"))
+                self.assertEqual(calls.count("open") + calls.count("dup"),
+                                 calls.count("close"))
             calls = self.calls(self.delete, key)
             self.assertLessEqual(len(calls), delete, (key, calls))
             self.assertEqual(calls.count("open"), calls.count("close"))
@@ -20214,6 +20300,445 @@ class ServerConnections(HttpCase):
         self.ok(self.s3.put("/box/k", b"x"))
 
 
+# --- disk faults ---
+
+class Inline(Client):
+    """A Client whose requests a server that was not started serves in the
+    caller's own thread, one a connection, under its `machine`.  An answer
+    that was cut off has the status 0."""
+
+    def __init__(self, running):
+        super().__init__(running.url, running.key_id, running.key_val)
+        self._server, self.machine = running.server, contextlib.nullcontext()
+
+    def send(self, method, target, body=b"", headers=None):
+        """Send as it is."""
+        lines = ["%s %s HTTP/1.1" % (method, target), "host: " + self.netloc]
+        lines += ["%s: %s" % item for item in (headers or {}).items()]
+        with socket.create_connection(self._server.server_address) as ours:
+            theirs, address = self._server.socket.accept()
+            ours.sendall("\r\n".join(lines + ["", ""]).encode() + body)
+            ours.shutdown(socket.SHUT_WR)
+            with theirs, self.machine:
+                gos3rve.Handler(theirs, address, self._server)
+            response = http.client.HTTPResponse(ours, method=method)
+            try:
+                response.begin()
+                data = response.read()
+            except (http.client.HTTPException, ConnectionError):
+                return Answer(0, {}, b"")
+        return Answer(response.status, {
+            name.lower(): value for name, value in response.getheaders()},
+            data)
+
+
+def asks(method, target, body=b"", **headers):
+    """A request of FAULT_ROWS: its path with a query, {names} in it for
+    what answers told before."""
+    return method, target, body, {name.replace("_", "-"): value
+                                  for name, value in headers.items()}
+
+
+def parts_document(*bodies):
+    """What completes an upload of such parts."""
+    return ("<CompleteMultipartUpload>%s</CompleteMultipartUpload>" % "".join(
+        "<Part><PartNumber>%d</PartNumber><ETag>%s</ETag></Part>"
+        % (number, md5_hex(body)) for number, body in enumerate(bodies, 1))
+    ).encode()
+
+
+def keys_document(*keys):
+    """What DeleteObjects deletes."""
+    return ("<Delete>%s</Delete>" % "".join(
+        "<Object><Key>%s</Key></Object>" % key for key in keys)).encode()
+
+
+TAGGING = (b"<Tagging><TagSet><Tag><Key>a</Key><Value>%s</Value></Tag>"
+           b"</TagSet></Tagging>" % (b"b" * 20))
+HOLD = b"<LegalHold><Status>ON</Status></LegalHold>"
+OWNED = (b"<OwnershipControls><Rule><ObjectOwnership>ObjectWriter"
+         b"</ObjectOwnership></Rule></OwnershipControls>")
+PUBLIC = json.dumps({"Version": "2012-10-17", "Statement": [{
+    "Effect": "Allow", "Principal": "*", "Action": "s3:GetObject",
+    "Resource": "arn:aws:s3:::box/public/*"}]}).encode()
+LARGE = b"0123456789abcdef" * 6 * KIB
+_PUT = asks("PUT", "/box/k", b"old", x_amz_meta_a="old",
+            content_type="text/old")
+_NEW = asks("PUT", "/box/k", b"newer", x_amz_meta_a="new",
+            content_type="text/new")
+_NESTED = asks("PUT", "/box/d/e/k", b"nested", x_amz_meta_a="n")
+_ODD = asks("PUT", "/box/d//k", b"odd", x_amz_meta_a="o")
+_DELETE = asks("DELETE", "/box/k")
+_BEGIN = asks("POST", "/box/k?uploads", x_amz_meta_a="m")
+_PART = asks("PUT", "/box/k?partNumber=1&uploadId={upload}", b"part one")
+_COMPLETE = asks("POST", "/box/k?uploadId={upload}",
+                 parts_document(b"part one"))
+_VERSIONING = asks("PUT", "/box?versioning",
+                   b"<VersioningConfiguration><Status>Enabled</Status>"
+                   b"</VersioningConfiguration>")
+_SUSPEND = _VERSIONING[:2] + (
+    _VERSIONING[2].replace(b"Enabled", b"Suspended"), {})
+_LOCKS = asks("PUT", "/lock", x_amz_bucket_object_lock_enabled="true")
+_LOCKED = asks("PUT", "/lock/k", b"locked",
+               content_md5=digest64("md5", b"locked"),
+               x_amz_object_lock_legal_hold="ON")
+# What is there before, what is asked, each with its name
+FAULT_ROWS = (
+    ("put a new object", (), _NESTED),
+    ("put over an object", (_PUT,), _NEW),
+    ("put an odd key", (), _ODD),
+    ("put over an odd key", (_ODD,), _ODD[:2] + (b"new", {})),
+    ("put moves an object", (_PUT,), asks("PUT", "/box/k/b", b"below")),
+    ("put below a long key", (asks("PUT", "/box/" + "n" * 150, b"old",
+                                   x_amz_meta_a="old"),),
+     asks("PUT", "/box/" + "n" * 150 + "/b", b"below")),
+    ("put a folder", (), asks("PUT", "/box/d/f/")),
+    ("put if absent", (), asks("PUT", "/box/k", b"1", if_none_match="*")),
+    ("put tagged", (), asks("PUT", "/box/k", b"1", x_amz_tagging="a=b")),
+    ("put sealed", (), asks("PUT", "/box/k", b"secret",
+                            x_amz_server_side_encryption="AES256")),
+    ("put a version", (_PUT, _VERSIONING, _PUT), _NEW),
+    ("put a null version", (_VERSIONING, _PUT, _SUSPEND, _PUT), _NEW),
+    ("put over a marker", (_VERSIONING, _PUT, _DELETE), _NEW),
+    ("put a locked version", (_LOCKS,), _LOCKED),
+    ("get", (_PUT,), asks("GET", "/box/k")),
+    ("get nested", (_NESTED,), asks("GET", "/box/d/e/k")),
+    ("get odd", (_ODD,), asks("GET", "/box/d//k")),
+    ("get absent", (), asks("GET", "/box/none")),
+    ("get a range", (_PUT,), asks("GET", "/box/k", range="bytes=1-1")),
+    ("get large", (asks("PUT", "/box/k", LARGE),), asks("GET", "/box/k")),
+    ("get sealed", (asks("PUT", "/box/k", LARGE,
+                         x_amz_server_side_encryption="AES256"),),
+     asks("GET", "/box/k")),
+    ("get a version", (_VERSIONING, _PUT, _NEW),
+     asks("GET", "/box/k?versionId={v1}")),
+    ("get if unchanged", (_PUT,), asks(
+        "GET", "/box/k", if_none_match='"%s"' % md5_hex(b"old"))),
+    ("get a marker", (_VERSIONING, _PUT, _DELETE), asks("GET", "/box/k")),
+    ("get attributes", (_PUT,), asks(
+        "GET", "/box/k?attributes", x_amz_object_attributes="ETag")),
+    ("get tags", (asks("PUT", "/box/k", b"1", x_amz_tagging="a=b"),),
+     asks("GET", "/box/k?tagging")),
+    ("get an acl", (_PUT,), asks("GET", "/box/k?acl")),
+    ("head", (_PUT,), asks("HEAD", "/box/k")),
+    ("head a bucket", (), asks("HEAD", "/box")),
+    ("list", (_PUT, _NESTED, _ODD), asks("GET", "/box?list-type=2")),
+    ("list a folder", (_PUT, _NESTED, _ODD),
+     asks("GET", "/box?prefix=d/&delimiter=/")),
+    ("list versions", (_VERSIONING, _PUT, _NEW, _NESTED, _DELETE),
+     asks("GET", "/box?versions")),
+    ("list buckets", (), asks("GET", "/")),
+    ("list uploads", (_BEGIN,), asks("GET", "/box?uploads")),
+    ("list parts", (_BEGIN, _PART), asks("GET", "/box/k?uploadId={upload}")),
+    ("delete", (_PUT,), _DELETE),
+    ("delete nested", (_NESTED,), asks("DELETE", "/box/d/e/k")),
+    ("delete odd", (_ODD,), asks("DELETE", "/box/d//k")),
+    ("delete absent", (), _DELETE),
+    ("delete if", (_PUT,), _DELETE[:3] + (
+        {"if-match": '"%s"' % md5_hex(b"old")},)),
+    ("delete to a marker", (_VERSIONING, _PUT, _NEW), _DELETE),
+    ("delete to a null marker", (_PUT, _VERSIONING, _SUSPEND), _DELETE),
+    ("delete a marker", (_VERSIONING, _PUT, _DELETE),
+     asks("DELETE", "/box/k?versionId={v2}")),
+    ("delete the latest version", (_VERSIONING, _PUT, _NEW),
+     asks("DELETE", "/box/k?versionId={v2}")),
+    ("delete an old version", (_VERSIONING, _PUT, _NEW),
+     asks("DELETE", "/box/k?versionId={v1}")),
+    ("delete a locked version", (_LOCKS, _LOCKED),
+     asks("DELETE", "/lock/k?versionId={v1}")),
+    ("delete many", (_PUT, _NESTED, _ODD), asks(
+        "POST", "/box?delete", keys_document("k", "d/e/k", "d//k", "no"),
+        content_md5=digest64("md5", keys_document(
+            "k", "d/e/k", "d//k", "no")))),
+    ("copy", (_PUT,), asks("PUT", "/box/c", x_amz_copy_source="/box/k")),
+    ("copy onto itself", (_PUT,), asks(
+        "PUT", "/box/k", x_amz_copy_source="/box/k", x_amz_meta_a="new",
+        x_amz_metadata_directive="REPLACE")),
+    ("rename", (_PUT,), asks("PUT", "/box/d/r?renameObject",
+                             x_amz_rename_source="/box/k")),
+    ("rename over", (_PUT, _ODD), asks("PUT", "/box/d//k?renameObject",
+                                       x_amz_rename_source="/box/k")),
+    ("begin an upload", (), _BEGIN),
+    ("upload a part", (_BEGIN,), _PART),
+    ("upload a part again", (_BEGIN, _PART), _PART[:2] + (b"part 1", {})),
+    ("copy a part", (_PUT, _BEGIN), _PART[:2] + (
+        b"", {"x-amz-copy-source": "/box/k"})),
+    ("complete", (_PUT, _BEGIN, _PART), _COMPLETE),
+    ("complete a version", (_VERSIONING, _PUT, _BEGIN, _PART), _COMPLETE),
+    ("abort", (_BEGIN, _PART), asks("DELETE", "/box/k?uploadId={upload}")),
+    ("put tags", (_PUT,), asks("PUT", "/box/k?tagging", TAGGING)),
+    ("put tags of a version", (_VERSIONING, _PUT, _NEW),
+     asks("PUT", "/box/k?tagging&versionId={v1}", TAGGING)),
+    ("delete tags", (_PUT, asks("PUT", "/box/k?tagging", TAGGING)),
+     asks("DELETE", "/box/k?tagging")),
+    ("put an acl", (asks("PUT", "/box?ownershipControls", OWNED), _PUT),
+     asks("PUT", "/box/k?acl", x_amz_acl="authenticated-read")),
+    ("put a hold", (_LOCKS, asks("PUT", "/lock/k", b"1",
+                                 content_md5=digest64("md5", b"1"))),
+     asks("PUT", "/lock/k?legal-hold", HOLD,
+          content_md5=digest64("md5", HOLD))),
+    ("create a bucket", (), asks("PUT", "/other")),
+    ("delete a bucket", (asks("PUT", "/other"),
+                         asks("POST", "/other/k?uploads")),
+     asks("DELETE", "/other")),
+    ("delete a full bucket", (), asks("DELETE", "/box")),
+    ("put a policy", (), asks("PUT", "/box?policy", PUBLIC)),
+    ("get a policy", (asks("PUT", "/box?policy", PUBLIC),),
+     asks("GET", "/box?policy")),
+    ("delete a policy", (asks("PUT", "/box?policy", PUBLIC),),
+     asks("DELETE", "/box?policy")),
+    ("put versioning", (), _VERSIONING),
+)
+# The statuses that a fault may have; 0: the body was under way and is cut.
+FAULT_STATUSES = {
+    errno.ENOSPC: (507,), errno.EDQUOT: (507,), errno.EROFS: (403,),
+    errno.EACCES: (403,), errno.ELOOP: (403, 404),
+    errno.ENAMETOOLONG: (500, 404), errno.EMFILE: (503,),
+    errno.ENFILE: (503,), errno.EIO: (500, 0), errno.ESTALE: (503, 0)}
+
+
+class DiskFaults(unittest.TestCase):
+    """A fault at every call that a request makes of the file system, one
+    by one: an answer that says so or the right one, all or nothing done,
+    the next request served, nothing left behind.
+
+    Here one in `step`, of half of the rows; see faults() for all."""
+
+    step, xattrs, sync = 400, True, False
+    table = None                        # (row, at, call, errno, what)
+
+    def setUp(self):
+        self.directory = tempfile.mkdtemp(prefix="test-gos3rve-", dir=MEMORY)
+        self.addCleanup(shutil.rmtree, self.directory, ignore_errors=True)
+        self.reports = []
+        values = {"dir_buckets": os.path.join(self.directory, "buckets"),
+                  "dir_uploads": os.path.join(self.directory, "uploads"),
+                  "p": 0, "bind": "127.0.0.1", "bucket": (),
+                  "sync": self.sync, "key_id": "KEY", "key_val": "hush"}
+        self.running = gos3rve.Running(
+            gos3rve.make_config(values), report=self.reports.append,
+            workers=2)                  # which starts none
+        self.addCleanup(self.running.server.server_close)
+        self.running.store.xattrs &= self.xattrs
+        # the same calls every time: what was read is read again
+        patch = mock.patch.object(gos3rve, "_settled", lambda *_: False)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.s3 = Inline(self.running)
+
+    def ask(self, row, ids):
+        """Send a request of FAULT_ROWS."""
+        method, target, body, headers = row
+        path, _, query = target.format(**ids).partition("?")
+        return self.s3.request(method, path, urllib.parse.parse_qsl(
+            query, True), body, headers)
+
+    def prepare(self, rows):
+        """A bucket, and what the rows ask for; the ids that they gave."""
+        for path in (self.running.dir_buckets, self.running.dir_uploads):
+            for name in os.listdir(path):
+                if name != ".gos3rve-keys.json":
+                    shutil.rmtree(os.path.join(path, name))
+        self.running.store._buckets.clear()
+        ids = {}
+        for row in (asks("PUT", "/box"), asks("PUT", "/box/z", b"z")) + rows:
+            answer = self.ask(row, ids)
+            self.assertIn(answer.status, (200, 204), answer.body)
+            version = answer.headers.get("x-amz-version-id")
+            if version:
+                ids["v%d" % (1 + sum(map("v".__contains__, "".join(ids))))
+                    ] = version
+            if b"<UploadId>" in answer.body:
+                ids["upload"] = answer.one("UploadId")
+        self.reports.clear()
+        return ids
+
+    def seen(self):
+        """All that another process finds: bucket -> what."""
+        store = Store(self.running.dir_buckets, self.running.dir_uploads,
+                      xattrs=self.running.store.xattrs)
+        found = {}
+        for bucket in store.list_buckets():
+            config = dict(bucket.config, created_ns=0)
+            keys = {infos[0].key: [self._version(bucket, info)
+                                   for info in infos]
+                    for infos in store.each_key(bucket)}
+            listed = [entry.key for entry in store.list_objects(
+                bucket, itself).entries]
+            self.assertEqual(listed, [
+                key for key in in_order(keys) if keys[key][0][0] == "v"])
+            uploads = [(upload.key, [part.etag for part in store.list_parts(
+                upload)]) for upload in store.list_uploads(bucket)]
+            found[bucket.name] = config, keys, uploads
+        return found
+
+    @staticmethod
+    def _version(bucket, info):
+        """What a version is, but for what differs every time."""
+        _, fd = bucket.open_version(info.key, info.version_id)
+        with os.fdopen(fd, "rb") as file:
+            data = file.read()
+        record = {name: value for name, value in info.record.items()
+                  if name not in ("mtime_ns", "version", "replaces", "was",
+                                  "key", "upload_id")}
+        if "sse" in record:
+            data, record["sse"] = len(data), record["sse"]["algorithm"]
+        return ("M" if info.marker else "v", info.version_id == "null", data,
+                info.etag if not info.marker else "", record)
+
+    def told(self, answer):
+        """An answer, but for what differs every time."""
+        headers = {name: value for name, value in answer.headers.items()
+                   if name not in ("date", "x-amz-request-id", "x-amz-id-2",
+                                   "last-modified", "x-amz-version-id")}
+        body = re.sub(rb"<(RequestId|HostId|VersionId|LastModified|UploadId|"
+                      rb"CreationDate|Initiated)>[^<]*|\"[0-9a-f]{32}-0\"",
+                      b"", answer.body)
+        return answer.status, headers, body
+
+    def fault(self, row, at, number):
+        """Ask for a row with a fault at a call; (answer, names)."""
+        title, before, act = row
+        ids = self.prepare(before)
+        files = len(os.listdir("/proc/self/fd"))
+        self.s3.machine = Machine(at, number, True)
+        try:
+            answer = self.ask(act, ids)
+        finally:
+            machine, self.s3.machine = self.s3.machine, \
+                contextlib.nullcontext()
+        self.assertEqual(len(os.listdir("/proc/self/fd")), files,
+                         "descriptors")
+        return answer, machine.names
+
+    def mended(self):
+        """Assert that the server goes on as if nothing had been."""
+        store = self.running.store
+        for bucket in store._buckets.values():
+            self.assertFalse([lock for lock in bucket._threads
+                              if lock.locked()])
+        answer = self.s3.get("/box/z")
+        self.assertEqual((answer.status, answer.body), (200, b"z"))
+        for key in ("/box/k", "/box/z"):
+            answer = self.s3.put(key, b"after")
+            self.assertEqual(answer.status, 200, answer.body)
+        store.sweep(0, time.time() + 10 ** 6, 0)
+        for _, _, names in os.walk(self.directory):
+            for name in names:
+                self.assertIsNone(re.match(r"t[0-9a-f]{24}\Z", name), name)
+        for name in os.listdir(self.running.dir_buckets) + os.listdir(
+                self.running.dir_uploads):
+            self.assertFalse(name.startswith((".gos3rve-new", ".gos3rve-old")
+                                             ), name)
+
+    def judge(self, row, number, answer, good, before, after):
+        """Assert that an answer is right, and say what was done."""
+        ok = answer.status and answer.status // 100 == 2 \
+            and b"<Error>" not in answer.body
+        reports, seen = list(self.reports), self.seen()
+        if row[2][0] in ("GET", "HEAD") or before == after:
+            self.assertEqual(seen, before)
+            if self.told(answer) == self.told(good):
+                return "same"
+        elif ok or self.told(answer) == self.told(good):
+            self.assertEqual(seen, after)
+            return "done"
+        status = answer.status
+        if b"<Error>" in answer.body and status == 200:
+            status = gos3rve.ERRORS[answer.one("Error/Code")][0]
+        if row[0].startswith("list") and status == 200 and (
+                number in (errno.ELOOP, errno.ENAMETOOLONG)
+                or "left out" in "".join(reports)):
+            return "left out"
+        if b"master keys" not in answer.body:       # else 500
+            self.assertIn(status, FAULT_STATUSES[number],
+                          (answer.body, reports))
+        if status in (0, 500, 503, 507):
+            self.assertNotEqual(reports, [])
+        self.assertFalse(any("Traceback" in line for line in reports),
+                         reports)
+        if seen == before:
+            return "unchanged"
+        if seen == after:
+            return "done, and told otherwise"
+        self.assertEqual(seen.keys(), before.keys())
+        for bucket, found in seen.items():
+            for key in found[1]:        # each key and upload for itself
+                self.assertIn(found[1][key], [
+                    model[bucket][1].get(key) for model in (before, after)])
+            self.assertIn(found[2], (before[bucket][2], after[bucket][2]))
+        self.assertIn(row[0], ("delete many", "complete", "put sealed",
+                               "complete a version"))
+        return "in part"
+
+    def each_fault(self, row, offset):
+        """Every fault of a row, or some."""
+        before = after = None
+        self.prepare(row[1])
+        before = self.seen()
+        good, names = self.fault(row, 0, None)
+        after = self.seen()
+        self.mended()
+        points = [(at, number) for at, name in enumerate(names, 1)
+                  for number in FAULTS if self._may(row, name, number)]
+        for at, number in points[offset % self.step::self.step]:
+            with self.subTest(row[0], at=at, call=names[at - 1],
+                              fault=errno.errorcode[number]):
+                answer, _ = self.fault(row, at, number)
+                what = self.judge(row, number, answer, good, before, after)
+                self.mended()
+                if self.table is not None:
+                    self.table.append((
+                        row[0], at, names[at - 1], errno.errorcode[number],
+                        "%d %s" % (answer.status, what)))
+        return len(points)
+
+    @staticmethod
+    def _may(row, name, number):
+        """True when such a call may fail so.  A path that answers ELOOP or
+        ENAMETOOLONG names no object, so that a write that looks for one
+        goes on."""
+        if FAULTS[number] is not None and name not in FAULTS[number]:
+            return False
+        return row[2][0] in ("GET", "HEAD") or name in Machine.CHANGES \
+            or number not in (errno.ELOOP, errno.ENAMETOOLONG)
+
+    def test_every_call_and_every_fault(self):
+        total = 0
+        for row in FAULT_ROWS[self.xattrs::2] if self.step > 1 \
+                else FAULT_ROWS:
+            total += self.each_fault(row, total)
+
+
+class DiskFaultsWithSidecars(DiskFaults):
+    """The same where there are no extended attributes, and with -sync."""
+
+    xattrs, sync = False, True
+
+
+def faults(argv):
+    """Try every fault at every call of every row, or of those that argv
+    names, and print what came of it: a line a call, what is the same of
+    several faults once.  The process's status."""
+    rows = [row for row in FAULT_ROWS if row[0] in argv or not argv]
+    good = True
+    for case in (DiskFaults, DiskFaultsWithSidecars):
+        case.step, case.table = 1, []
+        with mock.patch.dict(globals(), FAULT_ROWS=rows):
+            good &= unittest.TextTestRunner().run(unittest.defaultTestLoader
+                .loadTestsFromTestCase(case)).wasSuccessful()
+        print("\n%s: %d faults" % (case.__name__, len(case.table)))
+        for place, found in itertools.groupby(
+                case.table, lambda line: line[:3]):
+            told = {}
+            for line in found:
+                told.setdefault(line[4], []).append(line[3])
+            print("%-24s %3d %-12s %s" % (place + ("; ".join(
+                "%s: %s" % (", ".join(names), what)
+                for what, names in told.items()),)))
+    return not good
+
+
 class ServerLog(HttpCase):
 
     def test_log_text_is_one_line_a_request(self):
@@ -27193,7 +27718,7 @@ class SoakRuns(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    for command in (bench, flood, soak, hosts):
+    for command in (bench, flood, soak, faults, hosts):
         if sys.argv[1:2] == [command.__name__]:
             sys.exit(command(sys.argv[2:]))
     unittest.main()
