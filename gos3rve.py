@@ -3440,7 +3440,7 @@ class Info:
     version_id: `null` where the bucket had no versions; marker: True for
     a delete marker; latest: True for the version that a GET finds;
     damaged: True for sealed content whose record does not tell how it
-    opens.
+    opens, and for what a power cut has left of any.
     """
 
     __slots__ = ("key", "size", "mtime_ns", "etag", "record", "version_id",
@@ -3452,11 +3452,12 @@ class Info:
         self.marker = record.get("marker", False)
         self.size = status.st_size
         self.mtime_ns = status.st_mtime_ns
+        self.damaged = False
         if (record.get("mtime_ns") != self.mtime_ns
                 or record.get("size") != self.size):
+            self.damaged = _is_torn(status, record)
             record = {name: value for name, value in record.items()
                       if name not in _CONTENT_FIELDS}
-        self.damaged = False
         if "sse" in record:
             size = opened_size(record["sse"], self.size)
             self.damaged = size is None
@@ -3470,6 +3471,20 @@ class Info:
     def mtime(self):
         """Whole seconds since the epoch, as HTTP's headers have it."""
         return self.mtime_ns // 1000000000
+
+
+def _is_torn(status, record):
+    """True for a file that is shorter than its record says and bears that
+    record's very time: nobody has edited it.
+
+    Without -sync a power cut leaves such: record, time and name are in the
+    journal, and the end of the content is not on the disk (ext4 with
+    data=ordered, XFS).  Where times are whole seconds it cannot be told
+    from an edit.
+    """
+    time_ns = record.get("mtime_ns")
+    return time_ns == status.st_mtime_ns and time_ns % 1000000000 != 0 \
+        and record.get("size", 0) > status.st_size
 
 
 def _stat_etag(status):
@@ -3782,15 +3797,16 @@ def _is_link(path):
         return False
 
 
-def write_json(path, value, sync=False):
-    """Replace a small JSON state file by one rename; mode 0600."""
+def write_json(path, value, sync=False, whole=False):
+    """Replace a small JSON state file by one rename; mode 0600.  whole:
+    after a power cut, too, even if not `sync`, it is the old or the new."""
     directory = os.path.dirname(path)
     with Draft(directory) as draft:
         draft.write(json.dumps(value, indent=1).encode())
         draft.seal({})
         if hasattr(os, "fchmod"):
             os.fchmod(draft.fd, 0o600)
-        draft.flush(sync)
+        draft.flush(sync or whole)
         os.replace(draft.path, path)
         draft.path = None
     if sync:
@@ -3809,6 +3825,17 @@ def sync_file(fd):
                                    errno.EINVAL):
                 raise
     os.fsync(fd)
+
+
+def make_tree(path, sync=False):
+    """Make a directory and those above it, where they are missing."""
+    if not os.path.isdir(path):
+        above = os.path.dirname(path)
+        make_tree(above, sync)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+        if sync:
+            sync_directory(above)
 
 
 def sync_directory(path):
@@ -3962,7 +3989,7 @@ class Bucket:
 
     def save(self, config):
         """Replace bucket.json.  The caller holds lock_all()."""
-        write_json(self._config_path, config, self._sync)
+        write_json(self._config_path, config, self._sync, True)
 
     @property
     def owner(self):
@@ -4251,6 +4278,12 @@ class Bucket:
             elif "mode" in lock or lock.get("hold") == "ON":
                 _change_mode(fd, mode & ~0o222)
 
+    def _rewrite_record(self, fd, status, key, record):
+        """The same for a file that is there already."""
+        self._write_record(fd, status, key, record)
+        if self._sync:
+            sync_file(fd)
+
     def _store_record(self, fd, status, key, record):
         if self._xattrs:
             try:
@@ -4491,22 +4524,24 @@ class Bucket:
         Readers look at odd/ after the natural path: none misses it.  The
         caller holds the lock of `key`, and not of what needs the place.
         """
-        found = self._open_key(key)
-        path = self._path(key)
-        if found is None or found[2] != path or _is_link(path):
+        found, path = self._open_key(key), self._path(key)
+        try:
+            movable = found is not None and found[2] == path \
+                and not _is_link(path)
+            if movable:
+                self._name_record(found[0], found[1], key)
+        finally:
             if found:
                 close_fd(found[0])
+        if not movable:
             if os.path.lexists(path) and not os.path.isdir(path):
                 raise S3Error("AccessDenied", "Something that is no object "
                               "stands in the way of this key")
             return
-        fd, status, _ = found
-        try:
-            self._name_record(fd, status, key)
-        finally:
-            close_fd(fd)
         self._make_state("odd")
         os.replace(path, self._odd_path(key))
+        if self._sync:                  # before anything takes its place
+            sync_directory(self._odd)
 
     def _name_record(self, fd, status, key, old_key=None):
         """Write the record of a file anew when its name under odd/ will
@@ -4518,7 +4553,7 @@ class Bucket:
         if hashed or renamed:
             # until the rename the file still bears its old name
             record["key"], record["was"] = key, old_key or key
-            self._write_record(fd, status, key, record)
+            self._rewrite_record(fd, status, key, record)
         return renamed
 
     def remove(self, key, allow=None):
@@ -4545,7 +4580,8 @@ class Bucket:
     def _drop_twin(self, key):
         """Remove the older file under odd/ that a crash may have left of a
         key, before its file at the natural path ceases to hide it."""
-        self._drop(key, self._odd_path(key))
+        if self._drop(key, self._odd_path(key)) and self._sync:
+            sync_directory(self._odd)
 
     def _drop(self, key, path):
         """Remove a file and its sidecar; False when it is not there."""
@@ -4578,10 +4614,14 @@ class Bucket:
         while parent and is_natural(parent):
             if self._is_odd(parent + "/"):
                 return
+            path = os.path.join(self.root, parent)
             try:
-                os.rmdir(os.path.join(self.root, parent))
+                os.rmdir(path)
             except OSError:
                 return
+            if self._sync:
+                with contextlib.suppress(*_ABSENT):     # pruned, too
+                    sync_directory(os.path.dirname(path))
             parent = parent.rpartition("/")[0]
 
     def rename(self, source, key):
@@ -4601,6 +4641,8 @@ class Bucket:
         if path != self._odd_path(source):
             self._drop_twin(source)
         self._move(path, key)
+        if self._sync:
+            sync_directory(os.path.dirname(path))
         if renamed:
             self._drop_sidecar(source, status.st_ino)
         if replaced is not None:
@@ -4825,7 +4867,7 @@ class Bucket:
             elif twin:
                 # a file put here by hand replaces no other version
                 name = record["version"] = new_version_id(names)
-                self._write_record(fd, status, key, record)
+                self._rewrite_record(fd, status, key, record)
             elif name == NULL_VERSION:
                 name = _version_stamp(min(
                     status.st_mtime_ns, time.time_ns()), names) + name
@@ -4923,6 +4965,8 @@ class Bucket:
         path = os.path.join(self._version_directory(key), name)
         kept = os.stat(path).st_ino
         self._move(path, key)
+        if self._sync:
+            sync_directory(os.path.dirname(path))
         if replaced not in (None, kept):
             self._drop_sidecar(key, replaced)
 
@@ -4981,9 +5025,7 @@ class Bucket:
             status = os.fstat(fd)
             record = self._read_record(fd, status, key)
             change(record)
-            self._write_record(fd, status, key, record)
-            if self._sync:
-                sync_file(fd)
+            self._rewrite_record(fd, status, key, record)
             info = Info(key, status, record, info.latest)
             if done:
                 done(info)
@@ -6016,14 +6058,14 @@ class Store:
         if name in self.mapped or os.path.lexists(
                 os.path.join(self.dir_buckets, name)):
             raise S3Error("BucketAlreadyExists", BucketName=name)
-        os.makedirs(self.dir_buckets, exist_ok=True)
+        make_tree(self.dir_buckets, self.sync)
         path = os.path.join(self.dir_buckets,
                             _NEW + secrets.token_hex(8))
-        os.makedirs(os.path.join(path, STATE))
         try:
+            make_tree(os.path.join(path, STATE), self.sync)
             write_json(os.path.join(path, STATE, "bucket.json"), dict(
                 config or {}, owner=owner, region=region,
-                created_ns=time.time_ns()), self.sync)
+                created_ns=time.time_ns()), self.sync, True)
             os.rename(path, os.path.join(self.dir_buckets, name))
         except OSError as error:
             _remove_tree(path)
@@ -6056,9 +6098,9 @@ class Store:
             if not Bucket(bucket.name, path, self, None).is_empty():
                 os.rename(path, bucket.root)    # somebody put a file there
                 raise S3Error("BucketNotEmpty", BucketName=bucket.name)
+            if self.sync:               # before its uploads are gone
+                sync_directory(self.dir_buckets)
             self._set_uploads_aside(bucket.name, aside)
-        if self.sync:
-            sync_directory(self.dir_buckets)
         _remove_tree(os.path.join(self.dir_uploads, aside))
         if _has_events(path, time.time()):
             return aside
@@ -6077,6 +6119,8 @@ class Store:
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(os.path.join(directory, upload_id),
                               os.path.join(target, upload_id))
+            if self.sync:
+                sync_directory(directory)
         with contextlib.suppress(OSError):
             os.rmdir(directory)
 
@@ -6317,7 +6361,7 @@ class Store:
         path = os.path.join(self.dir_uploads, bucket.name, upload_id)
         for _ in range(MAX_RETRIES):
             try:
-                os.makedirs(path)
+                make_tree(path, self.sync)
                 break
             except FileNotFoundError:   # the last upload beside it ended
                 continue
@@ -6474,6 +6518,8 @@ class Store:
     def remove_upload(self, upload):
         """Forget an upload and its parts.  The caller holds it."""
         _unlink(os.path.join(upload.path, "upload.json"))
+        if self.sync:
+            sync_directory(upload.path)
         _remove_tree(upload.path)
         with contextlib.suppress(OSError):
             os.rmdir(os.path.dirname(upload.path))
@@ -14188,8 +14234,9 @@ def kept_sse(info):
     """The sse of an object, None for a plain one; InternalError for what
     is sealed and does not say, or not rightly, how it opens."""
     if info.damaged:
-        raise S3Error("InternalError", "The content of this object is "
-                      "encrypted, and its record is lost or damaged")
+        raise S3Error("InternalError", "The content of this object is not "
+                      "all there, or encrypted, and its record is lost or "
+                      "damaged")
     return info.record.get("sse")
 
 

@@ -4157,7 +4157,7 @@ class Cut(BaseException):
     """Stands for kill -9."""
 
 
-KILL = "kill"
+KILL, POWER = "kill", "power cut"
 # What a call may answer, by the manual pages of Linux, and close(2) of a
 # file that NFS holds; which calls of Machine it may be.
 _NAMING = ("create", "open", "mkdir", "link", "replace", "rename", "unlink",
@@ -4200,13 +4200,150 @@ class Reading:
         self._file.close()
 
 
+class Disk:
+    """What a power cut leaves of a directory.
+
+    Of a file: what it was when it was last fsynced, or, as chance has it,
+    what it is; of content that never was fsynced the half, its record and
+    time whole, as journals have it.  Of names: every change in a directory
+    up to its last fsync, in whatever order, a rename in both directories
+    or in none; and of the further ones the first few.  It begins with all
+    of it on the disk.
+    """
+
+    def __init__(self, root, chance):
+        self._root, self._chance = root, chance
+        self._ages = collections.Counter()      # an inode is used again
+        self._names, self._files, self._pending = {}, {}, []
+        for path in self._walk():
+            if os.path.isdir(path):
+                self._names[self._id(path)] = {
+                    name: self._id(os.path.join(path, name))
+                    for name in os.listdir(path)}
+            else:
+                self._files[self._id(path)] = self._read(path)
+        self._top = self._id(root)
+
+    def _walk(self):
+        for path, _, names in os.walk(self._root):
+            yield path
+            yield from (os.path.join(path, name) for name in names)
+
+    def _id(self, path):
+        inode = os.lstat(path).st_ino
+        return inode, self._ages[inode]
+
+    @staticmethod
+    def _read(path):
+        record = None
+        with contextlib.suppress(OSError):
+            record = os.getxattr(path, gos3rve.XATTR)
+        return open_and_read(path), record, os.stat(path).st_mtime_ns
+
+    def call(self, name, real, args, named):
+        """Make a call of os, and remember what it changed."""
+        if name == "fsync":             # on tmpfs there is nothing to do
+            return self._sync(os.readlink("/proc/self/fd/%d" % args[0]))
+        names = [args[0]] if name not in ("replace", "rename", "link") \
+            else [args[0], args[1]]
+        fds = [named.get("dir_fd", named.get("src_dir_fd")),
+               named.get("dst_dir_fd")]
+        paths = [one if fd is None else os.path.join(
+            os.readlink("/proc/self/fd/%d" % fd), one)
+            for one, fd in zip(names, fds)] if isinstance(names[0], str) \
+            else []
+        old = [os.path.lexists(path) and self._id(path) for path in paths]
+        found = real(*args, **named)
+        if name in ("create", "mkdir") and not old[0]:
+            self._ages[os.lstat(paths[0]).st_ino] += 1
+            old = [self._id(paths[0])]
+        elif name in ("unlink", "rmdir"):
+            old = [None]
+        elif name in ("rename", "replace"):
+            old = [None, old[0]]
+        elif name == "link":
+            paths, old = paths[1:], old[:1]
+        else:
+            return found
+        self._pending.append([(self._id(os.path.dirname(path)),
+                               os.path.basename(path), ident)
+                              for path, ident in zip(paths, old)])
+        return found
+
+    def _sync(self, path):
+        if not os.path.isdir(path):
+            self._files[self._id(path)] = self._read(path)
+            return
+        touched, before = {self._id(path)}, 0
+        while len(touched) > before:
+            before = len(touched)
+            touched.update(change[0] for step in self._pending
+                           for change in step if any(
+                               one[0] in touched for one in step))
+        for step in self._pending:
+            if step[0][0] in touched:
+                self._apply(step)
+        self._pending = [step for step in self._pending
+                         if step[0][0] not in touched]
+
+    def _apply(self, step):
+        for directory, name, ident in step:
+            names = self._names.setdefault(directory, {})
+            names[name] = ident
+            if ident is None:
+                del names[name]
+
+    def cut(self, target, least):
+        """Make, at `target`, what is left; least: nothing by chance."""
+        self._chance = None if least else self._chance
+        count = 0 if least else self._chance.randrange(
+            -len(self._pending), len(self._pending) + 1)
+        for step in self._pending[:max(0, count)]:
+            self._apply(step)
+        now = {self._id(path): path for path in self._walk()}
+        made = {}
+        self._make(self._top, target, now, made)
+        inodes = {inode: os.stat(path).st_ino
+                  for (inode, _), path in made.items()}
+        for path, _, names in os.walk(target):      # sidecars bear an inode
+            for name in names:
+                match = re.match(r"(.+-)([0-9a-f]+)(\.json)?\Z", name)
+                if match and int(match[2], 16) in inodes:
+                    os.rename(os.path.join(path, name), os.path.join(
+                        path, "%s%x%s" % (match[1], inodes[
+                            int(match[2], 16)], match[3] or "")))
+
+    def _make(self, ident, target, now, made):
+        if ident in made:               # a hard link
+            os.link(made[ident], target)
+            return
+        path = now.get(ident)
+        if ident in self._names or path and os.path.isdir(path):
+            os.mkdir(target)
+            for name, child in self._names.get(ident, {}).items():
+                self._make(child, os.path.join(target, name), now, made)
+            return
+        kept, new = self._files.get(ident), path and self._read(path)
+        if kept is None and new:        # the content came to nothing yet
+            new = (new[0][:len(new[0]) // 2],) + new[1:]
+        data, record, mtime_ns = new if new and (
+            kept is None or self._chance and self._chance.random() < 0.5) \
+            else kept or (b"", None, 0)
+        by_hand(target, data)
+        if record is not None:
+            os.setxattr(target, gos3rve.XATTR, record)
+        os.utime(target, ns=(mtime_ns, mtime_ns))
+        made[ident] = target
+
+
 class Machine:
     """Counts the calls that a thread makes of the file system, and fails
     the one that `at` says.
 
     fault: KILL, that call and all after it; or an errno: that call, and
     those after it that it would last for, as LASTS says.  looks: count
-    those calls, too, that change nothing.  names: what was called.
+    those calls, too, that change nothing.  names: what was called.  disk:
+    the Disk that is to know.
     """
 
     CHANGES = ("create", "write", "replace", "rename", "unlink", "mkdir",
@@ -4216,8 +4353,8 @@ class Machine:
              "listdir", "scandir", "readlink", "pread", "read", "sendfile",
              "lseek", "fchmod", "dup", "close", "flock")
 
-    def __init__(self, at=0, fault=None, looks=False):
-        self.at, self.fault, self.names = at, fault, []
+    def __init__(self, at=0, fault=None, looks=False, disk=None):
+        self.at, self.fault, self.names, self.disk = at, fault, [], disk
         self._counted = set(self.CHANGES + self.LOOKS * looks)
         self._thread, self._path = threading.get_ident(), None
         self._real, self._real_open = [], os.open
@@ -4260,6 +4397,8 @@ class Machine:
                 return False
             if fails:
                 raise OSError(self.fault, os.strerror(self.fault), *args[:1])
+            if self.disk:
+                return self.disk.call(told, real, args, named)
             return None if told == "fsync" else real(*args, **named)
         return call
 
@@ -4286,7 +4425,7 @@ class CrashCase(StorageCase):
         """Fail act() at every point; afterwards the bucket is one of the
         models in `outcomes`, the last one when act() said so."""
         points = 0
-        for fault in (KILL, errno.EIO):
+        for fault in (KILL, errno.EIO, POWER):
             for at in range(self.first, 500, self.step):
                 with Machine():
                     self.start(os.path.join(self.directory, "x"), sync=True)
@@ -4303,12 +4442,18 @@ class CrashCase(StorageCase):
         self.assertGreaterEqual(points, self.least_points)
 
     def _cut_off(self, at, fault, act):
-        with Machine(at, fault) as self.machine:
-            try:
+        disk, done = None, False
+        if fault == POWER:
+            fault, disk = KILL, Disk(self.directory, random.Random(at))
+        with Machine(at, fault, False, disk) as self.machine:
+            with contextlib.suppress(Cut, OSError, S3Error):
                 act()
-                return True
-            except (Cut, OSError, S3Error):
-                return False
+                done = True
+        if disk:
+            disk.cut(self.directory + ".cut", done)
+            shutil.rmtree(self.directory)
+            os.rename(self.directory + ".cut", self.directory)
+        return done
 
     def begin(self, key, contents):
         """Start an upload with some parts."""
@@ -5262,8 +5407,8 @@ class SmallWrites(StorageCase):
             self.put(key, b"1")
             self.assertEqual(self.calls(self.put, key, b"2").count("fsync"),
                              2, key)
-            self.assertEqual(self.calls(self.delete, key).count("fsync"), 1,
-                             key)
+            self.assertEqual(self.calls(self.delete, key).count("fsync"),
+                             1 + key.count("/"), key)       # and pruned
 
     def test_a_write_that_the_kernel_takes_in_pieces(self):
         real = os.write
@@ -20553,9 +20698,11 @@ class DiskFaults(unittest.TestCase):
         self.reports.clear()
         return ids
 
-    def seen(self):
+    def seen(self, directory=None):
         """All that another process finds: bucket -> what."""
-        store = Store(self.running.dir_buckets, self.running.dir_uploads,
+        directory = directory or self.directory
+        store = Store(os.path.join(directory, "buckets"),
+                      os.path.join(directory, "uploads"),
                       xattrs=self.running.store.xattrs)
         found = {}
         for bucket in store.list_buckets():
@@ -20611,6 +20758,85 @@ class DiskFaults(unittest.TestCase):
                          "descriptors")
         return answer, machine.names
 
+    def power(self, row, at, number):
+        """Cut the power at a call of a row, at its end for None; (the
+        directory with what is left, how many calls there were)."""
+        ids = self.prepare(row[1])
+        disk = Disk(self.directory, random.Random(number))
+        self.s3.machine = machine = Machine(at or 0, at and KILL, False, disk)
+        with contextlib.suppress(Cut):
+            self.ask(row[2], ids)
+        self.s3.machine = contextlib.nullcontext()
+        target = self.directory + ".cut"
+        self.addCleanup(shutil.rmtree, target, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        disk.cut(target, at is None)
+        return target, machine.count
+
+    def test_with_sync_an_answer_survives_a_power_cut(self):
+        """And what is cut off is done or not, or in part as below."""
+        self.running.store.sync = True
+        chance = random.Random(1)
+        for row in self.rows():
+            if row[2][0] in ("GET", "HEAD"):
+                continue
+            self.prepare(row[1])
+            before = self.seen()
+            with self.subTest(row[0]):
+                left, count = self.power(row, None, 0)
+                after = self.seen()
+                self.assertEqual(self.seen(left), after)
+            for at in range(1, count) if self.step == 1 else [
+                    chance.randrange(1, count + 1)]:
+                with self.subTest(row[0], at=at):
+                    seen = self.seen(self.power(row, at, at)[0])
+                    if seen not in (before, after):
+                        self.in_part(row, seen, before, after)
+
+    @unittest.skipUnless(HAVE_XATTRS, "no extended attributes")
+    def test_without_sync_a_power_cut_leaves_nothing_torn(self):
+        """What is not all there says so; the rest is what its record says,
+        which is that of no other content."""
+        self.running.store.xattrs, torn = True, 0
+        self.running.store.sync = False
+        for number, title in enumerate(16 * (
+                "put over an object", "put a version", "complete")):
+            row, = [row for row in FAULT_ROWS if row[0] == title]
+            left, _ = self.power(row, 99, number)
+            store = Store(*(os.path.join(left, name) for name in (
+                "buckets", "uploads")))
+            bucket = store.bucket("box")
+            for infos in store.each_key(bucket):
+                for info in infos:
+                    data, etag = self._version(bucket, info)[2:4]
+                    torn += info.damaged
+                    if not info.damaged and data != b"part one":
+                        self.assertEqual(etag, md5_hex(data))
+        self.assertGreater(torn, 3)
+
+    def test_what_a_power_cut_tore_is_told_and_replaced(self):
+        self.prepare((_PUT, asks("PUT", "/box/c", b"whole")))
+        path = os.path.join(self.running.dir_buckets, "box", "k")
+        for size in (0, 2):
+            status = os.stat(path)
+            os.truncate(path, size)
+            os.utime(path, ns=(status.st_mtime_ns,) * 2)
+            for answer in (self.s3.get("/box/k"), self.s3.put(
+                    "/box/c", headers={"x-amz-copy-source": "/box/k"})):
+                self.assertEqual(answer.code, "InternalError")
+            self.assertEqual(self.s3.head("/box/k").status, 500)
+            self.assertIn("not all there", "".join(self.reports))
+            self.assertEqual(self.s3.keys("box"), ["c", "k", "z"])
+            self.assertEqual(self.ask(_NEW, {}).status, 200)
+            self.assertEqual(self.s3.get("/box/k").body, b"newer")
+        by_hand(path, b"")              # that is an edit
+        self.assertEqual(self.s3.get("/box/k").body, b"")
+        self.assertEqual(self.s3.get("/box/c").body, b"whole")
+
+    def rows(self):
+        """The rows to try: all, or half."""
+        return FAULT_ROWS if self.step == 1 else FAULT_ROWS[self.xattrs::2]
+
     def mended(self):
         """Assert that the server goes on as if nothing had been."""
         store = self.running.store
@@ -20661,15 +20887,18 @@ class DiskFaults(unittest.TestCase):
             return "unchanged"
         if seen == after:
             return "done, and told otherwise"
-        self.assertEqual(seen.keys(), before.keys())
-        for bucket, found in seen.items():
-            for key in found[1]:        # each key and upload for itself
-                self.assertIn(found[1][key], [
-                    model[bucket][1].get(key) for model in (before, after)])
-            self.assertIn(found[2], (before[bucket][2], after[bucket][2]))
+        self.in_part(row, seen, before, after)
+        return "in part"
+
+    def in_part(self, row, seen, before, after):
+        """Assert that each key, and all uploads, are as before or after."""
         self.assertIn(row[0], ("delete many", "complete", "put sealed",
                                "complete a version"))
-        return "in part"
+        for bucket, found in seen.items():
+            for key in {*before[bucket][1], *after[bucket][1]}:
+                self.assertIn(found[1].get(key), [
+                    model[bucket][1].get(key) for model in (before, after)])
+            self.assertIn(found[2], (before[bucket][2], after[bucket][2]))
 
     def each_fault(self, row, offset):
         """Every fault of a row, or some."""
@@ -20705,8 +20934,7 @@ class DiskFaults(unittest.TestCase):
 
     def test_every_call_and_every_fault(self):
         total = 0
-        for row in FAULT_ROWS[self.xattrs::2] if self.step > 1 \
-                else FAULT_ROWS:
+        for row in self.rows():
             total += self.each_fault(row, total)
 
 
@@ -20714,6 +20942,75 @@ class DiskFaultsWithSidecars(DiskFaults):
     """The same where there are no extended attributes, and with -sync."""
 
     xattrs, sync = False, True
+
+
+class FullDisk(unittest.TestCase):
+    """A file system of 1 MiB, full of blocks or of files."""
+
+    def serve(self, options):
+        """A Client of a server on a new tmpfs."""
+        path = tempfile.mkdtemp(prefix="test-gos3rve-")
+        self.addCleanup(os.rmdir, path)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "none", path],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if mounted.returncode:
+            self.skipTest("tmpfs cannot be mounted here: not root?")
+        self.addCleanup(subprocess.run, ["umount", path], check=True)
+        server = gos3rve.serve(os.path.join(path, "b"), ["box"],
+                               dir_uploads=os.path.join(path, "u"))
+        self.addCleanup(server.close, 5)
+        client = Client(server.url, server.key_id, server.key_val)
+        self.addCleanup(client.close)
+        return client
+
+    def fill(self, s3, path="/box/d%d/k"):
+        """Put objects until there is no room; how many."""
+        count = 0
+        for size in (100 * KIB, 4 * KIB, 1):
+            status = 200
+            while status == 200:
+                answer = s3.put(path % count, b"x" * size)
+                status = answer.status
+                count += status == 200
+            self.assertEqual((answer.status, answer.code),
+                             (507, "InsufficientStorage"))
+        return count
+
+    @unittest.skipUnless(sys.platform == "linux" and shutil.which("mount"),
+                         "no tmpfs can be mounted here")
+    def test_what_is_there_can_be_deleted_and_frees_room(self):
+        for options in ("size=1m", "size=1m,nr_inodes=150"):
+            s3 = self.serve(options)
+            upload = s3.post("/box/u", {"uploads": ""}).one("UploadId")
+            query = {"uploadId": upload}
+            part = dict(query, partNumber="1")
+            self.assertEqual(s3.put("/box/u", b"x" * 99, part).status, 200)
+            count = self.fill(s3)
+            keys = in_order("d%d/k" % n for n in range(count))
+            self.assertEqual(s3.keys("box"), keys)
+            self.assertEqual(s3.put("/box/u", b"x" * MIB, part).status, 507)
+            self.assertEqual(s3.post("/box/u", query, parts_document(
+                b"x" * 99)).status, 507)
+            self.assertEqual(s3.delete("/box/u", query).status, 204)
+            for key in keys:
+                self.assertEqual(s3.get("/box/" + key).status, 200)
+                self.assertEqual(s3.delete("/box/" + key).status, 204)
+            self.assertEqual(s3.keys("box"), [])
+            self.versions(s3)
+
+    def versions(self, s3):
+        """A marker takes room, and its refusal changes nothing; to remove
+        a version gives some back."""
+        s3.put("/box", _VERSIONING[2], {"versioning": ""})
+        self.fill(s3, "/box/v%.0s")
+        if s3.delete("/box/v").status == 507:
+            self.assertEqual(s3.get("/box/v").status, 200)
+        listed = s3.get("/box", {"versions": ""}).xml()
+        for version in listed.iter("VersionId"):
+            self.assertEqual(s3.delete("/box/v", {
+                "versionId": version.text}).status, 204)
+        self.assertEqual(s3.put("/box/v", b"x").status, 200)
 
 
 def faults(argv):
