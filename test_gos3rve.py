@@ -4116,13 +4116,20 @@ class KnownFiles(StorageCase):
             self.assertEqual("hand" not in self.read_anew(), known)
 
     def test_record_that_may_not_be_read_is_looked_for_again(self):
-        def fail(*_, **__):
-            raise OSError(errno.EACCES, "Permission denied")
+        def fail(real, path, *more):
+            if path in (self.path("hand"), sidecar):
+                raise OSError(errno.EACCES, "Permission denied")
+            return real(path, *more)
         os.makedirs(self.path(gos3rve.STATE, "meta"), exist_ok=True)
-        targets = [(gos3rve, "open")] + [(os, "getxattr")] * self.xattrs
-        for target in targets:
+        sidecar = self.bucket._sidecar(
+            "hand", os.stat(self.path("hand")).st_ino)
+        targets = [(gos3rve, "open", open)]
+        if self.xattrs:
+            targets.append((os, "getxattr", os.getxattr))
+        for owner, name, real in targets:
             os.utime(self.path("hand"))
-            with mock.patch.object(*target, fail, create=True):
+            with mock.patch.object(owner, name, functools.partial(
+                    fail, real), create=True):
                 self.seen()
             self.assertIn("hand", self.read_anew())
             self.assertNotIn("hand", self.read_anew())
