@@ -2765,6 +2765,12 @@ def by_hand(path, data=b"by hand"):
         file.write(data)
 
 
+def read_text(path):
+    """A file's text."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
 def open_and_read(path):
     """The content of a file."""
     with open(path, "rb") as file:
@@ -24580,12 +24586,6 @@ LONG_FUNCTIONS = {
 }
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-
-
-def read_text(path):
-    """A file's text."""
-    with open(path, encoding="utf-8") as file:
-        return file.read()
 
 
 def functions(tree):
