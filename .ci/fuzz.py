@@ -5,7 +5,7 @@
 
 Each target takes bytes to the server in this process: a handler on a socket
 that is none, over a directory of its own.  A finding is an answer of 500, a
-traceback in the log, any other exception, or one second without an answer;
+traceback in the log, any other exception, or one second of CPU for an answer;
 it is printed with its bytes, and the exit status is 1.  Whatever is found
 becomes a row of a test in test_gos3rve.py.
 
@@ -281,10 +281,10 @@ def config_xml(world, data):
 
 def run_one(world, name, data):
     """Run a target on some bytes; a finding is an exception."""
-    began = time.monotonic()
+    began = time.process_time()         # whatever else the machine does
     try:
         TARGETS[name][0](world, data)
-        taken = time.monotonic() - began
+        taken = time.process_time() - began
         assert taken < LIMIT_SECONDS * (1 + len(data) / (1 << 20)), \
             "it took %.1f s" % taken
     except BaseException:
