@@ -1689,25 +1689,40 @@ def policy_refusal(text):
 # doubles k and all the shifts, so that each stands for a ladder of them.
 
 class Crc:
-    """A reflected CRC whose initial and final XOR are all ones."""
+    """A reflected CRC whose initial and final XOR are all ones.
+
+    Its tables are made at the first use: that of all would cost every
+    start 2 ms.
+    """
 
     def __init__(self, width, polynomial, largest, multiples):
         self.width, self.ones = width, (1 << width) - 1
-        self.table = []
+        self._polynomial = polynomial
+        self._largest, self._multiples = largest, multiples
+
+    @functools.cached_property
+    def table(self):
+        """The remainder of each byte."""
+        table = []
         for value in range(256):
             for _ in range(8):
-                value = value >> 1 ^ (polynomial if value & 1 else 0)
-            self.table.append(value)
-        self.powers = [1 << width - 9]          # x^8, its square, ...
-        for _ in range(63):
-            self.powers.append(self._multiply(*self.powers[-1:] * 2))
-        self.steps = self._ladder(largest, multiples)
+                value = value >> 1 ^ (self._polynomial if value & 1 else 0)
+            table.append(value)
+        return table
 
-    @staticmethod
-    def _ladder(largest, multiples):
+    @functools.cached_property
+    def powers(self):
+        """x^8, its square, and so on."""
+        powers = [1 << self.width - 9]
+        for _ in range(63):
+            powers.append(self._multiply(powers[-1], powers[-1]))
+        return powers
+
+    @functools.cached_property
+    def steps(self):
         """All (least bits, bits folded, their mask, factors), long first."""
-        steps, limit = [], largest
-        for bits, factors in sorted(multiples, reverse=True):
+        steps, limit = [], self._largest
+        for bits, factors in sorted(self._multiples, reverse=True):
             scale, rungs = 1, []
             while bits * scale <= limit:
                 scaled = [tuple(s * scale for s in f) for f in factors]
@@ -12123,13 +12138,16 @@ def object_headers(info):
     return headers
 
 
-# The built-in table alone: the same answer on every machine, and at once.
-_TYPES = mimetypes.MimeTypes()
+@functools.lru_cache(maxsize=None)
+def _known_types():
+    """The built-in table alone: the same answer on every machine.  Made at
+    the first use: it reads the machine's own as well, which takes 3 ms."""
+    return mimetypes.MimeTypes()
 
 
 def guess_type(key):
     """The content type of a file that was put there by hand."""
-    name, encoding = _TYPES.guess_type("/" + key.rpartition("/")[2])
+    name, encoding = _known_types().guess_type("/" + key.rpartition("/")[2])
     if name is None or encoding:
         return "binary/octet-stream"
     return name
@@ -18246,23 +18264,26 @@ class Supervisor:
         reload: reads the certificate again, True when that went well.
         """
         self._server, self._reload = server, reload
-        for worker in self._workers:
-            self._start(worker)
+        self._start(self._workers)
 
-    def _start(self, worker):
-        """Fork a worker and wait until it serves, or OSError."""
-        reader, writer = os.pipe()
-        with open(reader, "rb", 0) as source, open(writer, "wb", 0) as ready:
-            pid = os.fork()
-            if pid == 0:
-                source.close()
-                self._serve(worker.number, ready)
-            ready.close()
-            worker.pid, worker.since = pid, time.monotonic()
-            said = source.read(200).decode("utf-8", "replace")
-            if said != "+":
-                raise OSError("a worker could not start: "
-                              + (said or "it died"))
+    def _start(self, workers):
+        """Fork workers, side by side, and wait until all of them serve, or
+        OSError."""
+        with contextlib.ExitStack() as stack:
+            sources = []
+            for worker in workers:
+                reader, writer = os.pipe()
+                sources.append(stack.enter_context(open(reader, "rb", 0)))
+                with open(writer, "wb", 0) as ready:
+                    pid = os.fork()
+                    if pid == 0:
+                        stack.close()
+                        self._serve(worker.number, ready)
+                worker.pid, worker.since = pid, time.monotonic()
+            for said in [source.read(200) for source in sources]:
+                if said != b"+":
+                    raise OSError("a worker could not start: " + (
+                        said.decode("utf-8", "replace") or "it died"))
 
     def _await(self, until):
         """The number of the next signal; None when time is up."""
@@ -18314,7 +18335,7 @@ class Supervisor:
             if worker.pid or worker.due > time.monotonic():
                 continue
             try:
-                self._start(worker)
+                self._start([worker])
             except OSError as error:
                 self._report(str(error))
                 if not worker.pid:      # else there is one to be reaped
