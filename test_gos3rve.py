@@ -19794,13 +19794,13 @@ def alive(pid):
         return False
 
 
-def program(patch):
-    """The arguments of Python that run gos3rve.py; patch: what to change
-    in gos3rve before that."""
-    if not patch:
-        return [SERVER]
-    return ["-B", "-c", "import sys; sys.path.insert(0, %r)\n"
-            "import gos3rve\n%s\nsys.exit(gos3rve.main())" % (HERE, patch)]
+def program(patch, module=False):
+    """The arguments of Python that run gos3rve.py, as a module in HERE or
+    as a script; patch: what to change in gos3rve before that."""
+    if patch:
+        return ["-c", "import sys; sys.path.insert(0, %r)\nimport gos3rve\n"
+                "%s\nsys.exit(gos3rve.main())" % (HERE, patch)]
+    return ["-m", "gos3rve"] if module else [SERVER]
 
 
 class Process:
@@ -19816,7 +19816,8 @@ class Process:
         self.process = subprocess.Popen(
             [sys.executable] + program(patch)
             + [str(word) for word in arguments],
-            cwd=self.directory, env=clean_environment(**environment or {}),
+            cwd=self.directory, env=clean_environment(
+                PYTHONDONTWRITEBYTECODE="", **environment or {}),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=self._stderr, universal_newlines=True)
         test.addCleanup(self.kill)
@@ -20263,6 +20264,22 @@ class ServerWorkers(EndCase):
                 self.assertEqual(server.text, "")
                 self.assertRegex(server.stderr(), r"\Agos3rve: cannot serve:"
                                  r" [^\n]*%s\n\Z" % word)
+
+    def test_workers_start_side_by_side(self):
+        server = self.start(patch=(
+            "start = gos3rve.Server.start\n"
+            "def meet(self, worker=0):\n"
+            "    self.loads[worker] = 0\n"
+            "    until = gos3rve.time.monotonic() + 10\n"
+            "    while max(self.loads) == gos3rve.GONE:\n"
+            "        if gos3rve.time.monotonic() > until:\n"
+            "            raise RuntimeError('alone')\n"
+            "        gos3rve.time.sleep(0.01)\n"
+            "    start(self, worker)\n"
+            "gos3rve.Server.start = meet"))
+        self.ok(self.begin(server, HEALTH).answer())
+        self.assertEqual(len(server.workers()), 2)
+        self.assertEqual(server.end(), 0)
 
     def test_a_replacement_that_cannot_start_is_tried_again(self):
         server = self.start(patch=(
@@ -21337,23 +21354,25 @@ class ServerTls(HttpCase):
 
 
 class ServerProcess:
-    """gos3rve.py as a process of its own over some directories.  patch:
-    as a Process has it; prepare: called in it before it runs."""
+    """gos3rve.py as a process of its own over some directories; as a
+    module, whose bytecode Python keeps, or as a script.  patch: as a
+    Process has it; prepare: called in it before it runs."""
 
     def __init__(self, directory, *arguments, interpreter=sys.executable,
-                 patch=None, prepare=None):
+                 module=True, patch=None, prepare=None):
         self.directory = directory
         self.buckets = os.path.join(directory, "buckets")
         ready = os.path.join(directory, "ready-" + os.urandom(4).hex())
         self.errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [interpreter] + program(patch)
+            [interpreter] + program(patch, module)
             + ["-p", "0", "-bind", "127.0.0.1",
                "-key_id", "KEY", "-key_val", "SECRET", "-log", "none",
                "-dir_buckets", self.buckets,
                "-dir_uploads", os.path.join(directory, "uploads"),
                "-ready_file", ready] + list(arguments),
             stdout=subprocess.DEVNULL, stderr=self.errors,
+            cwd=HERE, env=dict(os.environ, PYTHONDONTWRITEBYTECODE=""),
             preexec_fn=prepare)
         self.workers = []
         deadline = time.monotonic() + 20
@@ -23872,6 +23891,24 @@ class RecipesOfTheServer(unittest.TestCase):
         with urllib.request.urlopen(url + "/-/health") as answer:
             self.assertEqual((answer.status, answer.read()), (200, b""))
 
+    def test_a_module_whose_bytecode_is_kept(self):
+        command = [sys.executable, "-m", "gos3rve", "-hello"]
+        cache = os.path.join(self.home, "__pycache__")
+        for word in (b"unknown", b"foreign"):
+            self.assertEqual(run_client(command, self.home, self.env), (
+                2, "", "gos3rve: %s argument -hello\n" % word.decode()))
+            path = os.path.join(cache, *os.listdir(cache))
+            with open(path, "rb") as file:
+                code = file.read()
+            self.assertEqual(code.count(word + b" argument %s"), 1)
+            with open(path, "wb") as file:      # what is in it is run
+                file.write(code.replace(b"unknown argument %s",
+                                        b"foreign argument %s"))
+        s3 = self.client(self.start("serve-module"))
+        self.assertEqual(s3.put("/mine").status, 200)
+        self.assertEqual(os.listdir(os.path.join(self.home, "buckets")),
+                         ["mine"])
+
     def test_https_with_a_certificate_of_ones_own(self):
         need_client(self, "openssl")
         status, _, said = run_client(
@@ -25684,12 +25721,16 @@ class Bench:
 
     # the server as a process
 
-    def cold(self):
+    def cold(self, module=True):
         """From the command to the first answer."""
         began = time.perf_counter()
-        with self.start() as server:
+        with self.start("cold", module) as server:
             self.expect(server.client().get("/"))
             return {"rate": time.perf_counter() - began}
+
+    def cold_script(self):
+        """The same where Python compiles the file anew."""
+        return self.cold(module=False)
 
     # the end
 
@@ -25721,6 +25762,7 @@ CASES = (
          Bench.get_large_4),
     Case("multipart", "multipart, 4 at once", "MiB/s", Bench.multipart),
     Case("cold", "start to first answer", "s", Bench.cold),
+    Case("cold_script", "the same as a script", "s", Bench.cold_script),
 )
 
 
@@ -25884,7 +25926,8 @@ def bench_options(argv):
     if unknown:
         parser.error("no case " + ", ".join(sorted(unknown)))
     if options.endpoint:
-        options.cases = [name for name in options.cases if name != "cold"]
+        options.cases = [name for name in options.cases
+                         if name not in ("cold", "cold_script")]
     return options
 
 
@@ -25900,12 +25943,12 @@ def measured_server(options):
     parent = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="gos3rve-bench-",
                                      dir=parent) as place:
-        def start(name="cold"):
+        def start(name, module=True):
             directory = os.path.join(place, name)
             os.makedirs(directory, exist_ok=True)
             return ServerProcess(
                 directory, "-log", "text", *shlex.split(options.server),
-                interpreter=options.python)
+                interpreter=options.python, module=module)
         with start("data") as server:
             yield (Endpoint(server.url, "KEY", "SECRET"),
                    server.process.pid, server.directory, start)
