@@ -21979,7 +21979,7 @@ HOSTS_DIRECTORY = "/media"          # a tmpfs covers it, for these alone
 HOSTS_SECONDS = 6                   # of load: a third with a host down
 HOSTS_TOOLS = ("unshare", "ip", "mount", "glusterd", "gluster",
                "mount.glusterfs", "haproxy")
-# These two stand in the README; a short time-out ends this test sooner.
+# The README's commands; a short time-out ends this test sooner.
 HOSTS_VOLUME = "volume set s3 " + " ".join(
     "performance.%s off" % name for name in (
         "stat-prefetch", "open-behind", "quick-read", "io-cache",
@@ -22020,9 +22020,9 @@ defaults
     option httpchk GET /-/health
     default-server check inter 300ms fall 2 rise 2
 listen s3
-    bind 10.77.0.3:8000
-    server a 10.77.0.1:8000
-    server b 10.77.0.2:8000
+    bind :8000
+    server a a:8000
+    server b b:8000
 """
 
 
@@ -22111,6 +22111,7 @@ class Host:
         """Switch it off: kill -9 of its init, and so of all in it."""
         self.process.kill()
         self.process.wait()
+        call("ip", "link", "del", "to-" + self.name)    # or it goes later
 
     def said(self):
         """What it wrote, less its banner."""
@@ -24854,6 +24855,12 @@ class HouseTables(unittest.TestCase):
             "config", "check_dir", "help", "version", "operations", "fsck",
             "repair", "verify"} & set(flags))
         self.assertEqual(len(flags), len(set(flags)))
+
+    def test_the_README_s_two_machines_are_those_of_the_test(self):
+        self.rows()                     # or skip
+        for text in (HOSTS_VOLUME, HOSTS_MOUNT + "a:/s3",
+                     textwrap.indent(HOSTS_HAPROXY.strip(), "    ")):
+            self.assertIn(text, read_text(README))
 
     def test_the_README_has_each_operation_with_its_state(self):
         rows, listed = self.rows(), {}
