@@ -22103,6 +22103,9 @@ class Host:
         if not wait_for(lambda: os.readlink(space % self.process.pid)
                         != os.readlink(space % "self")):
             raise HostsError("no namespace for " + self.name)
+        # that of a network that the kernel has not cleared away yet
+        subprocess.call(["ip", "link", "del", link],
+                        stderr=subprocess.DEVNULL)
         call("ip", "link", "add", link, "type", "veth", "peer", "name",
              "eth0", "netns", str(self.process.pid))
         call("ip", "link", "set", link, "master", "bridge", "up")
@@ -22111,7 +22114,6 @@ class Host:
         """Switch it off: kill -9 of its init, and so of all in it."""
         self.process.kill()
         self.process.wait()
-        call("ip", "link", "del", "to-" + self.name)    # or it goes later
 
     def said(self):
         """What it wrote, less its banner."""
