@@ -27807,6 +27807,8 @@ class Soak:
         left += [name for name in os.listdir(store.dir_buckets)
                  if name not in SOAK_BUCKETS
                  and name != ".gos3rve-keys.json"]
+        gos3rve.Checker(store, lambda *found: left.append(found), False,
+                        True).run()
         if left:
             raise SoakError("left after a sweep: %s" % left[:20])
 
