@@ -27262,6 +27262,8 @@ NO_LOCKS = """
 import contextlib
 gos3rve.Bucket.lock = lambda self, *keys: contextlib.nullcontext()
 """
+# One as on a file system without extended attributes
+NO_XATTRS = "gos3rve._HAVE_XATTR = False\n"
 
 
 class SoakError(Exception):
@@ -27497,7 +27499,7 @@ class Soak:
 
     def start(self, port=0):
         """A server on the directory."""
-        patch = self.options.patch or ""
+        patch = self.options.patch
         if self.options.torment:
             patch += FAILING_CALLS % os.path.join(self.directory, "fail")
         return ServerProcess(
@@ -27799,7 +27801,8 @@ class Soak:
         for server in self.servers:
             self.tormentor.end(server)
         store = Store(os.path.join(self.directory, "buckets"),
-                      os.path.join(self.directory, "uploads"))
+                      os.path.join(self.directory, "uploads"),
+                      xattrs=not self.options.sidecars)
         store.sweep(60, now=time.time() + 3600)
         left = files_below(store.dir_uploads)
         for bucket in store.list_buckets():
@@ -27813,15 +27816,17 @@ class Soak:
             raise SoakError("left after a sweep: %s" % left[:20])
 
     def _strays(self, bucket):
-        """The files of a bucket that belong to no object."""
+        """The files of a bucket that belong to no object; of the sidecars
+        -fsck knows."""
         keys = {key for (name, key), value in self.values.items()
                 if name == bucket.name and value}
         odd = {os.path.join(gos3rve.STATE, "odd", gos3rve.odd_name(key))
                for key in keys}
-        locks = os.path.join(gos3rve.STATE, "locks", "")
+        locks, sidecars = (os.path.join(gos3rve.STATE, name, "")
+                           for name in ("locks", "meta"))
         found = [path for path in files_below(bucket.root)
                  if path not in keys and path not in odd
-                 and not path.startswith(locks)
+                 and not path.startswith((locks, sidecars))
                  and path != os.path.join(gos3rve.STATE, "bucket.json")]
         for name in os.listdir(os.path.join(bucket.root, locks)):
             with open(os.path.join(bucket.root, locks, name)) as file:
@@ -27849,6 +27854,8 @@ def soak_options(argv):
         "dead")
     add("--linearize", type=int, metavar="OPERATIONS", help="so many, at "
         "full speed and without torment")
+    add("--sidecars", action="store_true", help="as where there are no "
+        "extended attributes")
     add("--broken", action="store_true", help="with servers whose locks "
         "lock nothing: this has to fail")
     add("--processes", type=int, default=4, help="of clients")
@@ -27858,7 +27865,7 @@ def soak_options(argv):
     add("--json", help="write the figures into this file, too")
     options = parser.parse_args(argv)
     options.torment = not options.linearize
-    options.patch = NO_LOCKS if options.broken else None
+    options.patch = NO_LOCKS * options.broken + NO_XATTRS * options.sidecars
     options.buckets = ["plain"] if options.linearize else list(SOAK_BUCKETS)
     options.most, options.sizes = math.inf, SOAK_SIZES
     if options.linearize:
