@@ -3131,6 +3131,7 @@ _HAVE_DIR_FD = (os.open in os.supports_dir_fd
                 and os.mkdir in os.supports_dir_fd
                 and hasattr(os, "O_DIRECTORY"))
 _HAVE_UTIME_FD = os.utime in os.supports_fd
+_HAVE_SCANDIR_FD = os.scandir in os.supports_fd
 _HAVE_XATTR = hasattr(os, "getxattr")
 _OPEN_READ = (os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
               | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
@@ -3161,6 +3162,9 @@ _WINDOWS_BAD = re.compile(
 def storage_error(error):
     """The S3Error to answer for an OSError of this room."""
     code = error.errno
+    if isinstance(error, LeadsOut):
+        return S3Error("AccessDenied", "The key leads out of the bucket "
+                       "through a symbolic link")
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return S3Error("InsufficientStorage")
     if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP):
@@ -3795,10 +3799,10 @@ def _is_there(path):
     return os.access(path, os.F_OK)
 
 
-def _is_surely_there(path):
+def _is_surely_there(path, dir_fd=None):
     """The same, where an error must not pass for a no."""
     try:
-        os.stat(path)
+        os.stat(path, dir_fd=dir_fd)
     except _ABSENT:
         return False
     return True
@@ -4102,10 +4106,31 @@ class Bucket:
 
     def resolve_inside(self, path):
         """The real path of a symlink that may be followed, or None."""
-        real = os.path.realpath(path)
+        try:
+            real = os.path.realpath(path)
+        except OSError:                 # it changes just now
+            return None
         return real if self._is_inside(real) else None
 
     # reading
+
+    @contextlib.contextmanager
+    def scan(self, path, stamp):
+        """As os.scandir(), of a directory that is proved to be inside and
+        the one of that _stamp(); or one of _ABSENT."""
+        if not _HAVE_SCANDIR_FD:
+            with os.scandir(path) as found:
+                yield found
+            return
+        fd = os.open(path, _OPEN_DIRECTORY)
+        try:
+            self._check_inside(fd, path)
+            if _stamp(os.fstat(fd))[:2] != stamp[:2]:
+                raise FileNotFoundError(errno.ENOENT, "replaced", path)
+            with os.scandir(fd) as found:
+                yield found
+        finally:
+            os.close(fd)
 
     def _open_path(self, path):
         """(fd, status) of a regular file, or one of _ABSENT."""
@@ -4190,17 +4215,14 @@ class Bucket:
         close_fd(found[1])
         return found[0]
 
-    def look_once(self, key, path=None):
-        """(As find(), status), for listings: by path, without opening the
-        file.  status is lstat's of the file when nothing else but a new
-        name in meta/ could make it another Info, else None.  path: the
-        natural one where it is known to be that."""
+    def look_once(self, key, status, path=None):
+        """(As find(), status), for listings: without opening the file.
+        status: lstat's of the natural path, or None; given back when
+        nothing else but a new name in meta/ could make it another Info.
+        path: the natural one where it is known to be that."""
         path = path or self._path(key)
-        try:
-            status = path and os.lstat(path)
-        except OSError:
-            status = None
-        if status is None or not stat.S_ISREG(status.st_mode):
+        if path is None or status is None \
+                or not stat.S_ISREG(status.st_mode):
             return self.find(key), None
         try:
             record, alone = self._find_record(path, status, key)
@@ -4425,26 +4447,42 @@ class Bucket:
             raise
         return fd, name
 
+    @contextlib.contextmanager
+    def _at(self, key, path):
+        """(dir_fd, name) of a key's file at `path`, natural or under odd/.
+        """
+        if path == self._odd_path(key):
+            yield None, path
+            return
+        fd, name = self._place(key)
+        try:
+            yield fd, name
+        finally:
+            close_fd(fd)
+
     def _sync_place(self, fd):
         """Make a change in a _place() durable."""
         if self._sync and fd is not None:
             sync_file(fd)
 
     def _make_directories(self, parent):
-        """mkdir -p below the root, no step of it leading out."""
-        path, done = self.root, ""
+        """mkdir -p below the root, no step of it leading out: each is made
+        in the place that was proved to be inside."""
+        done = ""
         for segment in parent.split("/") if parent else ():
-            above, path = path, os.path.join(path, segment)
             done = done + "/" + segment if done else segment
+            path = self._root_slash + done
+            fd, name = self._place(done)
             try:
-                os.mkdir(path)
-                if self._sync:
-                    sync_directory(above)
+                os.mkdir(name, dir_fd=fd)
+                self._sync_place(fd)
             except FileExistsError:
                 if self.resolve_inside(path) is None:
                     raise LeadsOut(errno.ENOENT, "leads out", path) from None
                 if not os.path.isdir(path):
                     raise InTheWay(done) from None
+            finally:
+                close_fd(fd)
 
     def publish(self, draft, key, record):
         """Make a sealed draft the object `key`, by one rename."""
@@ -4474,27 +4512,29 @@ class Bucket:
                 return found[1].st_ino
         return None
 
-    def _move(self, source, key):
-        """Rename a file of this file system to where `key` lies."""
+    def _move(self, source, key, source_fd=None):
+        """Rename a file of this file system, a path or a _place(), to where
+        `key` lies."""
         path = self._path(key)
-        if path is not None and self._move_natural(source, key, path):
+        if path is not None and self._move_natural(source, key, path,
+                                                   source_fd):
             if self._is_odd(key) and _unlink(self._odd_path(key)) \
                     and self._sync:
                 sync_directory(self._odd)
             return
         odd = self._odd_path(key)
         try:
-            os.replace(source, odd)
+            os.replace(source, odd, src_dir_fd=source_fd)
         except FileNotFoundError:
             self._make_state("odd")
-            os.replace(source, odd)
+            os.replace(source, odd, src_dir_fd=source_fd)
         if self._sync:
             sync_directory(self._odd)
         if key[-1] == "/" and is_natural(key[:-1]):
             with contextlib.suppress(OSError, InTheWay, S3Error):
                 self._make_directories(key[:-1])
 
-    def _move_natural(self, source, key, path):
+    def _move_natural(self, source, key, path, source_fd):
         """Rename to the natural path; False when a directory is there."""
         for _ in range(MAX_RETRIES):
             try:
@@ -4502,7 +4542,8 @@ class Bucket:
                     return False        # a link's too: keys lie behind it
                 fd, name = self._place(key, make=True)
                 try:
-                    os.replace(source, name, dst_dir_fd=fd)
+                    os.replace(source, name, src_dir_fd=source_fd,
+                               dst_dir_fd=fd)
                     self._sync_place(fd)
                 finally:
                     close_fd(fd)
@@ -4513,13 +4554,12 @@ class Bucket:
                 if os.path.isdir(path):
                     return False
                 raise
-            except LeadsOut:
-                raise S3Error("AccessDenied", "The key leads out of the "
-                              "bucket through a symbolic link") from None
+            except LeadsOut as error:
+                raise storage_error(error) from None
             except (FileNotFoundError, NotADirectoryError):
                 # a delete next to us pruned the directory, and a file may
                 # have taken its place: make it again
-                if not _is_surely_there(source):
+                if not _is_surely_there(source, source_fd):
                     raise S3Error("NoSuchBucket",
                                   BucketName=self.name) from None
             except OSError as error:
@@ -4554,7 +4594,8 @@ class Bucket:
                               "stands in the way of this key")
             return
         self._make_state("odd")
-        os.replace(path, self._odd_path(key))
+        with self._at(key, path) as (place, name):
+            os.replace(name, self._odd_path(key), src_dir_fd=place)
         if self._sync:                  # before anything takes its place
             sync_directory(self._odd)
 
@@ -4629,15 +4670,25 @@ class Bucket:
         while parent and is_natural(parent):
             if self._is_odd(parent + "/"):
                 return
-            path = os.path.join(self.root, parent)
-            try:
-                os.rmdir(path)
-            except OSError:
+            if not self._remove_directory(parent):
                 return
-            if self._sync:
-                with contextlib.suppress(*_ABSENT):     # pruned, too
-                    sync_directory(os.path.dirname(path))
             parent = parent.rpartition("/")[0]
+
+    def _remove_directory(self, key):
+        """Remove a directory when it is empty; True when it was."""
+        try:
+            fd, name = self._place(key)
+        except OSError:
+            return False
+        try:
+            try:
+                os.rmdir(name, dir_fd=fd)
+            except OSError:
+                return False
+            self._sync_place(fd)
+            return True
+        finally:
+            close_fd(fd)
 
     def rename(self, source, key):
         """Make the object `source` the object `key`, by one rename."""
@@ -4655,9 +4706,11 @@ class Bucket:
             close_fd(fd)
         if path != self._odd_path(source):
             self._drop_twin(source)
-        self._move(path, key)
-        if self._sync:
-            sync_directory(os.path.dirname(path))
+        with self._at(source, path) as (place, name):
+            self._move(name, key, place)
+            if place is None and self._sync:
+                sync_directory(os.path.dirname(path))
+            self._sync_place(place)
         if renamed:
             self._drop_sidecar(source, status.st_ino)
         if replaced is not None:
@@ -4887,13 +4940,28 @@ class Bucket:
                 name = _version_stamp(min(
                     status.st_mtime_ns, time.time_ns()), names) + name
             target = name and os.path.join(directory, name)
-            if name and not _link(path, target):
+            if name and not self._link(key, path, target):
                 self._copy_version(fd, status, key, record, target)
         finally:
             close_fd(fd)
         if self._sync:
             sync_directory(directory)
         return sorted(names + [name]) if name else names
+
+    def _link(self, key, path, target):
+        """Make a hard link of a key's file; False where there can be none.
+        One of a symlink would lead elsewhere from its new place."""
+        if _is_link(path):
+            return False
+        try:
+            with self._at(key, path) as (fd, name):
+                os.link(name, target, src_dir_fd=fd,
+                        follow_symlinks=fd is None)
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            return False
+        return True
 
     def _copy_version(self, fd, status, key, record, target):
         """Copy a version, its time and record with it, to `target`."""
@@ -5221,20 +5289,6 @@ _NO_LINK = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP,
             errno.ENOSYS, errno.EMLINK)
 
 
-def _link(path, target):
-    """Make a hard link; False where there can be none.  One of a symlink
-    would lead elsewhere from its new place."""
-    if _is_link(path):
-        return False
-    try:
-        os.link(path, target)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        return False
-    return True
-
-
 def _change_mode(fd, mode):
     if hasattr(os, "fchmod"):           # not on Windows before 3.13
         with contextlib.suppress(OSError):      # somebody else's file
@@ -5421,6 +5475,7 @@ class ListedCache:
         self._lock = threading.Lock()
         self._used = []                 # the dicts that have anything in them
 
+    @contextlib.contextmanager
     def looker(self, bucket, show, natural=False):
         """look(key) -> Listed, or None for a key that is gone; for one
         page.  show(info): depends on the Info only.  natural: True when
@@ -5429,6 +5484,10 @@ class ListedCache:
         A key that is known costs one lstat, which is half the time that it
         takes in all; to read and show it anew takes five times as long.
         """
+        with contextlib.closing(Looker(bucket)) as looker:
+            yield self._look(bucket, show, natural, looker.status)
+
+    def _look(self, bucket, show, natural, status_of):
         now_ns = time.time_ns()
         stamp = bucket.sidecars_stamp(now_ns)
         known = {}
@@ -5437,21 +5496,18 @@ class ListedCache:
             if found is None or found[0] != stamp:
                 found = bucket.listed[show] = stamp, known
             known = found[1]
-        lstat, root = os.lstat, bucket._root_slash
+        root = bucket._root_slash
 
         def look(key):
-            listed = known.get(key)
-            if listed is not None:
-                try:
-                    status = lstat(root + key)
-                    if (status.st_ctime_ns == listed.ctime_ns
-                            and status.st_ino == listed.inode
-                            and status.st_mtime_ns == listed.mtime_ns
-                            and status.st_size == listed.size):
-                        return listed
-                except OSError:
-                    pass
-            info, status = bucket.look_once(key, natural and root + key)
+            listed, status = known.get(key), status_of(key)
+            if (listed is not None and status is not None
+                    and status.st_ctime_ns == listed.ctime_ns
+                    and status.st_ino == listed.inode
+                    and status.st_mtime_ns == listed.mtime_ns
+                    and status.st_size == listed.size):
+                return listed
+            info, status = bucket.look_once(
+                key, status, natural and root + key)
             if info is None:
                 return None
             listed = Listed(key, show(info), status)
@@ -5471,6 +5527,34 @@ class ListedCache:
                     self._used.append(known)
                 known[listed.key] = listed
             self._offered += 1
+
+
+class Looker:
+    """lstat for a page of keys, in a directory that is proved to be inside
+    of the bucket and kept open until the next key lies in another one."""
+
+    def __init__(self, bucket):
+        self._bucket, self._root = bucket, bucket._root_slash
+        self._parent = self._fd = None
+
+    def status(self, key):
+        """The status of the file at a key's natural path, or None."""
+        parent, _, name = key.rpartition("/")
+        try:
+            if not parent:
+                return os.lstat(self._root + key)
+            if parent != self._parent:
+                self.close()
+                self._fd, _ = self._bucket._place(key)
+                self._parent = parent
+            return os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        except (OSError, ValueError):   # no such path; none can have a NUL
+            return None
+
+    def close(self):
+        """Close the directory."""
+        close_fd(self._fd)
+        self._parent = self._fd = None
 
 
 class CommonPrefix(NamedTuple):
@@ -5706,7 +5790,7 @@ class Walker:
         """Read a directory of objects: files, directories and symlinks to
         such; nothing else in it can be an object."""
         entries, links = [], []
-        with os.scandir(path) as found:
+        with self._bucket.scan(path, stamp) as found:
             for entry in found:
                 name = entry.name
                 if not name.isascii() and not _is_utf8(name):
@@ -5717,7 +5801,8 @@ class Walker:
                     entries.append(name)        # as nearly all are
                     continue
                 if entry.is_symlink():
-                    if self._bucket.resolve_inside(entry.path) is None:
+                    if self._bucket.resolve_inside(
+                            os.path.join(path, name)) is None:
                         continue
                     links.append(name + "/")
                 try:
@@ -6292,10 +6377,11 @@ class Store:
         may depend on the Info only.
         """
         def walk(walker):
-            page = collect_page(
-                functools.partial(walker.keys, prefix),
-                self._listed.looker(bucket, show, not walker.odd_keys()),
-                prefix, delimiter, after, limit, skip)
+            with self._listed.looker(
+                    bucket, show, not walker.odd_keys()) as look:
+                page = collect_page(
+                    functools.partial(walker.keys, prefix), look, prefix,
+                    delimiter, after, limit, skip)
             return page, page.entries[-1].key if page.truncated else None
         return self._whole_page(bucket, walk, prefix, skip + "\U0010ffff"
                                 if skip else after)

@@ -2777,6 +2777,13 @@ def open_and_read(path):
         return file.read()
 
 
+def scanned(path):
+    """The path of what os.scandir() was given, which may be a descriptor.
+    """
+    return os.readlink("/proc/self/fd/%d" % path) \
+        if isinstance(path, int) else os.fsdecode(path)
+
+
 def files_below(path):
     """The files of a tree, by their relative paths, links not followed."""
     return sorted(os.path.relpath(os.path.join(at, name), path)
@@ -3692,6 +3699,128 @@ class Strangers(StorageCase):
         self.assertEqual(self.keys(), [path + "/" + "f" * 19, "real/x"])
 
 
+@unittest.skipUnless(sys.platform.startswith("linux"), "needs /proc")
+class SwappedDirectories(StorageCase):
+    """Between any two calls of a request somebody puts a symlink that
+    leads out in the place of a directory, and perhaps takes it away again:
+    nothing outside is read, listed, moved, made or removed."""
+
+    NAMES = ("open", "stat", "lstat", "access", "mkdir", "rmdir", "replace",
+             "link", "unlink", "readlink", "scandir", "getxattr")
+
+    def setUp(self):
+        super().setUp()
+        self.outside = os.path.join(self.directory, "outside")
+        self.fresh()
+
+    def fresh(self):
+        """The same on both sides: d/x and an empty d/e; d/y outside."""
+        shutil.rmtree(self.outside, ignore_errors=True)
+        for name in os.listdir(self.path()):
+            target = self.path(name)
+            if os.path.islink(target) or os.path.isfile(target):
+                os.unlink(target)
+            elif name != gos3rve.STATE:
+                shutil.rmtree(target)
+        for name in ("odd", "versions"):
+            shutil.rmtree(self.path(gos3rve.STATE, name), ignore_errors=True)
+        for top, data in ((self.path("d"), b"inside"),
+                          (self.outside, b"of somebody else")):
+            by_hand(os.path.join(top, "x"), data)
+            os.mkdir(os.path.join(top, "e"))
+        by_hand(os.path.join(self.outside, "y"), b"of somebody else")
+        os.symlink(self.outside, self.path("link"))
+
+    def swap(self):
+        """Exchange the directory and the link."""
+        for source, target in (("d", "other"), ("link", "d"),
+                               ("other", "link")):
+            os.rename(self.path(source), self.path(target))
+
+    def swapped(self, act, points):
+        """act() while the two are swapped before the calls of these
+        numbers; how many calls there were."""
+        calls = []
+
+        def wrap(real):
+            def call(*args, **named):
+                calls.append(real.__name__)
+                if len(calls) in points:
+                    self.swap()
+                return real(*args, **named)
+            return call
+        with contextlib.ExitStack() as stack:
+            for name in self.NAMES:
+                stack.enter_context(mock.patch.object(
+                    os, name, wrap(getattr(os, name))))
+            with contextlib.suppress(S3Error, OSError):
+                act()
+        return len(calls)
+
+    def state(self):
+        """What lies outside, and the times of all of it."""
+        return sorted((path, os.stat(path).st_mtime_ns,
+                       os.stat(path).st_ino, os.stat(path).st_nlink)
+                      for base, dirs, files in os.walk(self.outside)
+                      for path in [base] + [os.path.join(base, name)
+                                            for name in dirs + files])
+
+    def told(self):
+        """All that the bucket tells, the swap undone."""
+        if os.path.islink(self.path("d")):
+            self.swap()
+        found = []
+        for infos in self.store.each_key(self.bucket):
+            for info in infos:
+                _, fd = self.bucket.open_version(info.key, info.version_id)
+                with os.fdopen(fd, "rb") as file:
+                    found.append(file.read())
+        return found
+
+    def everywhere(self, act):
+        """act(), swapped at every point; for good or for a few calls."""
+        for back in (False, True):
+            for first in range(1, 200):
+                points = {first} | {first + 1 + first % 3} if back \
+                    else {first}
+                before = self.state()
+                with self.subTest(points=points):
+                    count = self.swapped(act, points)
+                    self.assertNotIn(b"of somebody else", self.told())
+                    self.assertEqual(self.state(), before)
+                    self.fresh()
+                if count < first:
+                    break
+
+    def read_one(self):
+        self.assertNotEqual(self.read("d/x")[1], b"of somebody else")
+
+    def list_all(self):
+        for prefix in ("", "d/"):
+            for entry in self.page(prefix=prefix):
+                if entry.key.startswith("d/"):
+                    self.assertEqual((entry.key, entry.size), ("d/x", 6))
+
+    def test_nothing_outside_is_touched(self):
+        for act in (self.read_one, self.list_all,
+                    lambda: self.put("d/x", b"2"),
+                    lambda: self.put("d/new/er/z", b"2"),
+                    lambda: self.put("d/x/deeper", b"2"),
+                    lambda: self.rename("d/x", "r"),
+                    lambda: self.rename("d/x", "odd//"),
+                    lambda: self.delete("d/x"),
+                    lambda: (self.put("d/e/z", b"2"),
+                             self.delete("d/e/z"))):
+            self.everywhere(act)
+
+    def test_nor_for_a_version(self):
+        self.store.update_bucket(self.bucket, lambda config: config.update(
+            versioning="Enabled"))
+        for act in (lambda: self.put("d/x", b"2"),
+                    lambda: self.delete("d/x")):
+            self.everywhere(act)
+
+
 class StrangersWithSidecars(Strangers):
     """The same where the file system has no extended attributes."""
 
@@ -3825,7 +3954,7 @@ class Listing(StorageCase):
         seen, real = [], os.scandir
 
         def scandir(path="."):
-            seen.append(os.path.relpath(os.fsdecode(path), self.path()))
+            seen.append(os.path.relpath(scanned(path), self.path()))
             return real(path)
         with mock.patch.object(os, "scandir", scandir):
             self.keys(**query)
@@ -3860,7 +3989,7 @@ class Listing(StorageCase):
         real = os.scandir
 
         def scandir(path="."):
-            if os.path.basename(os.path.normpath(path)) == "a":
+            if os.path.basename(os.path.normpath(scanned(path))) == "a":
                 raise OSError(errno.EMFILE, "Too many open files")
             return real(path)
         with mock.patch.object(os, "scandir", scandir):
@@ -4001,9 +4130,9 @@ class KnownFiles(StorageCase):
         """The keys that another listing does not know any more."""
         keys, real = [], gos3rve.Bucket.look_once
 
-        def look_once(bucket, key, path=None):
+        def look_once(bucket, key, status, path=None):
             keys.append(key)
-            return real(bucket, key, path)
+            return real(bucket, key, status, path)
         with mock.patch.object(gos3rve.Bucket, "look_once", look_once):
             self.seen()
         return keys
