@@ -3177,9 +3177,17 @@ def storage_error(error):
 
 # --- keys and paths ---
 
-# No segment that starts with a dot or could be too long: nearly every key
+# A file name that no key leads to: STATE and whatever else some file system
+# takes for it.  Case (ext4's casefold has the long s), characters that are
+# ignored (HFS+, CVE-2014-9390; here all that are not ASCII), and the short
+# names of VFAT and NTFS, six letters or two and a hash.
+_RESERVED = re.compile(
+    "[^\0-\x7f]*".join(("", r"\.", "g", "o", "[s\u017f]", "3", "r", "v", "e"))
+    + r"|go(?:s3rv|[0-9a-f]{4})~\d", re.IGNORECASE)
+# No segment that may be such a name or could be too long: nearly every key
 _PLAINLY_NATURAL = re.compile(
-    r"(?:[^./\0][^/\0]{,62}/)*[^./\0][^/\0]{,62}\Z")
+    r"(?:S[^/\0]{,62}/)*S[^/\0]{,62}\Z".replace(
+        "S", r"(?![^\0-\x7f]*\.|[Gg][Oo][^/]{4}~)[^/\0]"))
 
 
 def is_natural(key):
@@ -3202,7 +3210,7 @@ def is_natural(key):
 def is_reserved(name):
     """True for a file name that no key leads to, in any directory: what is
     one bucket's state may lie far below another bucket."""
-    return name[0] == "." and name[:len(STATE)].lower() == STATE
+    return bool(_RESERVED.match(name))
 
 
 def odd_name(key):
@@ -4084,7 +4092,7 @@ class Bucket:
             real = real[len(self._real_slash):]
         elif not self._follow:
             return False
-        return os.sep + STATE not in os.sep + real.lower()
+        return not any(map(is_reserved, filter(None, real.split(os.sep))))
 
     def _check_inside(self, fd, path):
         """Raise FileNotFoundError when an open file lies elsewhere.
@@ -6127,9 +6135,21 @@ class Store:
         identity = status.st_dev, status.st_ino
         bucket = self._buckets.get(name)
         if bucket is None or bucket.identity != identity:
+            if name not in self.mapped and self._is_misspelt(name, identity):
+                raise S3Error("NoSuchBucket", BucketName=name)
             bucket = Bucket(name, root, self, identity)
             self._buckets[name] = bucket
         return bucket
+
+    def _is_misspelt(self, name, identity):
+        """True for the name of a bucket in another case, on a file system
+        that finds it all the same: policies would not."""
+        try:
+            status = os.stat(os.path.join(self.dir_buckets, name.swapcase()))
+        except OSError:
+            return False
+        return identity == (status.st_dev, status.st_ino) \
+            and name not in os.listdir(self.dir_buckets)
 
     def list_buckets(self):
         """Every Bucket, by name."""

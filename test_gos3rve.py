@@ -2716,13 +2716,18 @@ ODD_KEYS = ("..", ".", "../../etc/passwd", "a/../b", "a/./b", "./a", "a//b",
             "d/" + "s" * 256, "\u00e9" * 512, "x\0y", "\0", ".gos3rve",
             ".gos3rvex", "x/.gos3rve/y", "x/.GOS3RVE-keys.json",
             ".gos3rve/x", ".gos3rve/bucket.json", ".gos3rve/locks/00",
-            ".GOS3RVE/x", "q" * 1023 + "/", "\U0001f600" * 250 + "//")
+            ".GOS3RVE/x", "q" * 1023 + "/", "\U0001f600" * 250 + "//",
+            # other spellings of it, to HFS+, ext4's casefold, VFAT, NTFS
+            ".go\u017f3rve/locks/00", ".g\u200cos3rve/x", "\ufeff.gos3rve",
+            "x/.GO\u017f\u200d3rvE-k", ".gos3rv\u200be",
+            "GOS3RV~1/bucket.json", "d/gos3rv~12.JSO", "go0A9f~4/x")
 NATURAL_KEYS = ("a", "b/c", "a%2Fb", "%00", "%", "+", "a b", " ", "~",
                 "'quoted'", '"quoted"', "&<>", "\\", "a\nb", "\x01", "\x7f",
                 "\U0001f600", "caf\u00e9", "cafe\u0301", "\ufffe", "...",
                 "..a", ".hidden", ".gos3rv/e", "x/gos3rve/y", "*?[]", LONG,
                 "n" * 255, "\u00e9" * 127, "deep/" * 200 + "x", "k%2Fx",
-                "con", "nul.txt", "-rf", "\U0010ffff", "\ue000")
+                "con", "nul.txt", "-rf", "\U0010ffff", "\ue000", "gos3rv~",
+                "gone~1", "x~1", "\u0433os3rve", "a.gos3rve", "\u00e9.g")
 
 
 def has_xattrs(directory):
@@ -5651,6 +5656,16 @@ class Buckets(StorageCase):
             with self.assertRaises((OSError, S3Error)):
                 self.store.delete_bucket(self.bucket)
         self.assertTrue(os.path.exists(self.path("d", "f")))
+
+    @unittest.skipIf(os.name == "nt", "needs symlinks")
+    def test_name_in_another_case_is_no_bucket(self):
+        os.symlink("box", os.path.join(self.buckets, "BOX"))
+        self.restart()
+        self.store.bucket("BOX")        # the operator's link
+        with mock.patch.object(os, "listdir", lambda path: ["box"]):
+            self.restart()              # a file system without case
+            self.assert_refused("NoSuchBucket", self.store.bucket, "BOX")
+            self.store.bucket("box")
 
     def test_uploads_go_with_their_bucket(self):
         upload_id = self.store.create_upload(self.bucket, "k", {})
