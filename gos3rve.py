@@ -994,8 +994,9 @@ STREAMING_SIGNED = ("STREAMING-AWS4-HMAC-SHA256-PAYLOAD",
 STREAMING_UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 _HEX_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
-# botocore's HmacV1Auth.QSAOfInterest: what SigV2 signs of a query
-_V2_SIGNED = frozenset((
+# botocore's HmacV1Auth.QSAOfInterest: what SigV2 signs of a query.  Room 8
+# adds what else selects an operation: a URL for one must not do for another.
+V2_SIGNED = {
     "accelerate", "acl", "analytics", "cors", "defaultObjectAcl", "delete",
     "inventory", "lifecycle", "location", "logging", "metrics",
     "notification", "object-lock", "partNumber", "policy", "replication",
@@ -1004,7 +1005,7 @@ _V2_SIGNED = frozenset((
     "response-content-language", "response-content-type",
     "response-expires", "restore", "select", "select-type", "storageClass",
     "tagging", "torrent", "uploadId", "uploads", "versionId", "versioning",
-    "versions", "website"))
+    "versions", "website"}
 
 
 class Session(NamedTuple):
@@ -1440,6 +1441,8 @@ def _v4_query(request, expected):
                           "requires the X-Amz-Algorithm, X-Amz-Credential, "
                           "X-Amz-Signature, X-Amz-Date, X-Amz-SignedHeaders,"
                           " and X-Amz-Expires parameters.")
+    if [name for name, _ in request.pairs].count("X-Amz-Signature") > 1:
+        raise S3Error(code, "X-Amz-Signature came more than once")
     if query["X-Amz-Algorithm"] != V4:
         raise S3Error(code, "X-Amz-Algorithm only supports "
                       "\"AWS4-HMAC-SHA256\"")
@@ -1566,7 +1569,7 @@ def _v2_resources(request):
     path, query = request.raw_path, ""
     if request.host_bucket:
         path = "/%s%s" % (request.host_bucket, path)
-    signed = sorted(p for p in request.pairs if p[0] in _V2_SIGNED)
+    signed = sorted(p for p in request.pairs if p[0] in V2_SIGNED)
     if signed:
         query = "?" + "&".join(
             "%s=%s" % pair if pair[1] else pair[0]
@@ -10628,6 +10631,7 @@ def add_operation(row):
     OPERATIONS[row.name] = row
     if row.subresource:
         SUBRESOURCES.add(row.subresource)
+        V2_SIGNED.add(row.subresource)
     rows = _ROUTES.setdefault((row.method, row.level, row.subresource), [])
     rows.insert(0 if row.when else len(rows), row)
 
@@ -10726,15 +10730,23 @@ def respond(request):
     check_undone(request.headers)
     request.body = open_body(request.frame, request.headers, identity,
                              row.name not in _OBJECT_CHECKSUMS)
-    if request.body.length == 0 and len(identity.payload) == 64 \
-            and identity.payload != EMPTY_SHA256:
-        request.body.read_all()         # an empty body is not free to lie
+    _check_emptiness(request.body.length, identity.payload)
     try:
         return as_response(row.function(request), row.status)
     except S3Error as error:
         if error.code == "NoSuchKey" and row.method in ("GET", "HEAD"):
             _hide_missing(request)
         raise
+
+
+def _check_emptiness(length, payload):
+    """XAmzContentSHA256Mismatch for a body that is empty and was signed as
+    another, or the other way round: many operations read none."""
+    if len(payload) == 64 and length is not None \
+            and (length == 0) != (payload == EMPTY_SHA256):
+        more = {} if length else {"S3ComputedContentSHA256": EMPTY_SHA256}
+        raise S3Error("XAmzContentSHA256Mismatch",
+                      ClientComputedContentSHA256=payload, **more)
 
 
 def signing_hosts(request):

@@ -18799,6 +18799,409 @@ class PublicUrlRequests(OperationCase):
                          "https://files.example.test/box/u")
 
 
+class Wanted(NamedTuple):
+    """A request before it is signed; query: pairs.  code: what others than
+    the owner are answered with a good signature, None when they may."""
+    method: str
+    path: str
+    query: tuple
+    headers: dict
+    body: bytes = b""
+    service: str = "s3"
+    code: Optional[str] = "AccessDenied"
+
+
+class NobodyIn(unittest.TestCase):
+    """Every operation of the table, asked for in every way that must not
+    work: the code of the refusal, and nothing changes on the disk.  Without
+    a socket: some 6,000 requests."""
+
+    DELETE = b"<Delete><Object><Key>k</Key></Object></Delete>"
+    # what an operation needs that its row does not say
+    QUERY = {"uploadId": "UploadPart ListParts CompleteMultipartUpload "
+                         "AbortMultipartUpload UploadPartCopy",
+             "partNumber": "UploadPart UploadPartCopy",
+             "tagKeys": "UntagResource"}
+    HEADERS = {"content-md5": (digest64("md5", DELETE), "DeleteObjects"),
+               "x-amz-rename-source": ("/box/k", "RenameObject"),
+               "x-amz-object-attributes": ("ETag", "GetObjectAttributes"),
+               "x-amz-acl": ("private", "PutBucketAcl PutObjectAcl")}
+    DOCUMENTS = {
+        "PutObject": "data", "UploadPart": "data",
+        "DeleteObjects": DELETE.decode(),
+        "PutObjectTagging": "<Tagging><TagSet/></Tagging>",
+        "PutBucketVersioning": "<VersioningConfiguration><Status>Enabled"
+                               "</Status></VersioningConfiguration>",
+        "PutBucketPolicy": '{"Statement":[]}'}
+    # Anybody with an account may, or it is refused by name to everybody
+    OPEN = ("ListBuckets", "ListDirectoryBuckets", "GetCallerIdentity",
+            "GetSessionToken")
+    # There a form is signed, and not the request: FormSignatures
+    FORM = "PostObject"
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = gos3rve.serve(
+            buckets=["box"], region="us-east-1", users=[
+                {"key_id": "BOBKEY", "key_val": "bobs",
+                 "user_id": "222233334444"}], user_id="111122223333")
+        cls.service = cls.server.server.service
+        cls.now = time.time()
+        cls.alice = Client("http://s3.test", cls.server.key_id,
+                           cls.server.key_val)
+        cls.bob = Client("http://s3.test", "BOBKEY", "bobs")
+        cls.session, cls.other_session, cls.old_session = [
+            cls.session_of(seconds) for seconds in (900, 900, -1)]
+        root = os.path.join(cls.server.dir_buckets, "box")
+        by_hand(os.path.join(root, "k"), b"x")
+        by_hand(os.path.join(root, "other"), b"y")
+        bucket = cls.service.store.bucket("box")
+        cls.upload_id = cls.service.store.create_upload(bucket, "k", {
+            "owner": "111122223333"})
+        cls.service.store.update_bucket(bucket, lambda config: None)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.server.close(5)
+
+    @classmethod
+    def session_of(cls, seconds):
+        """A Client with credentials for so long."""
+        account = cls.service.accounts.by_key_id[cls.server.key_id]
+        issued, token, _ = gos3rve.issue_session(account, gos3rve.Session(
+            int(cls.now) - 60, int(cls.now) + seconds))
+        return Client("http://s3.test", issued.key_id, issued.secret,
+                      token=token)
+
+    def wanted(self, row):
+        """The Wanted of a row of the table."""
+        body = self.DOCUMENTS.get(row.name, "").encode()
+        if row.level == gos3rve.STS:
+            body = ("Action=%s&Version=2011-06-15" % row.name).encode()
+            return Wanted("POST", "/", (), {
+                "content-type": "application/x-www-form-urlencoded"}, body,
+                "sts", None)
+        path = {"service": "/", "bucket": "/box", "object": "/box/k"}.get(
+            row.level, "/v20180820/tags/arn%3Aaws%3As3%3A%3A%3Abox")
+        query = [(row.subresource, "")] if row.subresource else []
+        headers = {name: value for name, (value, names)
+                   in self.HEADERS.items() if row.name in names.split()}
+        if row.level == gos3rve.CONTROL:
+            headers["x-amz-account-id"] = "111122223333"
+        if row.when and row.when.startswith("x-"):
+            headers[row.when] = "/box/other"
+        elif row.when:
+            query.append((row.when, "2"))
+        values = {"uploadId": self.upload_id, "partNumber": "1",
+                  "tagKeys": "a"}
+        query = [pair for pair in query if pair[0] not in values] + [
+            (name, values[name]) for name, names in self.QUERY.items()
+            if row.name in names.split()]
+        code = None if row.name in self.OPEN else "BucketAlreadyExists" \
+            if row.name == "CreateBucket" else "AccessDenied"
+        return Wanted(row.method, path, tuple(query), headers, body,
+                      code=code)
+
+    # asking
+
+    def ask(self, wanted, headers=None, query=None, **changes):
+        """The code of the answer to a request as it stands; "" for none."""
+        wanted = wanted._replace(**changes)
+        query = wanted.query if query is None else query
+        headers = dict(wanted.headers if headers is None else headers)
+        headers.setdefault("host", "s3.test")
+        headers.setdefault("content-length", str(len(wanted.body)))
+        target = wanted.path + "?" * bool(query) + "&".join(
+            "%s=%s" % (quote(n), quote(v)) for n, v in query)
+        try:
+            response = gos3rve.answer(gos3rve.Request(
+                self.service, wanted.method, target, headers,
+                gos3rve.LengthReader(io.BytesIO(wanted.body),
+                                     len(wanted.body)),
+                self.now, "R" * 16))
+        except S3Error as error:
+            return error.code
+        if response.file is not None:
+            os.close(response.file)
+        code = re.search(b"<Code>(.*?)</Code>", response.body or b"")
+        return code[1].decode() if code else ""
+
+    def signed(self, wanted, client=None, when=None, **changes):
+        """The headers that sign a Wanted, or another one in its place."""
+        wanted = wanted._replace(**changes)
+        client = client or self.alice
+        client.service = wanted.service
+        headers = dict(wanted.headers, host="s3.test")
+        return client.sign(wanted.method, wanted.path, list(wanted.query),
+                           headers, hashlib.sha256(wanted.body).hexdigest(),
+                           when or self.now)
+
+    def presigned(self, wanted, client=None, when=None, **more):
+        """The query pairs of a presigned URL for a Wanted."""
+        client = client or self.alice
+        client.service = wanted.service
+        url = client.presign(
+            wanted.method, urllib.parse.unquote(wanted.path), wanted.query,
+            wanted.headers, when=when or self.now, **more)
+        return urllib.parse.parse_qsl(url.partition("?")[2],
+                                      keep_blank_values=True)
+
+    # what must not work: (what, code, the code that came)
+
+    def header_signatures(self, wanted):
+        """SigV4 in the header, spoilt or moved."""
+        mismatch, good = "SignatureDoesNotMatch", self.signed(wanted)
+        text = good["authorization"]
+        malformed = "AuthorizationHeaderMalformed"
+
+        def with_text(new):
+            return self.ask(wanted, dict(good, authorization=new))
+        yield "last digit", mismatch, with_text(
+            text[:-1] + ("0" if text[-1] != "0" else "1"))
+        yield "no signature", malformed, with_text(
+            text.rpartition(",")[0])
+        yield "empty one", malformed, with_text(
+            text.rpartition("=")[0] + "=")
+        yield "twice as long", mismatch, with_text(text + text[-64:])
+        yield "nobody's key", "InvalidAccessKeyId", with_text(
+            text.replace(self.alice.key_id, "NOBODY"))
+        yield "another's key id", mismatch, with_text(
+            text.replace(self.alice.key_id, "BOBKEY"))
+        for offset in (-86400, -901, 901, 10 ** 8):
+            yield "%d s" % offset, "RequestTimeTooSkewed", self.ask(
+                wanted, self.signed(wanted, when=self.now + offset))
+        day = amz_date(self.now)[:8]
+        for old, new in ((day, "20130524"), ("/us-east-1/", "/mars/"),
+                         ("/%s/" % wanted.service, "/sqs/")):
+            yield new, malformed, with_text(text.replace(old, new))
+        method = "GET" if wanted.method != "GET" else "HEAD"
+        for what, moved in (
+                ("method", {"method": method}),
+                ("path", {"path": wanted.path + "/other"}),
+                ("query", {"query": wanted.query + (("a", "b"),)}),
+                ("no query", {"query": wanted.query[1:]}),
+                ("header", {"headers": dict(wanted.headers,
+                                            range="bytes=0-1")}),
+                ("body", {"body": b"another"})):
+            if what == "no query" and not wanted.query:
+                continue
+            headers = self.signed(wanted, **moved)
+            if what == "header":
+                headers["range"] = "bytes=0-0"
+            yield what, mismatch if what != "body" or wanted.service == \
+                "sts" else ("XAmzContentSHA256Mismatch", "NotImplemented"), \
+                self.ask(wanted, headers)
+        if wanted.service == "s3":
+            yield "a further body", (
+                "XAmzContentSHA256Mismatch", "NotImplemented"), self.ask(
+                    wanted, good, body=wanted.body + b" ")
+        yield "a further header", "AccessDenied", self.ask(
+            wanted, dict(good, **{"x-amz-meta-a": "b"}))
+
+    def presigned_urls(self, wanted):
+        """SigV4 in the query, spoilt or moved."""
+        if wanted.service == "sts":
+            return
+        mismatch, good = "SignatureDoesNotMatch", self.presigned(wanted)
+        code = "AuthorizationQueryParametersError"
+
+        def with_value(name, change):
+            return self.ask(wanted, query=[
+                (n, change(v) if n == name else v) for n, v in good])
+        yield "last digit", mismatch, with_value(
+            "X-Amz-Signature", lambda v: v[:-1] + (
+                "0" if v[-1] != "0" else "1"))
+        yield "longer", mismatch, with_value(
+            "X-Amz-Expires", lambda v: "604800")
+        yield "another date", code, with_value(
+            "X-Amz-Date", lambda v: "20130524T000000Z")
+        yield "later", mismatch, with_value(
+            "X-Amz-Date", lambda v: v[:-2] + "%dZ" % ((int(v[-2]) + 1) % 10))
+        yield "fewer headers", mismatch if not any(
+            n[:6] == "x-amz-" for n in wanted.headers) \
+            else "AccessDenied", with_value(
+                "X-Amz-SignedHeaders", lambda v: "host;range")
+        for name, old, new in (("key", self.alice.key_id, "NOBODY"),
+                               ("region", "us-east-1", "mars"),
+                               ("service", "/s3/", "/sqs/")):
+            yield name, "InvalidAccessKeyId" if name == "key" else code, \
+                with_value("X-Amz-Credential", lambda v: v.replace(old, new))
+        for pair in (("a", "b"), ("X-Amz-Expires", "604800"),
+                     ("X-Amz-Signature", "0" * 64),
+                     ("X-Amz-Security-Token", "t")) + wanted.query[:1]:
+            for query in (good + [pair], [pair] + good):
+                yield "added %s" % pair[0], (
+                    mismatch, code, "InvalidToken",
+                    "NotImplemented"), self.ask(wanted, query=query)
+        for offset in (-61, -86400, 901):
+            yield "%d s" % offset, "AccessDenied", self.ask(
+                wanted, query=self.presigned(wanted,
+                                             when=self.now + offset))
+        method = "GET" if wanted.method != "GET" else "HEAD"
+        yield "method", mismatch, self.ask(wanted, query=self.presigned(
+            wanted._replace(method=method)))
+        yield "path", mismatch, self.ask(wanted, query=self.presigned(
+            wanted._replace(path="/box/another")))
+
+    def sessions(self, wanted):
+        """Temporary credentials that are none."""
+        sts = wanted.service == "sts"
+        bad = "InvalidClientTokenId" if sts else "InvalidToken"
+        for what, client, token, code in (
+                ("missing", self.session, None,
+                 "InvalidClientTokenId" if sts else "InvalidAccessKeyId"),
+                ("swapped", self.session, self.other_session.token, bad),
+                ("changed", self.session,
+                 self.session.token[:-4] + "AAAA", bad),
+                ("of nobody", self.session, "AAAA", bad),
+                ("with a lasting key", self.alice, self.session.token, bad),
+                ("expired", self.old_session, self.old_session.token,
+                 "ExpiredToken")):
+            copy = Client(client.url, client.key_id, client.secret,
+                          token=token)
+            yield what, code, self.ask(wanted, self.signed(wanted, copy))
+            if not sts:
+                yield what, code, self.ask(
+                    wanted, query=self.presigned(wanted, copy))
+
+    @staticmethod
+    def v2_query(wanted):
+        """What SigV2 signs of a query."""
+        return sorted("%s=%s" % (n, v) if v else n for n, v in wanted.query
+                      if n not in ("list-type", "id", "tagKeys"))
+
+    def v2(self, wanted, secret=None, date=None, **changes):
+        """The headers that sign a Wanted with SigV2."""
+        wanted = wanted._replace(**changes)
+        date = date or gos3rve.http_date(int(self.now))
+        signed = self.v2_query(wanted)
+        text = "%s\n%s\n\n%s\n%s%s%s" % (
+            wanted.method, wanted.headers.get("content-md5", ""), date,
+            "".join(
+                "%s:%s\n" % (name, wanted.headers[name])
+                for name in sorted(wanted.headers) if name[:6] == "x-amz-"),
+            wanted.path, "?" * bool(signed) + "&".join(signed))
+        signature = base64.b64encode(hmac.new(
+            (secret or self.alice.secret).encode(), text.encode(),
+            hashlib.sha1).digest()).decode()
+        return dict(wanted.headers, date=date, authorization="AWS %s:%s" % (
+            self.alice.key_id, signature))
+
+    def old_signatures(self, wanted):
+        """SigV2, spoilt or moved."""
+        if wanted.service == "sts":
+            return
+        mismatch, good = "SignatureDoesNotMatch", self.v2(wanted)
+        yield "wrong", mismatch, self.ask(wanted, self.v2(wanted, "secret"))
+        yield "nobody's", "InvalidAccessKeyId", self.ask(wanted, dict(
+            good, authorization="AWS NOBODY:AAAA"))
+        yield "a further one", mismatch, self.ask(wanted, dict(
+            good, **{"x-amz-meta-a": "b"}))
+        for offset in (-901, 901):
+            yield "%d s" % offset, "RequestTimeTooSkewed", self.ask(
+                wanted, self.v2(wanted, date=gos3rve.http_date(
+                    int(self.now) + offset)))
+        for what, moved in (
+                ("method", {"method": "GET" if wanted.method != "GET"
+                            else "HEAD"}),
+                ("path", {"path": wanted.path + "/other"}),
+                ("query", {"query": (("policyStatus", ""),)
+                           if wanted.query[:1] != (("policyStatus", ""),)
+                           else (("legal-hold", ""),)}),
+                ("no query", {"query": ()})):
+            if what == "no query" and not self.v2_query(wanted):
+                continue
+            yield what, mismatch, self.ask(wanted, dict(
+                self.v2(wanted, **moved), **wanted.headers))
+
+    # all of it
+
+    # S3's code -> that of STS
+    STS_CODES = {"InvalidAccessKeyId": "InvalidClientTokenId",
+                 "RequestTimeTooSkewed": "SignatureDoesNotMatch",
+                 "AuthorizationHeaderMalformed": "IncompleteSignature"}
+
+    def everything(self, wanted, number):
+        """(what, code or codes, the code that came) of all of it, or of a
+        part of it that goes round."""
+        yield "unsigned", "MissingAuthenticationToken" \
+            if wanted.service == "sts" else "AccessDenied", self.ask(wanted)
+        if wanted.code:
+            yield "another's", wanted.code, self.ask(
+                wanted, self.signed(wanted, self.bob))
+            yield "another's URL", wanted.code, self.ask(
+                wanted, query=self.presigned(wanted, self.bob))
+        kinds = (self.presigned_urls, self.sessions, self.old_signatures)
+        if not os.environ.get("GOS3RVE_ALL_REFUSALS"):
+            kinds = kinds[number % 3],
+        for refusals in (self.header_signatures,) + kinds:
+            for what, code, got in refusals(wanted):
+                yield "%s: %s" % (refusals.__name__, what), \
+                    self.STS_CODES.get(code, code) \
+                    if wanted.service == "sts" else code, got
+
+    def snapshot(self):
+        """All that can be seen of the disk, less what is in flight."""
+        found, top = {}, os.path.dirname(self.server.dir_buckets)
+        for base, _, files in os.walk(top):
+            if os.path.basename(base) in ("tmp", "locks"):
+                continue
+            for path in [base] + [os.path.join(base, name) for name
+                                  in files]:
+                status = os.lstat(path)
+                found[path] = (status.st_mode, status.st_ino, status.st_size,
+                               status.st_nlink, status.st_mtime_ns,
+                               status.st_ctime_ns)
+        return found
+
+    def test_nothing_is_done_that_must_not(self):
+        for number, row in enumerate(gos3rve.OPERATIONS.values()):
+            wanted, before = self.wanted(row), self.snapshot()
+            with self.subTest(operation=row.name):
+                if row.level == gos3rve.STS and row.function is None:
+                    self.assertEqual(self.ask(wanted), "NotImplemented")
+                elif row.name != self.FORM:
+                    self.assertEqual([
+                        (what, got) for what, code, got
+                        in self.everything(wanted, number)
+                        if got not in ((code,) if isinstance(code, str)
+                                       else code)], [])
+                self.assertEqual(self.snapshot(), before)
+        for row in gos3rve.OPERATIONS.values():     # nothing else was wrong
+            wanted = self.wanted(row)
+            with self.subTest(let=row.name):
+                for code in (
+                        self.ask(wanted, self.signed(wanted)),
+                        wanted.service == "s3" and self.ask(
+                            wanted, query=self.presigned(wanted)),
+                        self.ask(wanted, self.signed(wanted, self.session)),
+                        wanted.service == "s3" and self.ask(
+                            wanted, self.v2(wanted))):
+                    if row.name not in (self.FORM, "GetSessionToken"):
+                        self.assertNotIn(code, (
+                            "AccessDenied", "SignatureDoesNotMatch",
+                            "InvalidToken", "XAmzContentSHA256Mismatch"))
+
+    def test_a_website_shows_nobody_what_is_not_public(self):
+        site = gos3rve.serve(buckets=["box"], domain=["s3.test"])
+        self.addCleanup(site.close, 5)
+        by_hand(os.path.join(site.dir_buckets, "box", "index.html"), b"me")
+        s3 = Client(site.url, site.key_id, site.key_val)
+        self.addCleanup(s3.close)
+        self.assertEqual(s3.put("/box", b"""
+            <WebsiteConfiguration><IndexDocument><Suffix>index.html</Suffix>
+            </IndexDocument></WebsiteConfiguration>""", {
+                "website": ""}).status, 200)
+        host = {"host": "box.s3-website.s3.test"}
+        for headers in (host, s3.sign("GET", "/", [], host,
+                                      "UNSIGNED-PAYLOAD")):
+            for path in ("/", "/index.html", "/.gos3rve/bucket.json",
+                         "/%2egos3rve/bucket.json", "/../box/index.html"):
+                answer = s3.send("GET", path, headers=headers)
+                self.assertEqual(answer.status, 403, path)
+                self.assertNotEqual(answer.body, b"me")
+
+
 class OutsideRequests(OperationCase):
     """Health URLs, and paths that try to lead out of a bucket."""
 
