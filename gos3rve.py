@@ -15043,10 +15043,11 @@ class OnWire(NamedTuple):
 _QUOTED = frozenset(("request_uri", "referer", "user_agent"))
 _UNSAFE_IN_FIELD = re.compile(r"[^!-~]+")
 _UNSAFE_IN_QUOTES = re.compile(r"[\x00-\x1f\x7f]+")
-# What gives whoever reads it a right: it is not logged
-_SECRETS = re.compile(
-    r"(?<=[?&])((?:X-Amz-)?Signature|X-Amz-Security-Token)=[^&]*",
-    re.IGNORECASE)                      # SigV2 writes the token so
+# What gives whoever reads it a right: it is not logged, however it is
+# written, and not in the Referer that a page behind a presigned URL sends
+_SECRET_NAMES = frozenset((
+    "signature", "x-amz-signature", "x-amz-security-token"))
+_QUERY_ITEM = re.compile(r"(?<=[?&])([^=&]*)=[^&]*")
 
 # Subresource -> what the operation's name ends in, where that is not the
 # subresource's own name in capitals
@@ -15148,6 +15149,13 @@ def spool_lines(store, bucket, lines):
         store.report("access log of %s: %s" % (bucket.name, error))
 
 
+def _redacted(url):
+    """A URL or target without the secrets in its query."""
+    return _QUERY_ITEM.sub(
+        lambda item: item[1] + "=REDACTED" if urllib.parse.unquote(
+            item[1]).lower() in _SECRET_NAMES else item[0], url)
+
+
 def _common_fields(request, bucket, wire):
     """The fields that all lines of a request share."""
     caller = request.caller
@@ -15163,9 +15171,9 @@ def _common_fields(request, bucket, wire):
         cipher=wire.cipher, authentication=None if is_form or not signed
         else "QueryString" if presigned else "AuthHeader",
         host=wire.headers.get("host"), tls_version=wire.tls_version,
-        request_uri="%s %s HTTP/%d.%d" % ((wire.method, _SECRETS.sub(
-            r"\1=REDACTED", wire.target)) + wire.version),
-        referer=wire.headers.get("referer", "-"),
+        request_uri="%s %s HTTP/%d.%d" % (
+            (wire.method, _redacted(wire.target)) + wire.version),
+        referer=_redacted(wire.headers.get("referer", "-")),
         user_agent=wire.headers.get("user-agent", "-"))
 
 

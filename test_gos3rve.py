@@ -14353,8 +14353,10 @@ class LogLines(unittest.TestCase):
                  "/b/k?X-Amz-Security-Token=REDACTED&versionId=2"),
                 ("/b/k?x-amz-security-token=s3cret",
                  "/b/k?x-amz-security-token=REDACTED"),
+                ("/b/k?x%2DAmz-%53ignature=s3cret",
+                 "/b/k?x%2DAmz-%53ignature=REDACTED"),
                 ("/b/X-Amz-Signature=key", "/b/X-Amz-Signature=key")):
-            self.assertEqual(g._SECRETS.sub(r"\1=REDACTED", target), logged)
+            self.assertEqual(g._redacted(target), logged)
 
     def test_what_operations_are_called(self):
         for name, logged in (
@@ -19200,6 +19202,115 @@ class NobodyIn(unittest.TestCase):
                 answer = s3.send("GET", path, headers=headers)
                 self.assertEqual(answer.status, 403, path)
                 self.assertNotEqual(answer.body, b"me")
+
+
+class Secrets(unittest.TestCase):
+    """No secret is in what the server says, keeps or logs."""
+
+    def test_every_comparison_of_a_signature_takes_constant_time(self):
+        with open(gos3rve.__file__, "rb") as file:
+            source = file.read().decode()
+        word = re.compile(r"signature|secret|\bmac\b|hmac|password", re.I)
+        found = []
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Compare) and any(isinstance(
+                    operator, (ast.Eq, ast.NotEq)) for operator in node.ops):
+                text = ast.dump(node)
+                if word.search(text):
+                    found += re.findall("Constant.*?value=b?'(.*?)'", text)
+        self.assertEqual(sorted(found), [       # names, and no secret
+            "X-Amz-Signature", "chunk-signature", "x-amz-trailer-signature"])
+
+    def test_nothing_tells_one(self):
+        said, top = [], temporary_directory(self)
+        server = gos3rve.serve(
+            os.path.join(top, "b"), ["box"], dir_uploads=os.path.join(
+                top, "u"), key_id="ALICEKEY", key_val="alice/secret+one",
+            user_id="111122223333", users=[{
+                "key_id": "BOBKEY", "key_val": "bobs-secret-two",
+                "user_id": "222233334444"}], webhook=[
+                    "hook=http://127.0.0.1:9/"])
+        self.addCleanup(server.close, 5)
+        server.server.access_log = said.append
+        server.server.report = said.append
+        s3 = Client(server.url, server.key_id, server.key_val)
+        self.addCleanup(s3.close)
+        self.assertEqual(s3.put("/box", json.dumps({"Statement": [{
+            "Effect": "Allow", "Action": "s3:PutObject",
+            "Principal": {"Service": g.LOGGING_SERVICE},
+            "Resource": "arn:aws:s3:::box/l/*"}]}).encode(), {
+                "policy": ""}).status, 204)
+        self.assertEqual(s3.put("/box", query={"logging": ""}, body=(
+            b"<BucketLoggingStatus><LoggingEnabled><TargetBucket>box"
+            b"</TargetBucket><TargetPrefix>l/</TargetPrefix>"
+            b"</LoggingEnabled></BucketLoggingStatus>")).status, 200)
+        self.assertEqual(s3.put("/box", query={"notification": ""}, body=(
+            b"<NotificationConfiguration><QueueConfiguration><Queue>"
+            b"arn:aws:sqs:us-east-1:111122223333:hook</Queue><Event>"
+            b"s3:ObjectCreated:*</Event></QueueConfiguration>"
+            b"</NotificationConfiguration>")).status, 200)
+        sts = Client(server.url, s3.key_id, s3.secret, service="sts")
+        self.addCleanup(sts.close)
+        answer = sts.post("/", body=b"Action=GetSessionToken"
+                          b"&Version=2011-06-15", headers={
+                              "content-type":
+                              "application/x-www-form-urlencoded"})
+        result = "GetSessionTokenResult/Credentials/"
+        session = Client(server.url, answer.one(result + "AccessKeyId"),
+                         answer.one(result + "SecretAccessKey"),
+                         token=answer.one(result + "SessionToken"))
+        self.addCleanup(session.close)
+        customer = hashlib.sha256(b"a customer's key").digest()
+        hidden = [s3.secret, "bobs-secret-two", session.secret,
+                  session.token, quote(session.token), customer.hex(),
+                  base64.b64encode(customer).decode()]
+        encrypted = {
+            "x-amz-server-side-encryption-customer-algorithm": "AES256",
+            "x-amz-server-side-encryption-customer-key": hidden[-1],
+            "x-amz-server-side-encryption-customer-key-MD5":
+                digest64("md5", customer)}
+        for client in (s3, session):
+            hidden += self.use(client, encrypted)
+        with mock.patch.object(gos3rve.Bucket, "open_version",
+                               side_effect=RuntimeError("broken")):
+            self.assertEqual(session.get("/box/k").status, 500)
+        self.assertIn("RuntimeError", repr(said))
+        kept = b""
+        for base, _, names in os.walk(top):
+            for name in names:
+                path = os.path.join(base, name)
+                kept += path.encode() + open_and_read(path) + b"".join(
+                    os.getxattr(path, name) for name in (
+                        os.listxattr(path) if hasattr(os, "listxattr")
+                        else ()))
+        for name in (b"REST.GET.OBJECT", b"ObjectCreated:Put"):
+            self.assertIn(name, kept)
+        for secret in hidden + [customer]:
+            self.assertNotIn(repr(secret)[1:-1], repr(said))
+            self.assertNotIn(secret if isinstance(secret, bytes)
+                             else secret.encode(), kept, secret)
+
+    def use(self, client, encrypted):
+        """Requests of all kinds, most of them refused; the signatures of
+        presigned URLs."""
+        client.put("/box/k", b"x")
+        client.put("/box/sealed", b"x", headers=encrypted)
+        client.get("/box/sealed", headers=encrypted)
+        client.get("/box/k", headers={"x-amz-security-token": "bad"})
+        url = client.presign("GET", "/box/k")
+        signature = url.rpartition("=")[2]
+        target = url[len(client.url):]
+        for path, referer in (
+                (target, ""), (target + "0", ""), ("/box/none", url),
+                (target.replace("X-Amz-S", "x%2Damz-s"), url),
+                (target.replace("X-Amz-S", "%58-Amz-%53"), url)):
+            client.send("GET", path, headers={"referer": referer})
+        wrong = Client(client.url, client.key_id, "wrong",
+                       token=client.token)
+        self.addCleanup(wrong.close)
+        wrong.get("/box/k")
+        wrong.put("/box/k", b"y")
+        return [signature]
 
 
 class OutsideRequests(OperationCase):
