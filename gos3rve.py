@@ -5632,8 +5632,10 @@ class Walker:
         old, bucket = self._versioned_keys(), self._bucket
         place = bisect.bisect_left(old, key)
         if key != self._given and (place == len(old) or old[place] != key):
-            info = bucket.look_once(key, not self.odd_keys()
-                                    and bucket._root_slash + key)[0]
+            with contextlib.closing(Looker(bucket)) as looker:
+                info = bucket.look_once(
+                    key, looker.status(key), not self.odd_keys()
+                    and bucket._root_slash + key)[0]
             if not _is_there(bucket._version_directory(key)):
                 return [info] if info else []
         return bucket.versions(key)

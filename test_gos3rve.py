@@ -3806,8 +3806,13 @@ class SwappedDirectories(StorageCase):
                 if entry.key.startswith("d/"):
                     self.assertEqual((entry.key, entry.size), ("d/x", 6))
 
+    def list_versions(self):
+        for info in self.store.list_versions(self.bucket).entries:
+            if info.key.startswith("d/"):
+                self.assertEqual((info.key, info.size), ("d/x", 6))
+
     def test_nothing_outside_is_touched(self):
-        for act in (self.read_one, self.list_all,
+        for act in (self.read_one, self.list_all, self.list_versions,
                     lambda: self.put("d/x", b"2"),
                     lambda: self.put("d/new/er/z", b"2"),
                     lambda: self.put("d/x/deeper", b"2"),
