@@ -3857,13 +3857,14 @@ def sync_file(fd):
     os.fsync(fd)
 
 
-def make_tree(path, sync=False):
-    """Make a directory and those above it, where they are missing."""
+def make_tree(path, sync=False, mode=0o777):
+    """Make a directory, of that mode, and those above it, where they are
+    missing."""
     if not os.path.isdir(path):
         above = os.path.dirname(path)
         make_tree(above, sync)
         with contextlib.suppress(FileExistsError):
-            os.mkdir(path)
+            os.mkdir(path, mode)
         if sync:
             sync_directory(above)
 
@@ -4054,7 +4055,7 @@ class Bucket:
         it may just have been deleted."""
         for path in (self._state, os.path.join(self._state, name)):
             try:
-                os.mkdir(path)
+                os.mkdir(path, 0o700)
                 if self._sync:
                     sync_directory(os.path.dirname(path))
             except FileExistsError:
@@ -6187,7 +6188,7 @@ class Store:
         path = os.path.join(self.dir_buckets,
                             _NEW + secrets.token_hex(8))
         try:
-            make_tree(os.path.join(path, STATE), self.sync)
+            make_tree(os.path.join(path, STATE), self.sync, 0o700)
             write_json(os.path.join(path, STATE, "bucket.json"), dict(
                 config or {}, owner=owner, region=region,
                 created_ns=time.time_ns()), self.sync, True)
@@ -6487,7 +6488,7 @@ class Store:
         path = os.path.join(self.dir_uploads, bucket.name, upload_id)
         for _ in range(MAX_RETRIES):
             try:
-                make_tree(path, self.sync)
+                make_tree(path, self.sync, 0o700)
                 break
             except FileNotFoundError:   # the last upload beside it ended
                 continue

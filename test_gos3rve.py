@@ -19318,6 +19318,114 @@ class Secrets(unittest.TestCase):
         return [signature]
 
 
+def ways_up():
+    """Some 500 ways of writing `..`, `/` and what may lead out."""
+    dots = ["..", ".", "...", ".. ", " ..", "..\0", "..;", "..\t", "\u2025",
+            "\u2024\u2024", "\uff0e\uff0e", ".\u200b.", "%2e%2e", "%2E.",
+            "%252e%252e", "%25252e%25252e", "%c0%ae%c0%ae", "%e0%80%ae.",
+            "%uff0e%uff0e", "%%32%65%%32%65", "..%00", "..%0d%0a", "..%20"]
+    slashes = ["/", "//", "\\", "/./", "%2f", "%2F", "%5c", "%252f",
+               "%c0%af", "%e0%80%af", "\u2215", "\u2044", "\uff0f", "\0/",
+               "%00/", "/%2e/", "..//", "/\\/"]
+    return sorted({start + dot + slash + end
+                   for dot in dots for slash in slashes
+                   for start, end in (("", "secret"), (
+                       "d/" + dot + slash, "secret"))}
+                  | {root + "secret" for root in (
+                      "/", "//", "///", "C:/", "C:\\", "\\\\?\\", "~/",
+                      "file:///", "/proc/self/cwd/", "/proc/self/root/")})
+
+
+class WaysUp(unittest.TestCase):
+    """Every place where a name enters, with every way up: nothing beside
+    the bucket is read, made, changed or removed, and nothing breaks."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = gos3rve.serve(buckets=["box"])
+        cls.top = os.path.dirname(cls.server.dir_buckets)
+        for path in ("secret", "buckets/secret", "uploads/secret",
+                     "buckets/other/secret"):
+            by_hand(os.path.join(cls.top, path), b"top secret")
+        by_hand(os.path.join(cls.top, "buckets", "box", "d", "f"), b"x")
+        cls.service = cls.server.server.service
+        cls.service.store.update_bucket(
+            cls.service.store.bucket("box"), lambda config: config.update(
+                policy=json.dumps({"Statement": [{
+                    "Effect": "Allow", "Principal": "*", "Action": "s3:*",
+                    "Resource": ["arn:aws:s3:::box", "arn:aws:s3:::box/*"]
+                }]})))
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.server.close(5)
+
+    def ask(self, method, target, headers=None, body=b""):
+        """The body of an answer, or the code of an error, never one of
+        the server's own."""
+        headers = dict({"host": "s3.test", "content-length": str(len(
+            body))}, **headers or {})
+        try:
+            response = gos3rve.answer(gos3rve.Request(
+                self.service, method, target, headers, gos3rve.LengthReader(
+                    io.BytesIO(body), len(body)), time.time(), "R" * 16))
+        except S3Error as error:
+            self.assertLess(error.status, 500 if error.code !=
+                            "NotImplemented" else 502, error)
+            return error.code
+        if response.file is None:
+            return response.body
+        with os.fdopen(response.file, "rb") as file:
+            return file.read()
+
+    def beside(self):
+        """What lies beside the bucket."""
+        return {path: (os.lstat(path).st_mtime_ns, os.lstat(path).st_ino)
+                for base, dirs, files in os.walk(self.top)
+                if dirs.count("box") == 0 or dirs.remove("box") is None
+                for path in [os.path.join(base, name) for name in files]}
+
+    def test_there_is_none(self):
+        names, before = ways_up(), self.beside()
+        self.assertGreater(len(names), 500)
+        form = {"content-type": "multipart/form-data; boundary=b"}
+        step = 1 if os.environ.get("GOS3RVE_ALL_REFUSALS") else 8
+        self.assertEqual((self.ask("GET", "/box/d/f"), self.ask(
+            "PUT", "/box/n", {}, b"mine"), self.ask("GET", "/box/n")), (
+                b"x", b"", b"mine"))    # everybody may
+        for number, name in enumerate(names):
+            raw = name.encode("utf-8").decode("latin-1")
+            raw = re.sub("[^!-~]", lambda char: "%%%02x" % ord(char[0]), raw)
+            once, field = quote(name), name.replace("\0", "")
+            asked = [("GET", "/box/" + raw), ("GET", "/" + raw),
+                     ("GET", "/box/" + once), ("HEAD", "/box" + raw),
+                     ("GET", "/box?list-type=2&prefix=" + once),
+                     ("GET", "/box?versions&delimiter=/&key-marker=" + once),
+                     ("GET", "/box/d/f?versionId=" + once),
+                     ("GET", "/box/d/f?uploadId=" + once),
+                     ("DELETE", "/box/d/f?uploadId=" + once),
+                     ("DELETE", "/box/" + raw),
+                     ("PUT", "/box/c", {"x-amz-copy-source": "/box/" + raw}),
+                     ("PUT", "/box/c", {"x-amz-copy-source": once}),
+                     ("PUT", "/box/c?renameObject", {
+                         "x-amz-rename-source": "/box/" + raw}),
+                     ("GET", "/secret", {"host": raw + ".s3.test"}),
+                     ("PUT", "/box/" + once, {}, b"mine"),
+                     ("POST", "/box", form, (
+                         "--b\r\nContent-Disposition: form-data; "
+                         "name=\"key\"\r\n\r\n%s/${filename}\r\n--b\r\n"
+                         "Content-Disposition: form-data; name=\"file\"; "
+                         "filename=\"%s\"\r\n\r\nmine\r\n--b--\r\n" % (
+                             field, field)).encode()),
+                     ("DELETE", "/box/" + once)]
+            with self.subTest(name=name):
+                for one in asked[number % step::step]:
+                    self.assertNotIn("top secret", str(self.ask(*one)), one)
+        self.assertEqual(self.beside(), before)
+        self.assertEqual(files_below(os.path.join(
+            self.top, "buckets", "other")), ["secret"])
+
+
 class OutsideRequests(OperationCase):
     """Health URLs, and paths that try to lead out of a bucket."""
 
@@ -19412,6 +19520,75 @@ class OutsideRequests(OperationCase):
         self.s3.delete("/box/dir/f")
         self.s3.delete("/box/file")
         self.assertEqual(os.listdir(outside), ["f"])
+
+    @unittest.skipIf(os.name == "nt", "needs FIFOs and sockets")
+    def test_what_is_no_plain_file_is_no_object_and_blocks_nothing(self):
+        os.mkfifo(self.path("fifo"))
+        with socket.socket(socket.AF_UNIX) as sock:
+            with contextlib.suppress(OSError):
+                sock.bind(self.path("sock"))
+        with contextlib.suppress(OSError):      # for root
+            os.mknod(self.path("zero"), stat.S_IFCHR | 0o600,
+                     os.makedev(1, 5))
+        self.assertEqual(self.s3.keys("box"), [])
+        for key in os.listdir(self.path()):
+            if key == gos3rve.STATE:
+                continue
+            path = "/box/" + key
+            with self.subTest(key=key):
+                self.error(self.s3.get(path), "NoSuchKey", 404)
+                self.assertEqual(self.s3.head(path).status, 404)
+                for name, query in (("x-amz-copy-source", {}), (
+                        "x-amz-rename-source", {"renameObject": ""})):
+                    self.error(self.s3.put("/box/copy", query=query,
+                                           headers={name: path}),
+                               "NoSuchKey", 404)
+                self.error(self.s3.put(path + "/x", b"x"), "AccessDenied",
+                           403)
+                self.ok(self.s3.delete(path), 204)
+                self.assertTrue(os.path.lexists(self.path(key)))
+                self.ok(self.s3.put(path, b"new"))
+                self.body(key, b"new")
+
+    @unittest.skipUnless(hasattr(os, "link"), "needs hard links")
+    def test_a_hard_link_is_a_file_and_never_written_through(self):
+        other = os.path.join(temporary_directory(self), "other")
+        by_hand(other, b"of both")
+        os.link(other, self.path("k"))
+        self.body("k", b"of both")
+        self.ok(self.s3.put("/box/k", b"new"))
+        self.assertEqual(open_and_read(other), b"of both")
+        os.unlink(self.path("k"))
+        os.link(other, self.path("k"))
+        self.ok(self.s3.delete("/box/k"), 204)
+        self.assertEqual(open_and_read(other), b"of both")
+
+    @unittest.skipIf(os.name == "nt", "needs modes")
+    def test_objects_get_the_umask_and_state_is_the_server_s_own(self):
+        shutil.rmtree(self.path(gos3rve.STATE))
+        before = os.umask(0o027)
+        try:
+            self.ok(self.s3.put("/box/d/k", b"x"))
+            self.ok(self.s3.put("/box/odd//", b"x"))
+            self.ok(self.s3.put("/made"))
+            upload = self.s3.post("/box/u", {"uploads": ""}).one("UploadId")
+        finally:
+            os.umask(before)
+        self.addCleanup(shutil.rmtree, self.path("..", "made"))
+        for path, mode in (
+                (self.path("d"), 0o750), (self.path("d", "k"), 0o640),
+                (self.path("..", "made"), 0o750),
+                (self.path("..", "made", gos3rve.STATE), 0o700),
+                (self.path("..", "made", gos3rve.STATE, "bucket.json"),
+                 0o600), (self.path(gos3rve.STATE), 0o700),
+                (os.path.join(self.server.dir_uploads, "box", upload), 0o700),
+                (os.path.join(self.server.dir_uploads, "box", upload,
+                              "upload.json"), 0o600)):
+            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), mode, path)
+        for base, dirs, files in os.walk(self.path(gos3rve.STATE)):
+            for name in dirs + (files if base.endswith("locks") else []):
+                mode = os.stat(os.path.join(base, name)).st_mode
+                self.assertEqual(mode & 0o077, 0, name)
 
     def test_malformed_targets_are_refused(self):
         for raw_path in ("/box/%ff%fe", "/%ff"):
