@@ -19226,8 +19226,8 @@ class Secrets(unittest.TestCase):
         self.assertEqual(sorted(found), [       # names, and no secret
             "X-Amz-Signature", "chunk-signature", "x-amz-trailer-signature"])
 
-    def test_nothing_tells_one(self):
-        said, top = [], temporary_directory(self)
+    def serve(self, top, said):
+        """A server that logs and tells events, and its first Client."""
         server = gos3rve.serve(
             os.path.join(top, "b"), ["box"], dir_uploads=os.path.join(
                 top, "u"), key_id="ALICEKEY", key_val="alice/secret+one",
@@ -19254,6 +19254,11 @@ class Secrets(unittest.TestCase):
             b"arn:aws:sqs:us-east-1:111122223333:hook</Queue><Event>"
             b"s3:ObjectCreated:*</Event></QueueConfiguration>"
             b"</NotificationConfiguration>")).status, 200)
+        return server, s3
+
+    def test_nothing_tells_one(self):
+        said, top = [], temporary_directory(self)
+        server, s3 = self.serve(top, said)
         sts = Client(server.url, s3.key_id, s3.secret, service="sts")
         self.addCleanup(sts.close)
         answer = sts.post("/", body=b"Action=GetSessionToken"
