@@ -5313,18 +5313,18 @@ _NO_XATTR = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.E2BIG, errno.ENOSPC,
              errno.ERANGE, errno.EPERM, errno.EACCES, errno.ENOSYS,
              errno.EDQUOT)
 _UNSEEN_RECORD = (errno.EACCES, errno.EPERM)
-# There is no record, or no right to see it; anything else may pass
-_NO_RECORD = _NO_XATTR + _NO_XATTR_YET + (
+# There is no record; anything else may pass
+_NO_RECORD = _NO_XATTR_YET + (
     errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
-def _record_inside(path):
+def _record_inside(path, unseen=()):
     """The record that a file itself has, {} for none; OSError where it
-    cannot be had just now."""
+    cannot be had, but for the errnos `unseen`."""
     try:
         return load_record(os.getxattr(path, XATTR))
     except OSError as error:
-        if error.errno not in _NO_RECORD:
+        if error.errno not in _NO_RECORD + unseen:
             raise
         return {}
 
@@ -5712,7 +5712,8 @@ class Walker:
     def _hashed_key(self, path, name):
         """The key of that odd_name() that a file's record tells, or None.
         """
-        record = _record_inside(path) if self._bucket._xattrs else {}
+        record = _record_inside(path, _UNSEEN_RECORD) \
+            if self._bucket._xattrs else {}
         for key in (record.get("key", ""), record.get("was", "")):
             if odd_name(key) == name:
                 return key
