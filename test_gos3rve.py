@@ -27657,9 +27657,10 @@ def history_text(acts, failed, count=30):
     """The acts on a key around the one that failed, for people."""
     acts = sorted(acts, key=lambda act: act.start)
     place = sum(act.start <= failed.end for act in acts)
+    first = min(place - count, sum(act.start < failed.start for act in acts))
     start = acts[0].start
     lines = ["%-30s %9s %9s  %s" % ("", "start", "end", "ETag")]
-    for act in acts[max(0, place - count):place + count]:
+    for act in acts[max(0, first):place + count]:
         lines.append("%-30s %9.4f %9.4f  %s%s%s%s" % (
             "%s (%s)" % (act.by, act.kind), act.start - start,
             act.end - start, act.value,
