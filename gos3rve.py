@@ -590,6 +590,10 @@ def parse_http_date(text):
 
 # --- ranges, entity tags and preconditions ---
 
+_RANGE = re.compile(r"\s*bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*\Z",
+                    re.ASCII | re.IGNORECASE)
+
+
 def parse_range(value, size):
     """The (start, stop) that a Range header asks of `size` bytes.
 
@@ -597,8 +601,7 @@ def parse_range(value, size):
     for a malformed one and S3 does for several ranges (AWS: GetObject).
     InvalidRange when nothing in the object answers it.
     """
-    match = re.match(r"\s*bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*\Z", value,
-                     re.ASCII | re.IGNORECASE)
+    match = _RANGE.match(value)
     if not match or len(value) > 64:
         return None
     first, last = match.groups()
@@ -3183,6 +3186,9 @@ _HAVE_XATTR = hasattr(os, "getxattr")
 _OPEN_READ = (os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
               | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0)
               | getattr(os, "O_BINARY", 0))
+# no link at the end of the path; None where that cannot be asked for
+_OPEN_NO_LINK = _OPEN_READ | os.O_NOFOLLOW \
+    if hasattr(os, "O_NOFOLLOW") else None
 _OPEN_NEW = (os.O_RDWR | os.O_CREAT | os.O_EXCL
              | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
 _OPEN_DIRECTORY = (os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
@@ -4213,6 +4219,20 @@ class Bucket:
             raise
         return fd, status
 
+    def _open_in_root(self, path):
+        """(fd, status) of a regular file that is no link and lies right in
+        the bucket's directory, where nothing can have led out; None for
+        anything else.  _check_inside() would be 9 us of a GET."""
+        try:
+            fd = os.open(path, _OPEN_NO_LINK)
+        except OSError:
+            return None
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            return fd, status
+        os.close(fd)
+        return None
+
     def _open_key(self, key):
         """(fd, status, path) of a key's file, or None.
 
@@ -4222,6 +4242,10 @@ class Bucket:
         """
         path = self._path(key)
         if path is not None:            # nearly always there is its file
+            found = self._open_in_root(path) \
+                if _OPEN_NO_LINK is not None and "/" not in key else None
+            if found:
+                return found + (path,)
             try:
                 return self._open_path(path) + (path,)
             except _ABSENT:
@@ -17280,7 +17304,7 @@ def open_frame(head, wire):
     if coding is None:
         if length is None:
             return LengthReader(wire, 0)
-        if not re.match(r"\d{1,18}\Z", length, re.ASCII):
+        if not (length.isdigit() and length.isascii() and len(length) < 19):
             raise S3Error("BadRequest", "The Content-Length is malformed")
         return LengthReader(wire, int(length))
     if length is not None or head.version == (1, 0):
