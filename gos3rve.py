@@ -4227,9 +4227,12 @@ class Bucket:
             fd = os.open(path, _OPEN_NO_LINK)
         except OSError:
             return None
-        status = os.fstat(fd)
-        if stat.S_ISREG(status.st_mode):
-            return fd, status
+        try:
+            status = os.fstat(fd)
+            if stat.S_ISREG(status.st_mode):
+                return fd, status
+        except OSError:                 # stale, since it was replaced
+            pass
         os.close(fd)
         return None
 
