@@ -751,7 +751,7 @@ def parse_int(name, text, low, high=1 << 62):
 KEPT_HEADERS = ("Content-Type", "Cache-Control", "Content-Disposition",
                 "Content-Encoding", "Content-Language", "Expires",
                 "x-amz-website-redirect-location")
-_KEPT_HEADERS = [(name.lower(), name) for name in KEPT_HEADERS]
+_KEPT_HEADERS = {name.lower(): name for name in KEPT_HEADERS}
 
 # botocore's enum StorageClass, less the ones of other services' buckets
 STORAGE_CLASSES = frozenset((
@@ -766,7 +766,9 @@ def kept_headers(headers):
     `aws-chunked` is a transfer coding in disguise and is not kept
     (API/sigv4-streaming.html).
     """
-    kept = {name: headers[lower] for lower, name in _KEPT_HEADERS
+    if _KEPT_HEADERS.keys().isdisjoint(headers):
+        return {}
+    kept = {name: headers[lower] for lower, name in _KEPT_HEADERS.items()
             if headers.get(lower)}
     encoding = kept.get("Content-Encoding")
     if encoding and "aws-chunked" in encoding:
@@ -8222,6 +8224,12 @@ def canned_acl(name, owner_id, bucket_owner_id=None):
     return tuple(grants)
 
 
+def names_acl(headers):
+    """True when a request says who may do what with what it makes."""
+    return "x-amz-acl" in headers \
+        or not _GRANT_HEADERS.keys().isdisjoint(headers)
+
+
 def headers_acl(headers, owner_id, accounts, bucket_owner_id=None):
     """The grants that x-amz-acl or x-amz-grant-* ask for, None for none.
 
@@ -9787,8 +9795,7 @@ def authorize_write(headers, caller, resource, access, context):
             needed for name, needed in _HEADER_ACTIONS.items()
             if name in headers]:
         authorize(caller, action, resource, access, context)
-    if "x-amz-acl" in headers or not _GRANT_HEADERS.keys().isdisjoint(
-            headers):
+    if names_acl(headers):
         for policy, refusals in ((access.policy, ("deny",)),
                                  (caller.limits, ("deny", None))):
             if policy is not None and evaluate(
@@ -11695,15 +11702,15 @@ def need_length(request):
 def own_record(request, record):
     """Put the owner, the ACL and the lock of a new object into its record,
     as far as they are not those of its bucket."""
-    access, accounts = request.access(request.bucket), \
-        request.service.accounts
-    owner, grants = new_object_acl(request.headers, request.caller, access,
-                                   accounts)
-    if owner != access.owner_id:
-        record["owner"] = owner
-    lines = dump_acl(grants, owner)
-    if lines is not None:
-        record["acl"] = lines
+    access, headers = request.guard, request.headers
+    if access.ownership != ENFORCED or names_acl(headers):
+        owner, grants = new_object_acl(headers, request.caller, access,
+                                       request.service.accounts)
+        if owner != access.owner_id:
+            record["owner"] = owner
+        lines = dump_acl(grants, owner)
+        if lines is not None:
+            record["acl"] = lines
     lock = asked_lock(request)
     if lock:
         record["lock"] = lock
@@ -11765,11 +11772,15 @@ def put_object(request):
         info = request.store.put_object(bucket, key, draft, record,
                                         conditions,
                                         note_created(request, "Put"))
-    headers = {"ETag": quoted(info.etag)}
-    headers.update(checksum_headers(record))
-    headers.update(version_header(request, info))
-    headers.update(encryption_headers(encryption, True))
-    headers.update(expiration_headers(request, info))
+    headers, config = {"ETag": quoted(info.etag)}, request.config
+    if "checksums" in record:
+        headers.update(checksum_headers(record))
+    if "versioning" in config:
+        headers.update(version_header(request, info))
+    if encryption:
+        headers.update(encryption_headers(encryption, True))
+    if "lifecycle" in config:
+        headers.update(expiration_headers(request, info))
     return headers
 
 
@@ -14689,7 +14700,10 @@ def bucket_encryption(request):
 def asked_encryption(request):
     """The Encryption of what a request writes, None for none; that it can
     be done is known before the body is asked for."""
-    encryption = put_encryption(request.headers, bucket_encryption(request))
+    default = bucket_encryption(request)
+    if default is None and SSE_HEADER not in "".join(request.headers):
+        return None                     # nearly always: one search says so
+    encryption = put_encryption(request.headers, default)
     if encryption is not None:
         need_libcrypto()                # before a key file is made
         make_envelope(encryption, _masters(request, encryption))
@@ -16491,7 +16505,7 @@ def own_recorder(service, bucket):
 def _note(request, method, *args):
     """The done() to give to the store: a Recorder's method with its first
     arguments; None in a bucket without notification."""
-    notification = request.setting("notification")
+    notification = request.config.get("notification")
     return notification and functools.partial(
         method, request_recorder(request, notification), *args)
 
@@ -17353,18 +17367,18 @@ class Wire:
         except OSError as error:
             raise Disconnected(str(error)) from None
 
-    def _receive_body(self, size, *flags):
+    def _receive_body(self, size, flags=0):
         """Bytes of a body, or RequestTimeout."""
         if self.before_body:
             self.before_body()
         try:
-            return self._receive(size, *flags)
+            return self._receive(size, flags)
         except S3Error:
             more = self._limits.body_seconds - self._patience
             if more <= 0:
                 raise
             return self._receive_until(time.monotonic() + more, None, size,
-                                       *flags)
+                                       flags)
 
     def read(self, size):
         """1 to `size` bytes of a body, b"" at the end."""
@@ -17432,7 +17446,7 @@ class Wire:
             end = _head_end(data)
         return data, end
 
-    def _receive_until(self, deadline, wanted, size, *flags):
+    def _receive_until(self, deadline, wanted, size, flags=0):
         """Bytes before a time.monotonic(), and while they are wanted, or
         RequestTimeout."""
         try:
@@ -17443,7 +17457,7 @@ class Wire:
                 set_timeout(self._connection,
                             min(left, 0.5) if wanted else left)
                 try:
-                    return self._receive(size, *flags)
+                    return self._receive(size, flags)
                 except S3Error:
                     if wanted is not None and not wanted():
                         raise
