@@ -51,6 +51,7 @@ import queue
 import random
 import re
 import secrets
+import selectors
 import shutil
 import signal
 import socket
@@ -1083,6 +1084,8 @@ class Signed(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def make_signed(scope, names):
     """The Signed of a Scope and the text of SignedHeaders."""
+    if names.count(";") >= MAX_HEADERS:     # kept before anybody is known
+        raise S3Error("RequestHeaderSectionTooLarge")
     names = tuple(names.split(";"))
     lines = [name.replace("%", "%%") for name in names]
     return Signed(scope, str(scope), names, frozenset(names), "\n".join(
@@ -3164,6 +3167,9 @@ LOCK_STRIPES = 32
 MAX_ODD_NAME = 140                  # longer encoded keys are hashed
 MAX_RETRIES = 100                   # of a step that another writer undid
 LISTING_PATIENCE_SECONDS = 0.3      # with others who keep moving files
+MAX_REREADS = 3                     # of a directory that others change
+# File systems where a file that replaces another takes its place
+_IN_PLACE_TYPES = frozenset(("ext2", "ext3", "ext4", "tmpfs", "xfs"))
 MAX_LOOKS = 50                      # for a file that others move about
 # The names that the listing cache keeps, over all directories.  A million
 # of 10 characters take 13 MB in one directory, 20 MB in 10,000 of them.
@@ -4031,6 +4037,11 @@ class Bucket:
         self._config, self._no_config = (None, {}), {}
         self.derived = (None, None)     # room 8's: (config, what follows)
         self.listed = {}        # ListedCache's: show -> (stamp, key -> Listed)
+
+    @functools.cached_property
+    def replaces_in_place(self):
+        """False where a read of a directory may miss what is replaced."""
+        return mount_of(self.root)[0] in _IN_PLACE_TYPES
 
     # what S3 knows of the bucket
 
@@ -5881,9 +5892,29 @@ class Walker:
         return chain + (real,)
 
     def _read(self, path, stamp):
-        """Read a directory of objects: files, directories and symlinks to
-        such; nothing else in it can be an object."""
-        entries, links = [], []
+        """Read a directory of objects, again as long as it changes
+        meanwhile, and unite what each read shows.
+
+        btrfs gives a file that is replaced a new place at the end, behind
+        what the present read will come to: it shows neither.  A name too
+        many does no harm, since every key is looked at.
+        """
+        links, last = [], stamp
+        names = self._scan(links, path, stamp)
+        for _ in range(0 if self._bucket.replaces_in_place else MAX_REREADS):
+            now = _stamp(os.stat(path))
+            if now == last:
+                break
+            last, before = now, names
+            names = self._scan(links, path, now)
+            names.update(name for name in before if name[-1] != "/")
+        return Names(stamp, PackedNames(sorted(names)), frozenset(links))
+
+    def _scan(self, links, path, stamp):
+        """The names of files, directories and symlinks to such, `links`;
+        nothing else in a directory can be an object."""
+        entries = set()
+        links.clear()
         with self._bucket.scan(path, stamp) as found:
             for entry in found:
                 name = entry.name
@@ -5892,7 +5923,7 @@ class Walker:
                 if is_reserved(name):
                     continue
                 if entry.is_file(follow_symlinks=False):
-                    entries.append(name)        # as nearly all are
+                    entries.add(name)        # as nearly all are
                     continue
                 if entry.is_symlink():
                     if self._bucket.resolve_inside(
@@ -5901,14 +5932,13 @@ class Walker:
                     links.append(name + "/")
                 try:
                     if entry.is_dir():
-                        entries.append(name + "/")
+                        entries.add(name + "/")
                     elif entry.is_file():
-                        entries.append(name)
+                        entries.add(name)
                 except OSError as error:        # a link to itself, say
                     if error.errno not in _ABSENT_ERRNO:
                         raise
-        entries.sort()
-        return Names(stamp, PackedNames(entries), frozenset(links))
+        return entries
 
 
 def _same_file(path, status):
@@ -10770,7 +10800,7 @@ def find_operation(request):
     subresource = _selected(query, method, level) if query else None
     for row in _ROUTES.get((method, level, subresource), ()):
         if row.when is None or row.when in query \
-                or row.when in request.headers:
+                or row.when[:2] == "x-" and row.when in request.headers:
             return row
     if subresource:
         raise S3Error("NotImplemented", "%s ?%s is not implemented"
@@ -11833,7 +11863,7 @@ class CopySource(NamedTuple):
 def open_copy_source(request):
     """The CopySource of x-amz-copy-source, its conditions checked."""
     name, key, version = parse_copy_source(
-        request.headers["x-amz-copy-source"])
+        request.headers.get("x-amz-copy-source", ""))
     bucket = request.find_bucket(name,
                                  "x-amz-source-expected-bucket-owner")
     request.allow_object("s3:GetObject", key, version, bucket)
@@ -17571,6 +17601,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.head = head = parse_head(data)
             self.method = head.method
             frame = open_frame(head, self.wire)
+            if self.is_shut and frame.left != 0:
+                raise S3Error("SlowDown")   # its body could not come
         except S3Error as error:
             self.close_connection = self.unread = True
             return error_response(error, self.request_id)
@@ -17596,7 +17628,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             return b"" if self.server.stopping else self.wire.head()
         finally:
-            idle.pop(self.connection, None)
+            # ended in the very moment that a request came
+            self.is_shut = idle.pop(self.connection, None) is None \
+                and not self.tls
             self.started, self.now = time.perf_counter(), time.time()
 
     def _keep_alive(self, head):
@@ -18126,7 +18160,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._shares = [(limits.connections + number) // workers
                         for number in reversed(range(workers))]
         self._slots = threading.BoundedSemaphore(self._shares[0])
-        self._somebody_came = False
         self._upload_ttl = upload_ttl
         self._ended = threading.Event()
         self._senders = []
@@ -18200,14 +18233,15 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self):
         """See whether the queue is empty; called after every look at it."""
-        if not self._somebody_came:
-            self.crowded_since = None
-        self._somebody_came = False
+        if self.crowded_since:
+            with _POLL() as poll:
+                poll.register(self.socket, selectors.EVENT_READ)
+                if not poll.select(0):
+                    self.crowded_since = None
 
     def get_request(self):
         """Accept, once there is a slot; the TLS handshake is left to the
         connection's thread."""
-        self._somebody_came = True
         self._leave_to_others()
         self._take_slot()
         try:
@@ -18368,6 +18402,10 @@ class Server(http.server.ThreadingHTTPServer):
         for thread in self._senders:    # so that little is delivered twice
             thread.join(max(0, deadline - time.monotonic()))
         return finished
+
+
+# without a descriptor of its own: there may be none left
+_POLL = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 def _has_dual_stack():

@@ -1398,6 +1398,12 @@ class SigV4Refusals(Signing):
         self.assertIsNone(identity.account)
         self.assertIsNone(identity.chain)
 
+    def test_more_names_than_headers_can_be_are_refused_and_not_kept(self):
+        with self.assertRaises(S3Error) as caught:
+            gos3rve.make_signed(None, ";".join("x" * 2000))
+        self.assertEqual(caught.exception.code,
+                         "RequestHeaderSectionTooLarge")
+
     def test_key_of_nobody_answers_InvalidAccessKeyId(self):
         client = Client("http://s3.test", "NOBODY", ALICE.secret)
         self.refused("InvalidAccessKeyId", self.who,
@@ -4048,6 +4054,25 @@ class Listing(StorageCase):
                 self.assertEqual(hooks, [])
                 self.assertIn(info.etag, etags)
                 self.assertEqual(info.etag, info.record["meta"]["md5"])
+
+    def test_a_file_that_a_read_of_its_directory_misses(self):
+        """As on btrfs, where it was replaced meanwhile."""
+        for key in ("a", "b"):
+            self.put(key, b"1")
+        scan = self.bucket.scan
+
+        @contextlib.contextmanager
+        def short_scan(path, stamp):
+            with scan(path, stamp) as found:
+                yield [entry for entry in found
+                       if entry.name != "a" or reads]
+            if not reads:
+                os.utime(path)
+            reads.append(path)
+        for in_place, keys in ((True, ["b"]), (False, ["a", "b"])):
+            self.bucket.replaces_in_place, reads = in_place, []
+            with mock.patch.object(self.bucket, "scan", short_scan):
+                self.assertEqual(self.keys(), keys)
 
 
 class ListingWithSidecars(Listing):
@@ -9356,6 +9381,16 @@ class ListingRequests(OperationCase):
         return [("P" if child.tag == "CommonPrefixes" else "K",
                  decode(child.findtext(self.TAGS[child.tag])))
                 for child in answer.xml() if child.tag in self.TAGS]
+
+    def test_parameters_are_none_in_headers_nor_headers_parameters(self):
+        for headers, query in (({"list-type": "2"}, {}),
+                               ({"id": "1"}, {"analytics": ""}),
+                               ({"id": "1"}, {"inventory": ""}),
+                               ({"id": "1"}, {"metrics": ""}),
+                               ({"id": "1"}, {"intelligent-tiering": ""})):
+            self.ok(self.s3.get("/box", query, headers=headers))
+        self.error(self.s3.put("/box/a", b"", {
+            "x-amz-copy-source": "/box/z"}), "InvalidArgument")
 
     def pages(self, query, following):
         """The entries of all pages; following(answer, entries) gives the
@@ -21231,6 +21266,23 @@ class ServerConnections(HttpCase):
                 lambda: not server.server.crowded_since))
             answer = self.ok(busy[1].send(HEALTH).answer())
             self.assertNotIn("connection", answer.headers)
+
+    def test_a_crowd_is_over_though_clients_come_all_the_time(self):
+        server, peer = self.crowd(2)
+        server.server.crowded_since = time.monotonic()
+        self.assertTrue(wait_for(lambda: self.ok(
+            peer(HEALTH).answer()) and not server.server.crowded_since, 2))
+
+    def test_a_body_that_the_end_of_its_connection_cuts_off_is_SlowDown(self):
+        server, peer = self.crowd(2)
+        real = gos3rve.Wire.head
+
+        def head(wire):                 # ended when the head has come
+            data = real(wire)
+            server.server.idle.clear()
+            return data
+        with mock.patch.object(gos3rve.Wire, "head", head):
+            self.error(peer(self.UPLOAD).answer(), "SlowDown")
 
     def test_who_waits_too_long_gets_SlowDown_and_uploads_go_on(self):
         server, peer = self.crowd(2)
