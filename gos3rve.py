@@ -3737,8 +3737,8 @@ class Draft:
             self.path = None
 
 
-# EINVAL and ENOTTY are older kernels' and other systems' word for it
-_NO_SHARING = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
+# EINVAL may be about two files alone, of which one is not to be shared
+_NO_SHARING = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
 _NO_COPY_RANGE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP,
                   errno.EBADF, errno.EPERM, errno.ETXTBSY)
 
@@ -4839,14 +4839,37 @@ class Bucket:
             path = os.path.join(self._meta, name)
             try:
                 with open(path, "rb") as file:
-                    key = load_record(file.read()).get("key", "")
+                    record = load_record(file.read())
             except OSError:
                 continue
-            if _modified(path) < before and not self._describes(key, name):
+            key = record.get("key")     # without it it may be anyone's
+            if key and _modified(path) < before \
+                    and not self._describes(key, name):
                 with self.lock(key):    # nobody is about to publish it
-                    if not self._describes(key, name):
+                    if not self._describes(key, name) \
+                            and not self.fitting(key, record):
                         count += _unlink(path)
         return count
+
+    def fitting(self, key, record):
+        """The sidecars, there or not, of the files of a key that a record
+        fits: {sidecar: whether its file has a record}.  In a copy of the
+        bucket, which has other inodes, it may lie under another name."""
+        directory = self._version_directory(key)
+        paths = [os.path.join(directory, name)
+                 for name in self.version_names(key, False)]
+        found = self._open_key(key)
+        if found:
+            close_fd(found[0])
+            paths.insert(0, found[2])
+        found = {}
+        for path in paths:
+            status = os.stat(path)
+            if (record.get("size"), record.get("mtime_ns")) == (
+                    status.st_size, status.st_mtime_ns):
+                found[self._sidecar(key, status.st_ino)] = self.has_record(
+                    path, status, key)
+        return found
 
     def _describes(self, key, name):
         """True when a sidecar of that name is that of the key's file or of
@@ -6350,11 +6373,14 @@ class Store:
         found = list(filter(_UPLOAD_ID.match, _listdir(directory)))
         if found:
             target = os.path.join(self.dir_uploads, aside)
-            os.mkdir(target)
+            with contextlib.suppress(OSError):      # the disk may be full
+                os.mkdir(target)
             for upload_id in found:
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(os.path.join(directory, upload_id),
-                              os.path.join(target, upload_id))
+                path = os.path.join(directory, upload_id)
+                try:
+                    os.rename(path, os.path.join(target, upload_id))
+                except FileNotFoundError:
+                    _remove_tree(path)
             if self.sync:
                 sync_directory(directory)
         with contextlib.suppress(OSError):
@@ -7483,6 +7509,7 @@ class Checker:
         self._now = time.time()
         self._before = self._now - SWEEP_GRACE_SECONDS
         self.counts = collections.Counter()
+        self._untold, self._spared = [], set()
 
     def run(self):
         """Check everything; the counts."""
@@ -7490,12 +7517,16 @@ class Checker:
             self.counts["buckets"] += 1
             with self._telling(_quoted(bucket.root)):
                 self._check_bucket(bucket)
-        for path in self._store.leftovers(self._now):
-            self._found(_quoted(path), "is left of a bucket that was being "
-                        "made or deleted", lambda path=path:
-                        shutil.rmtree(path))
+        with self._telling(_quoted(self._store.dir_buckets)):
+            for path in self._store.leftovers(self._now):
+                with self._telling(_quoted(path)):
+                    self._found(_quoted(path), "is left of a bucket that was "
+                                "being made or deleted", lambda path=path:
+                                shutil.rmtree(path))
         for name in _listdir(self._store.dir_uploads):
-            self._check_uploads(name)
+            with self._telling(_quoted(os.path.join(
+                    self._store.dir_uploads, name))):
+                self._check_uploads(name)
         return self.counts
 
     def _found(self, where, fault, mend=None):
@@ -7505,11 +7536,12 @@ class Checker:
             mend()
             state = MENDED
         self.counts[state] += 1
-        self._tell(where, fault, state)
+        self._untold.append((where, fault, state))
 
     @contextlib.contextmanager
     def _telling(self, where):
-        """What cannot be read or mended is a fault, too."""
+        """What cannot be read or mended is a fault, too.  It is told at the
+        end, with no lock held: who reads it may take their time."""
         try:
             yield
         except FileNotFoundError:
@@ -7517,6 +7549,9 @@ class Checker:
         except (OSError, S3Error) as error:
             self._found(where, "cannot be checked or mended: %s"
                         % (getattr(error, "strerror", None) or error))
+        finally:
+            while self._untold:
+                self._tell(*self._untold.pop(0))
 
     def _check_bucket(self, bucket):
         with contextlib.suppress(FileNotFoundError), \
@@ -7526,10 +7561,13 @@ class Checker:
             except ValueError:
                 self._found(_quoted(bucket._config_path), "is damaged: the "
                             "bucket has lost its settings")
-        for name in _listdir(bucket._versions):
-            self._check_hashed(bucket, bucket._versions, name)
-        for name in _listdir(bucket._odd):
-            self._check_hashed(bucket, bucket._odd, name)
+        for directory in (bucket._versions, bucket._odd):
+            for name in _listdir(directory):
+                with self._telling(_quoted(os.path.join(directory, name))):
+                    self._check_hashed(bucket, directory, name)
+        for name in _listdir(bucket._meta):
+            with self._telling(_quoted(os.path.join(bucket._meta, name))):
+                self._check_place(bucket, name)
         walker = Walker(bucket, self._store._cache)
         for key in walker.version_keys("", "", ""):
             with self._telling(_key_text(bucket, key)):
@@ -7548,16 +7586,16 @@ class Checker:
         """A name under versions/ or odd/ that is a hash: a file there must
         tell the key."""
         path = os.path.join(directory, name)
-        if name[0] == "k":
-            return
+        if name[0] == "k" or _modified(path) >= self._before:
+            return                      # the latter is just being made
         files, key_file = [path], os.path.join(path, KEY_FILE)
         if directory == bucket._versions:
             if odd_name(_key_in(key_file)) == name:
                 return
             files = [os.path.join(path, version) for version
                      in _listdir(path) if version != KEY_FILE]
-        key = next((key for key in (self._told_key(bucket, file)
-                                    for file in files)
+        key = next((key for file in files
+                    for key in self._told_keys(bucket, file)
                     if key and odd_name(key) == name), None)
         if directory == bucket._versions:
             self._found(_quoted(path), "has the versions of a key that it "
@@ -7567,15 +7605,16 @@ class Checker:
             self._found(_quoted(path), "is an object whose key is lost")
 
     @staticmethod
-    def _told_key(bucket, path):
-        """The key that the record of a file tells, or None."""
-        if bucket._xattrs:
-            with contextlib.suppress(OSError):
-                return load_record(os.getxattr(path, XATTR)).get("key")
+    def _told_keys(bucket, path):
+        """The keys that the records of a file tell: while it is renamed it
+        still has the old one."""
+        record = _record_inside(path) if bucket._xattrs else {}
+        if record:
+            return [record.get("key"), record.get("was")]
         ending = "-%x" % os.stat(path).st_ino
-        return next((_key_in(os.path.join(bucket._meta, sidecar))
-                     for sidecar in _listdir(bucket._meta)
-                     if sidecar.endswith(ending)), None)
+        return [_key_in(os.path.join(bucket._meta, sidecar))
+                for sidecar in _listdir(bucket._meta)
+                if sidecar.endswith(ending)]
 
     # keys
 
@@ -7605,8 +7644,11 @@ class Checker:
         if found:
             os.close(found[0])
             if found[2] != bucket._odd_path(key) and bucket._is_odd(key):
-                yield ("hides an older file of its key, under odd/",
-                       lambda: bucket._drop_twin(key))
+                older = _modified_ns(bucket._odd_path(key)) \
+                    <= found[1].st_mtime_ns
+                yield ("hides %s file of its key, under odd/" % (
+                    "an older" if older else "a newer"),
+                    (lambda: bucket._drop_twin(key)) if older else None)
         names = bucket.version_names(key, False)
         if bucket.is_unsettled(key, names):
             yield ("has a change that was cut off among its versions",
@@ -7616,9 +7658,13 @@ class Checker:
                 return                  # the rest follows from it
         current = bucket.find(key)
         twin = current and _name_of(current.version_id, names)
-        if twin:
+        if twin and found and _is_like(os.path.join(
+                bucket._version_directory(key), twin), found[1]):
             yield ("has its current version among the others, too",
                    lambda: bucket.drop_version(key, twin))
+        elif twin:                      # archive() will tell them apart
+            yield ("has a file put here by hand that hides an older version "
+                   "of the same id", None)
         elif names and not current and not bucket._is_marker(key, names[0]):
             yield ("has versions, but none is current: the file was removed "
                    "by hand, or lost; mended by a delete marker",
@@ -7635,18 +7681,25 @@ class Checker:
         fd, status = bucket._open_path(path)
         try:
             self.counts["bytes"] += status.st_size
+            before = bucket._read_record(fd, status, key)
             fault, record = self._judge(bucket, key, fd, status)
             if fault is None:
                 return
-            if record is None:
+            if record is None:          # what is left of one stays, too
+                self._spared.add(bucket._sidecar(key, status.st_ino))
                 self._found(_key_text(bucket, key), fault)
                 return
+            directory, name = os.path.split(path)
+            if directory == bucket._version_directory(key) \
+                    and _version_of(name) != NULL_VERSION:
+                record["version"] = _version_of(name)   # should it come back
 
             def mend():
                 with bucket.lock(key):
-                    if not _same_file(path, status):
+                    if not _same_file(path, status) or bucket._read_record(
+                            fd, status, key) != before:
                         raise S3Error("OperationAborted")
-                    bucket._write_record(fd, status, key, record)
+                    bucket._rewrite_record(fd, status, key, record)
             self._found(_key_text(bucket, key), fault, mend)
         finally:
             os.close(fd)
@@ -7656,6 +7709,8 @@ class Checker:
         record that would be right, None where that is not to be told)."""
         record = bucket._read_record(fd, status, key)
         info = _looked_at(Info(key, status, dict(record)), fd)
+        if _is_torn(status, record):
+            return "is shorter than its record says: a power cut", None
         if info.damaged:
             return "is encrypted, and no record tells how it opens", None
         if not record:
@@ -7692,42 +7747,42 @@ class Checker:
         record["mtime_ns"] = status.st_mtime_ns
         return record
 
+    def _check_place(self, bucket, name):
+        """A file under meta/ that lies where that of another file of its
+        key belongs, in a copy of the bucket: it makes room, and
+        _check_sidecar() finds its place."""
+        path = os.path.join(bucket._meta, name)
+        with open(path, "rb") as file:
+            record = load_record(file.read())
+        key = record.get("key")
+        if not key or _modified(path) >= self._before:
+            return
+        with bucket.lock(key):
+            places = bucket.fitting(key, record)
+            if places and path not in places and bucket._describes(key, name):
+                self._found(_quoted(path), "is the record of another file "
+                            "of its key", lambda: os.replace(
+                                path, path + "-moved"))
+
     def _check_sidecar(self, bucket, name):
         """A file under meta/: whose record is it?  A copy of the bucket has
         other inodes, and the old ones in the names."""
         path = os.path.join(bucket._meta, name)
-        if _modified(path) >= self._before:
+        if _modified(path) >= self._before or path in self._spared:
             return                      # its file may come in a moment
         with open(path, "rb") as file:
             record = load_record(file.read())
         key = record.get("key", "")
         with bucket.lock(key):
             if not bucket._describes(key, name):
-                heir = key and self._heir(bucket, key, record)
+                heir = key and next(
+                    (sidecar for sidecar, has in bucket.fitting(
+                        key, record).items() if not has), None)
                 self._found(
                     _quoted(path), "is the record of a file that has "
                     "another inode now" if heir else "is the record of no "
                     "file" if key else "is a damaged record", lambda:
                     os.replace(path, heir) if heir else _unlink(path))
-
-    @staticmethod
-    def _heir(bucket, key, record):
-        """The sidecar that one file of a key lacks and for which this is
-        the record, or None."""
-        directory = bucket._version_directory(key)
-        paths = [os.path.join(directory, name) for name
-                 in bucket.version_names(key, False)]
-        found = bucket._open_key(key)
-        if found:
-            os.close(found[0])
-            paths.insert(0, found[2])
-        for path in paths:
-            status = os.stat(path)
-            if (record.get("size"), record.get("mtime_ns")) == (
-                    status.st_size, status.st_mtime_ns) \
-                    and not bucket.has_record(path, status, key):
-                return bucket._sidecar(key, status.st_ino)
-        return None
 
     # what else lies there
 
@@ -7739,7 +7794,10 @@ class Checker:
 
     def _note_others(self, bucket):
         """Tell of what lies in a bucket and is no object."""
-        for path, directories, files in os.walk(bucket.root):
+        def unread(error):
+            with self._telling(_quoted(error.filename)):
+                raise error
+        for path, directories, files in os.walk(bucket.root, onerror=unread):
             if path == bucket.root and STATE in directories:
                 directories.remove(STATE)
             for name in files + [name for name in directories
@@ -7793,8 +7851,9 @@ class Checker:
             self._found(_quoted(path), "is no upload: its upload.json is "
                         "missing or damaged", lambda: shutil.rmtree(path))
         elif not there:
+            # which may be on a disk that is not, or have a flag of its own
             self._found(_quoted(path), "is an upload to a bucket that is not "
-                        "there", lambda: self._store.remove_upload(upload))
+                        "there")
         else:
             self._check_parts(upload)
 
@@ -19493,6 +19552,9 @@ def fsck(config, asked):
             "repair" in asked, "verify" in asked, progress).run()
     except KeyboardInterrupt:
         return 130
+    except OSError as error:            # nobody reads any more, say
+        print("gos3rve: -fsck ends early: %s" % error, file=sys.stderr)
+        return 1
     print("checked %s, %s bytes%s: %s" % (
         ", ".join("%d %s" % (counts[what], what) for what in (
             "buckets", "objects", "versions", "uploads", "parts")),

@@ -6505,6 +6505,53 @@ class Checks(UploadCase):
                                  for info in self.bucket.versions("a")])
         self.assertEqual(self.check(), {})
 
+    def test_a_file_of_another_version_that_was_put_here_by_hand(self):
+        """The null version that it hides is another one, and stays."""
+        self.bucket.save({})
+        self.put("a", b"first")
+        self.switch()
+        self.put("a", b"second")
+        by_hand(self.path("new"), b"by hand")
+        os.replace(self.path("new"), self.path("a"))
+        before = self.bucket.version_names("a")
+        found = self.check(mend=True)
+        self.assertIn("fault", found.values())
+        self.assertEqual(self.bucket.version_names("a"), before)
+
+    def test_a_change_of_the_record_meanwhile_is_not_undone(self):
+        self.put("a", b"content")
+        os.utime(self.path("a"), (1, 1))
+        real = gos3rve._content_etag
+
+        def slowly(*args):              # somebody adds a tag
+            self.bucket.update_record("a", None, lambda record:
+                                      record.update(tags={"a": "b"}))
+            return real(*args)
+        with mock.patch.object(gos3rve, "_content_etag", slowly):
+            self.check(mend=True)
+        self.assertEqual(self.bucket.find("a").record["tags"], {"a": "b"})
+
+    def test_a_sweep_leaves_the_records_of_a_copy(self):
+        self.put("a", b"1")
+        shutil.copytree(self.path(), self.path() + "-copy")
+        shutil.rmtree(self.path())
+        os.rename(self.path() + "-copy", self.path())
+        self.restart()
+        self.sweep()
+        self.check(mend=True)
+        self.assertEqual(self.bucket.find("a").etag, md5_hex(b"1"))
+
+    def test_a_directory_that_cannot_be_read_is_a_fault(self):
+        self.put("d/a", b"1")
+        real = os.scandir
+
+        def scandir(path="."):
+            if isinstance(path, str) and path.endswith("/d"):
+                raise OSError(errno.EACCES, "not for you", path)
+            return real(path)
+        with mock.patch.object(os, "scandir", scandir):
+            self.assertIn("fault", self.check().values())
+
     def test_a_record_of_no_file(self):
         by_hand(self.path(gos3rve.STATE, "meta", "0" * 32 + "-7"),
                 b'{"key":"gone","size":1,"mtime_ns":1}')
@@ -6559,7 +6606,10 @@ class Checks(UploadCase):
 
     def test_a_file_hidden_under_odd(self):
         self.put("a", b"new")
-        by_hand(self.path(gos3rve.STATE, "odd", "ka"), b"old")
+        odd = self.path(gos3rve.STATE, "odd", "ka")
+        by_hand(odd, b"old")
+        self.assert_left("hides a newer")
+        os.utime(odd, (1, 1))
         self.assert_mended("hides an older")
         self.assertEqual(self.read("a")[1], b"new")
 
@@ -6593,8 +6643,7 @@ class Checks(UploadCase):
         path = os.path.join(self.uploads, "other", "0" * 48)
         by_hand(os.path.join(path, "upload.json"),
                 b'{"key": "k", "initiated_ns": 1}')
-        self.assert_mended("bucket that is not there")
-        self.assertFalse(os.path.exists(path))
+        self.assert_left("bucket that is not there")
 
     def test_what_is_no_object_is_noted(self):
         os.symlink("/", self.path("out"))
