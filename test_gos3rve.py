@@ -4300,10 +4300,10 @@ class KnownFiles(StorageCase):
             self.assertEqual("hand" not in self.read_anew(), known)
 
     def test_record_that_may_not_be_read_is_looked_for_again(self):
-        def fail(real, path, *more):
+        def fail(real, path, *more, **named):
             if path in (self.path("hand"), sidecar):
                 raise OSError(errno.EACCES, "Permission denied")
-            return real(path, *more)
+            return real(path, *more, **named)
         os.makedirs(self.path(gos3rve.STATE, "meta"), exist_ok=True)
         sidecar = self.bucket._sidecar(
             "hand", os.stat(self.path("hand")).st_ino)
