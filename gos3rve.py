@@ -4855,15 +4855,8 @@ class Bucket:
         """The sidecars, there or not, of the files of a key that a record
         fits: {sidecar: whether its file has a record}.  In a copy of the
         bucket, which has other inodes, it may lie under another name."""
-        directory = self._version_directory(key)
-        paths = [os.path.join(directory, name)
-                 for name in self.version_names(key, False)]
-        found = self._open_key(key)
-        if found:
-            close_fd(found[0])
-            paths.insert(0, found[2])
         found = {}
-        for path in paths:
+        for path in self._files_of(key):
             status = os.stat(path)
             if (record.get("size"), record.get("mtime_ns")) == (
                     status.st_size, status.st_mtime_ns):
@@ -5260,20 +5253,21 @@ class Bucket:
         name = "%s-%x" % (digest.hexdigest(), draft.size)
         with contextlib.suppress(OSError), open(
                 os.path.join(self._same, name), "rb") as file:
-            for path in self._files_of(load_record(file.read()).get("key")):
+            key = load_record(file.read()).get("key")
+            for path in self._files_of(key) if key else ():
                 if self._shares(path, draft):
                     break
         return name if self._unique else None
 
     def _files_of(self, key):
         """Where the versions of a key lie, the newest first."""
-        found = key and self._open_key(key)
+        found = self._open_key(key)
         if found:
             close_fd(found[0])
             yield found[2]
-        if key:
-            for name in self.version_names(key, bool(found)):
-                yield os.path.join(self._version_directory(key), name)
+        directory = self._version_directory(key)
+        for name in self.version_names(key, False):
+            yield os.path.join(directory, name)
 
     def _shares(self, path, draft):
         """True when a draft has the content of another file, and has it
@@ -7624,7 +7618,7 @@ class Checker:
         where = _key_text(bucket, key)
         found = bucket._open_key(key)
         if found:
-            os.close(found[0])
+            close_fd(found[0])
             self.counts["objects"] += 1
             self._check_file(bucket, key, found[2])
         for name in bucket.version_names(key, False):
@@ -7642,7 +7636,7 @@ class Checker:
         caller holds, one after the other."""
         found = bucket._open_key(key)
         if found:
-            os.close(found[0])
+            close_fd(found[0])
             if found[2] != bucket._odd_path(key) and bucket._is_odd(key):
                 older = _modified_ns(bucket._odd_path(key)) \
                     <= found[1].st_mtime_ns
@@ -7702,7 +7696,7 @@ class Checker:
                     bucket._rewrite_record(fd, status, key, record)
             self._found(_key_text(bucket, key), fault, mend)
         finally:
-            os.close(fd)
+            close_fd(fd)
 
     def _judge(self, bucket, key, fd, status):
         """(What is wrong with an open file or its record, or None; the
