@@ -28320,7 +28320,9 @@ class Tormentor:
         self._replace(number)
 
     def restart(self, number):
-        self.end(self.servers[number])
+        """What sends a body then is told to come again."""
+        with self._window():
+            self.end(self.servers[number])
         self._replace(number)
 
     @staticmethod
@@ -28532,7 +28534,8 @@ class Soak:
         return dict(self.figures, torments=self.tormentor.counts,
                     kills=self.tormentor.count("kill"),
                     freezes=self.tormentor.count("freeze"),
-                    faults=len(self.tormentor.windows))
+                    faults=len(self.tormentor.windows)
+                    - self.tormentor.count("restart"))
 
     # a round
 
