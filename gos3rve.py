@@ -10563,8 +10563,8 @@ class Request:
         """Raise AccessDenied unless the caller may do this to an object
         that may have an owner and an ACL of its own.
 
-        Who may list is let through to where a missing key is found out:
-        a 404 tells no more than the listing (API_GetObject.html).
+        Who may list, and asks for a key that is not there, is told so: a
+        404 tells no more than the listing (API_GetObject.html).
         """
         bucket = bucket or self.bucket
         owner = acl = None
@@ -10573,10 +10573,11 @@ class Request:
         if self.allowed(versioned_action(action, version_id), key, bucket,
                         owner, acl):
             return
-        if action != "s3:GetObject" or bucket.find(key) or not self.allowed(
+        if action == "s3:GetObject" and version_id is None and self.allowed(
                 "s3:ListBucket", None, bucket, facts={"s3:prefix": key}):
-            raise S3Error("AccessDenied", headers={
-                "x-amz-bucket-region": bucket.region})
+            close_fd(open_readable(bucket, key)[1])
+        raise S3Error("AccessDenied", headers={
+            "x-amz-bucket-region": bucket.region})
 
     def note(self, *fields):
         """Keep a Noted for the access log of its bucket, if it has one."""
@@ -10640,6 +10641,16 @@ def object_guard(request, bucket, key, version_id=None):
     close_fd(fd)
     owner = object_owner(request, info, bucket)
     return owner, load_acl(info.record.get("acl"), owner)
+
+
+def open_readable(bucket, key, version_id=None):
+    """(Info, fd) of a version that can be read, the latest for None; its
+    delete marker is an error."""
+    info, fd = bucket.open_version(key, version_id)
+    if info.marker:
+        close_fd(fd)
+        raise marker_error(info, version_id)
+    return info, fd
 
 
 def object_owner(request, info, bucket=None):
@@ -11085,14 +11096,8 @@ def version_header(request, info):
 
 
 def open_asked(request):
-    """(Info, fd) of the version that a request reads; its delete marker
-    is an error."""
-    version_id = asked_version(request)
-    info, fd = request.bucket.open_version(request.key, version_id)
-    if info.marker:
-        close_fd(fd)
-        raise marker_error(info, version_id)
-    return info, fd
+    """(Info, fd) of the version that a request reads."""
+    return open_readable(request.bucket, request.key, asked_version(request))
 
 
 def find_asked(request):

@@ -13477,6 +13477,53 @@ class EnforcedOwnerRequests(AclRequests):
             "OwnershipControlsNotFoundError")
 
 
+class PolicyRequests(AclCase):
+    """What a bucket policy sees of a request, and nobody can make it see.
+
+    BOB has a bucket of his own, and box keeps versions.
+    """
+
+    ownership = "BucketOwnerEnforced"
+
+    def setUp(self):
+        super().setUp()
+        self.bob.put("/bobs")
+        self.alice.put("/box", b"<VersioningConfiguration><Status>Enabled"
+                       b"</Status></VersioningConfiguration>", {
+                           "versioning": ""})
+
+    def put(self, key, data=b"1", **headers):
+        """Put an object as ALICE; its version id."""
+        return self.alice.put("/box/" + key, data, headers={
+            name.replace("_", "-"): value for name, value
+            in headers.items()}).headers["x-amz-version-id"]
+
+    def policy(self, *statements):
+        """Give box a policy."""
+        answer = self.alice.put("/box", document(*(
+            json.loads(json.dumps(one).replace(BUCKET, "arn:aws:s3:::box"))
+            for one in statements)).encode(), {"policy": ""})
+        self.assertEqual(answer.status, 204, answer.body)
+
+    def copied(self, key, version):
+        """The status of BOB's copy of a version."""
+        return self.bob.put("/bobs/copy", headers={
+            "x-amz-copy-source": "/box/%s?versionId=%s" % (
+                key, version)}).status
+
+    def test_who_may_only_list_reads_no_version_of_a_deleted_key(self):
+        version = self.put("k")
+        self.alice.delete("/box/k")
+        self.policy(statement(action="s3:ListBucket", resource=BUCKET))
+        answer = self.bob.get("/box/k")
+        self.assertEqual((answer.code, answer.headers[
+            "x-amz-delete-marker"]), ("NoSuchKey", "true"))
+        for method in ("GET", "HEAD"):
+            self.assertEqual(self.bob.request(method, "/box/k", {
+                "versionId": version}).status, 403)
+        self.assertEqual(self.copied("k", version), 403)
+
+
 # --- versions ---
 
 class VersionRequests(OperationCase):
