@@ -8849,7 +8849,7 @@ _CONDITION_KEYS = (
         s3:DataAccessPointAccount s3:DataAccessPointArn"""),
     (HEADER, None, "aws:Referer aws:UserAgent s3:x-amz-content-sha256"),
     (QUERY, _LISTS, "s3:delimiter s3:max-keys s3:prefix"),
-    (QUERY, _VERSION_ACTIONS, "s3:VersionId"),
+    (FACT, _VERSION_ACTIONS, "s3:VersionId"),
     (FACT, _TAGGED, "s3:ExistingObjectTag/"),
     (FACT, _TAG_PUTS, "s3:RequestObjectTag/ s3:RequestObjectTagKeys"),
     (FACT, _CREATES, "s3:LocationConstraint"),
@@ -8883,7 +8883,7 @@ _CONDITION_KEYS = (
         s3:x-amz-server-side-encryption-customer-algorithm"""),
 )
 # Where the header or query name is not what stands behind the `:`
-_PLACES = {"aws:useragent": "user-agent", "s3:versionid": "versionId"}
+_PLACES = {"aws:useragent": "user-agent"}
 
 
 def _make_condition_keys():
@@ -8923,8 +8923,11 @@ class Context:
     what follows it; these come before what headers and query say.  A
     fact is None, text, a number, a bool, a list of texts, for a family of
     tags a dict, or a callable that gives one of these when a policy first
-    asks.
+    asks.  action: the one that is judged, in lower case; what a client may
+    send along with any request counts only for the actions it goes with.
     """
+
+    action = None
 
     def __init__(self, caller=ANONYMOUS, headers=None, query=None, now=None,
                  facts=None):
@@ -8935,13 +8938,15 @@ class Context:
 
     def get(self, name):
         """The texts under a ConditionKey's name; None for an absent key."""
-        if name not in self._cache:
-            self._cache[name] = self._texts(name)
-        return self._cache[name]
-
-    def _texts(self, name):
         family, slash, tag = name.partition("/")
         key = CONDITION_KEYS[family + slash]
+        if key.actions is not None and self.action not in key.actions:
+            return None
+        if name not in self._cache:
+            self._cache[name] = self._texts(key, family, slash, tag)
+        return self._cache[name]
+
+    def _texts(self, key, family, slash, tag):
         if family in self._facts:
             value = self._facts[family]
             value = value() if callable(value) else value
@@ -8950,7 +8955,7 @@ class Context:
         elif key.source == QUERY:
             value = self._query.get(key.where)
         else:
-            value = self._derived(family + slash)
+            value = self._derived(key.name)
         if slash and value is not None:
             value = value.get(tag)
         if value is None:
@@ -9266,7 +9271,10 @@ def evaluate(policy, caller, action, resource, context):
     IAM reference_policies_evaluation-logic.html
     """
     verdict = None
-    for statement in policy.statements if policy is not None else ():
+    if policy is None:
+        return None
+    context.action = action.lower()
+    for statement in policy.statements:
         if (verdict == "allow" and statement.effect == "Allow"
                 or not statement.applies(caller, action, resource,
                                          context)):
@@ -10559,7 +10567,8 @@ class Request:
             self.bucket.name, key), self.guard,
             self._context(self.bucket, key))
 
-    def allow_object(self, action, key, version_id=None, bucket=None):
+    def allow_object(self, action, key, version_id=None, bucket=None,
+                     facts=None):
         """Raise AccessDenied unless the caller may do this to an object
         that may have an owner and an ACL of its own.
 
@@ -10570,8 +10579,10 @@ class Request:
         owner = acl = None
         if self.access(bucket).ownership != ENFORCED:
             owner, acl = object_guard(self, bucket, key, version_id)
+        facts = dict(facts or {})
+        facts["s3:VersionId"] = version_id
         if self.allowed(versioned_action(action, version_id), key, bucket,
-                        owner, acl):
+                        owner, acl, facts):
             return
         if action == "s3:GetObject" and version_id is None and self.allowed(
                 "s3:ListBucket", None, bucket, facts={"s3:prefix": key}):
@@ -10675,8 +10686,7 @@ def policy_context(request, bucket, key=None, facts=None):
     none is there yet."""
     def tags():
         try:
-            info, fd = bucket.open_version(
-                key, request.query.get("versionId"))
+            info, fd = bucket.open_version(key, known.get("s3:VersionId"))
         except S3Error:
             return None
         close_fd(fd)

@@ -7992,9 +7992,10 @@ class PolicyConditions(AccessCase):
             action="*", Condition={name: {key: wanted}}), Version=version)
         caller = request.pop("caller", CALLERS["alt"])
         context = g.Context(caller, now=NOW, facts=facts, **request)
+        actions = g.find_condition_key(key).actions
         return g.evaluate(g.parse_policy(text, "b"), caller,
-                          "s3:GetObject", BUCKET + "/k",
-                          context) == "allow"
+                          min(actions) if actions else "s3:GetObject",
+                          BUCKET + "/k", context) == "allow"
 
     def table(self, key, rows):
         for name, wanted, given, expected in rows:
@@ -8169,7 +8170,7 @@ class PolicyConditions(AccessCase):
                 ("s3:prefix", {"query": {"prefix": "v"}}, "v"),
                 ("s3:max-keys", {"query": {"max-keys": "5"}}, "5"),
                 ("s3:delimiter", {"query": {"delimiter": "/"}}, "/"),
-                ("s3:VersionId", {"query": {"versionId": "v"}}, "v"),
+                ("s3:VersionId", {"facts": {"s3:VersionId": "v"}}, "v"),
                 ("s3:x-amz-copy-source",
                  {"headers": {"x-amz-copy-source":
                               "/src/a%20b?versionId=1"}}, "src/a b")):
@@ -8177,6 +8178,28 @@ class PolicyConditions(AccessCase):
                 self.assertTrue(self.holds("StringEquals", key, value,
                                            **given))
                 self.assertFalse(self.holds("StringEquals", key, value))
+
+    def test_keys_count_for_the_actions_they_go_with(self):
+        given = g.Context(headers={"x-amz-acl": "v"}, query={"prefix": "v"},
+                          facts={"s3:ExistingObjectTag": {"a": "v"},
+                                 "s3:RequestObjectTag": {"a": "v"}})
+        for key, action, other in (
+                ("s3:prefix", "ListBucket", "GetObject"),
+                ("s3:x-amz-acl", "PutObject", "GetObject"),
+                ("s3:ExistingObjectTag/a", "GetObject", "DeleteObject"),
+                ("s3:RequestObjectTag/a", "PutObject", "GetObject")):
+            for name, answers in (("StringEquals", ("allow", None)),
+                                  ("StringNotEquals", (None, "allow"))):
+                parsed = policy(statement(action="*", Condition={
+                    name: {key: "v"}}))
+                self.assertEqual(tuple(
+                    g.evaluate(parsed, g.ANONYMOUS, "s3:" + one, BUCKET,
+                               given) for one in (action, other)),
+                    answers, (key, name))
+        parsed = policy(statement(action="s3:*", resource=BUCKET
+                                  + "/${s3:prefix}"))
+        self.assertIsNone(g.evaluate(parsed, g.ANONYMOUS, "s3:GetObject",
+                                     BUCKET + "/v", given))
 
     def test_keys_of_the_caller_and_the_time(self):
         for key, value in (
@@ -8226,6 +8249,7 @@ class PolicyConditions(AccessCase):
             return {"a": "b"}
 
         context = g.Context(facts={"s3:ExistingObjectTag": tags})
+        context.action = "s3:getobject"
         self.assertEqual(context.get("s3:prefix"), None)
         self.assertEqual(asked, [])
         for _ in range(3):
@@ -13522,6 +13546,35 @@ class PolicyRequests(AclCase):
             self.assertEqual(self.bob.request(method, "/box/k", {
                 "versionId": version}).status, 403)
         self.assertEqual(self.copied("k", version), 403)
+
+    def test_what_selects_a_listing_opens_no_object(self):
+        self.put("k")
+        self.policy(statement(Condition={
+            "StringLike": {"s3:prefix": "pub/*"}}))
+        for query, status in (({"prefix": "pub/"}, 200), ({}, 403)):
+            self.assertEqual(self.bob.get("/box", query).status, status)
+            self.assertEqual(self.bob.get("/box/k", query).status, 403)
+
+    def test_the_version_is_the_one_that_is_read_or_deleted(self):
+        old = self.put("k", x_amz_tagging="open=no")
+        new = self.put("k", x_amz_tagging="open=yes")
+        self.policy(
+            statement(action="s3:GetObjectVersion", resource=OBJECTS,
+                      Condition={"StringEquals": {
+                          "s3:ExistingObjectTag/open": "yes"}}),
+            statement(action="s3:DeleteObjectVersion", resource=OBJECTS,
+                      Condition={"StringEquals": {"s3:VersionId": old}}))
+        for version, status in ((old, 403), (new, 200)):
+            self.assertEqual(self.copied("k", version), status)
+            self.assertEqual(self.bob.get("/box/k", {
+                "versionId": version}).status, status)
+        for version, code in ((new, ["AccessDenied"]), (old, [])):
+            body = ("<Delete><Object><Key>k</Key><VersionId>%s</VersionId>"
+                    "</Object></Delete>" % version).encode()
+            self.assertEqual(self.bob.post("/box", {
+                "delete": "", "versionId": old}, body, headers={
+                    "content-md5": digest64("md5", body)}).all(
+                        "Error/Code"), code)
 
 
 # --- versions ---
