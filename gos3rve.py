@@ -1047,11 +1047,13 @@ class Identity(NamedTuple):
 
     account: None for an unsigned request.  payload: the value of
     x-amz-content-sha256, or UNSIGNED-PAYLOAD.  chain: the ChunkChain of a
-    body whose chunks are signed, else None.
+    body whose chunks are signed, else None.  amz_date: when SigV4 says that
+    it was signed, None for SigV2.
     """
     account: Optional[Account]
     payload: str = UNSIGNED
     chain: Any = None
+    amz_date: Optional[str] = None
 
 
 class Scope(NamedTuple):
@@ -1454,7 +1456,7 @@ def _v4_verify(request, account, signed, signature, amz_date, payload,
             if payload in STREAMING_SIGNED:
                 chain = ChunkChain(key, amz_date, signed.scope_text,
                                    signature)
-            return Identity(account, payload, chain)
+            return Identity(account, payload, chain, amz_date)
         first = first or (canonical, text)
     canonical, text = first
     raise S3Error("SignatureDoesNotMatch", AWSAccessKeyId=account.key_id,
@@ -1658,7 +1660,8 @@ def authenticate_form(fields, accounts, now, region=None):
             for name in names:
                 if not fields.get(name.lower()):
                     raise missing_field(name)
-            return Identity(verify(fields, accounts, now, region))
+            return Identity(verify(fields, accounts, now, region),
+                            amz_date=fields.get("x-amz-date"))
     return Identity(None)
 
 
@@ -8995,7 +8998,8 @@ _DERIVED = {
     # no second factor is known here, and a lasting key pair says nothing
     "aws:multifactorauthpresent":
         lambda c: None if c._caller.issued is None else False,
-    "aws:principalaccount": lambda c: c._caller.user_id,
+    "aws:principalaccount": lambda c: c._caller.user_id or (
+        None if c._caller.service else "anonymous"),
     "aws:principalarn": lambda c: c._caller.arn,
     "aws:principalisawsservice": lambda c: c._caller.service is not None,
     "aws:principalservicename": lambda c: c._caller.service,
@@ -10437,6 +10441,7 @@ class Request:
     # until they are known
     operation = identity = bucket = body = config = guard = None
     caller = ANONYMOUS
+    tls_version = None                  # a function that gives it, over TLS
     host_bucket, is_site, is_control = "", False, False
     pairs = facts = noted = ()          # the last two: for policies, for logs
     query = {}
@@ -10675,10 +10680,10 @@ def object_owner(request, info, bucket=None):
 def signing(request):
     """(signed by an account, with SigV4, in the query) of a request."""
     identity, query = request.identity, request.query
-    signed = identity is not None and identity.account is not None
-    presigned = "X-Amz-Signature" in query or "Signature" in query
-    return signed, "X-Amz-Signature" in query or request.headers.get(
-        "authorization", "").startswith(V4), presigned
+    if identity is None or identity.account is None:
+        return False, False, False
+    return (True, identity.amz_date is not None,
+            "X-Amz-Signature" in query or "Signature" in query)
 
 
 def policy_context(request, bucket, key=None, facts=None):
@@ -10699,6 +10704,10 @@ def policy_context(request, bucket, key=None, facts=None):
     kind = "REST-QUERY-STRING" if presigned else "REST-HEADER"
     if request.operation.name == "PostObject":
         kind = "POST"
+    age = 0                             # always, with SigV2
+    if v4:
+        age = request.now - parse_amz_date(request.identity.amz_date)
+    owner = bucket and request.access(bucket).owner_id
     known = {
         "s3:RequestObjectTag": asked_tags,
         "s3:RequestObjectTagKeys": lambda: list(asked_tags() or ()),
@@ -10707,7 +10716,12 @@ def policy_context(request, bucket, key=None, facts=None):
         "s3:authType": kind if signed else None,
         "s3:signatureversion": None if not signed else (
             V4 if v4 else "AWS"),
-        "s3:ResourceAccount": bucket and request.access(bucket).owner_id,
+        "s3:signatureAge": int(age * 1000) if signed else None,
+        "s3:TlsVersion": request.tls_version
+        and request.tls_version()[len("TLSv"):],
+        "aws:RequestedRegion": lambda: bucket.region if bucket
+        else request.service.region or "us-east-1",
+        "aws:ResourceAccount": owner, "s3:ResourceAccount": owner,
         "s3:ExistingObjectTag": tags if key else None}
     known.update(request.facts)
     known.update(facts or {})
@@ -17730,6 +17744,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.server.service, head.method, head.target, head.headers,
                 frame, self.now, self.request_id,
                 "https" if self.tls else "http", self.client_address[0])
+            if self.tls:
+                self.asked.tls_version = self.connection.version
             return _loaded(answer(self.asked), head.method)
         except S3Error as error:
             failure = error

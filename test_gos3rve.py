@@ -8212,12 +8212,12 @@ class PolicyConditions(AccessCase):
                 ("aws:EpochTime", str(NOW)), ("aws:ViaAWSService", "false")):
             with self.subTest(key):
                 self.assertTrue(self.holds("StringEquals", key, value))
-        for key in ("aws:username", "aws:PrincipalArn",
-                    "aws:PrincipalAccount"):
+        for key in ("aws:username", "aws:PrincipalArn"):
             self.assertTrue(self.holds("Null", key, "true",
                                        caller=g.ANONYMOUS))
-        self.assertTrue(self.holds("StringEquals", "aws:PrincipalType",
-                                   "Anonymous", caller=g.ANONYMOUS))
+        for key, value in (("Type", "Anonymous"), ("Account", "anonymous")):
+            self.assertTrue(self.holds("StringEquals", "aws:Principal" + key,
+                                       value, caller=g.ANONYMOUS))
         self.assertTrue(self.holds(
             "StringEquals", "aws:PrincipalServiceName", g.LOGGING_SERVICE,
             caller=CALLERS["logs"]))
@@ -12302,7 +12302,8 @@ class FormSignatures(FormCase):
                                     region="us-east-1", filename="a/me.jpg")
         self.assertEqual(content, b"bar")
         self.assertEqual(upload[:3] + upload[4:], (
-            g.Identity(ACCOUNT), "user/user1/me.jpg", {
+            g.Identity(ACCOUNT, amz_date="20151229T000000Z"),
+            "user/user1/me.jpg", {
                 "x-amz-acl": "public-read", "content-type": "image/jpeg",
                 "x-amz-meta-uuid": "14365123651274", "x-amz-meta-tag": "",
                 "x-amz-server-side-encryption": "AES256"}, 204, redirect))
@@ -12333,7 +12334,8 @@ class FormSignatures(FormCase):
     def test_a_wrong_signature(self):
         for fields, name in ((v4(encode("{}")), "x-amz-signature"),
                              (v2("{}"), "signature")):
-            self.assertEqual(self.sign(fields), g.Identity(ACCOUNT))
+            self.assertEqual(self.sign(fields), g.Identity(
+                ACCOUNT, amz_date=fields.get("x-amz-date")))
             for wrong in ("x", "\u00e9", fields[name][::-1]):
                 error = self.refused("SignatureDoesNotMatch", self.sign,
                                      dict(fields, **{name: wrong}))
@@ -12849,15 +12851,16 @@ class PostFormRequests(OperationCase):
         return self.s3.send("POST", "/box", data, {
             "content-type": TYPE, "content-length": str(len(data))})
 
-    def signed(self, *conditions, **fields):
-        """Fields with a V4 signature by the server's account."""
+    def signed(self, *conditions, age=0, **fields):
+        """Fields with a V4 signature by the server's account; age: since
+        when, in seconds."""
         policy = base64.b64encode(json.dumps({
             "expiration": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(
                 time.time() + 60)),
             "conditions": [{"bucket": "box"}, ["starts-with", "$key", ""],
                            ["starts-with", "$x-amz-", ""]]
             + list(conditions)}).encode()).decode()
-        date = amz_date()
+        date = amz_date(time.time() - age)
         scope = date[:8] + "/us-east-1/s3/aws4_request"
         policy_fields = {
             "x-amz-algorithm": "AWS4-HMAC-SHA256", "x-amz-date": date,
@@ -12908,6 +12911,21 @@ class PostFormRequests(OperationCase):
         self.error(self.post(dict(fields, **{
             "x-amz-signature": "0" * 64})), "SignatureDoesNotMatch")
         self.assertEqual(self.s3.keys("box"), [])
+
+    def test_a_bucket_policy_sees_how_and_when_a_form_was_signed(self):
+        deny = functools.partial(statement, "Deny", resource=BUCKET + "ox/*")
+        self.ok(self.s3.put("/box", document(
+            deny(Condition={"NumericGreaterThan": {
+                "s3:signatureAge": "600000"}}),
+            deny(Condition={"StringNotEquals": {
+                "s3:authType": "POST"}}),
+            deny(Condition={"StringNotEquals": {
+                "s3:signatureversion": "AWS4-HMAC-SHA256"}})).encode(), {
+                    "policy": ""}), 204)
+        self.addCleanup(self.s3.delete, "/box", {"policy": ""})
+        self.ok(self.post(self.signed(key="k")), 204)
+        self.error(self.post(self.signed(key="k", age=700)), "AccessDenied")
+        self.error(self.s3.put("/box/k"), "AccessDenied")
 
     def test_a_large_file_streams_through(self):
         data = os.urandom(MIB) * 8
@@ -13554,6 +13572,24 @@ class PolicyRequests(AclCase):
         for query, status in (({"prefix": "pub/"}, 200), ({}, 403)):
             self.assertEqual(self.bob.get("/box", query).status, status)
             self.assertEqual(self.bob.get("/box/k", query).status, 403)
+
+    def test_the_age_of_a_signature(self):
+        self.put("k")
+        self.policy(statement("Deny", Condition={
+            "NumericGreaterThan": {"s3:signatureAge": "600000"}}))
+        for age, status in ((590, 200), (610, 403)):
+            url = self.alice.presign("GET", "/box/k", expires=3600,
+                                     when=time.time() - age)
+            self.assertEqual(self.alice.send("GET", url[len(
+                self.alice.url):]).status, status)
+        self.assertEqual(self.alice.get("/box/k").status, 200)
+
+    def test_region_and_account_of_the_resource(self):
+        self.put("k")
+        self.policy(statement(Condition={
+            "StringEquals": {"aws:RequestedRegion": "us-east-1",
+                             "aws:ResourceAccount": ALICE.user_id}}))
+        self.assertEqual(self.bob.get("/box/k").status, 200)
 
     def test_the_version_is_the_one_that_is_read_or_deleted(self):
         old = self.put("k", x_amz_tagging="open=no")
@@ -22253,6 +22289,16 @@ class ServerTls(HttpCase):
         self.assertEqual(line.operation, "REST.HEAD.BUCKET")
         self.assertRegex(line.tls_version, r"\ATLSv1\.[23]\Z")
         self.assertRegex(line.cipher, r"\A[A-Z][A-Z0-9_-]+\Z")
+
+    def test_a_policy_sees_the_version_of_tls(self):
+        self.addCleanup(self.s3.delete, "/box", {"policy": ""})
+        for least, status in (("1.2", 200), ("1.4", 403)):
+            self.ok(self.s3.put("/box", document(statement(
+                "Deny", action="s3:ListBucket", resource=BUCKET + "ox",
+                Condition={"NumericLessThan": {
+                    "s3:TlsVersion": least}})).encode(), {
+                        "policy": ""}), 204)
+            self.ok(self.s3.get("/box"), status)
 
     def test_trailers_are_checked(self):
         data = b"hello world" * 1000
