@@ -10538,12 +10538,13 @@ class Request:
         """A field of bucket.json, of this request's bucket."""
         return self.config.get(name, default)
 
-    def allow(self, action, key=None, bucket=None, owner=None, acl=None):
+    def allow(self, action, key=None, bucket=None, owner=None, acl=None,
+              facts=None):
         """Raise AccessDenied unless the caller may do this to a key (None:
         to the bucket itself).  owner, acl: the object's, where it has its
-        own."""
+        own.  facts: for a Context, what only the operation knows."""
         bucket = bucket or self.bucket
-        if not self.allowed(action, key, bucket, owner, acl):
+        if not self.allowed(action, key, bucket, owner, acl, facts):
             raise S3Error("AccessDenied", headers={
                 "x-amz-bucket-region": bucket.region})
 
@@ -10560,9 +10561,13 @@ class Request:
 
     def _context(self, bucket, key, facts=None):
         """The policy_context(), None where no policy will look at it."""
-        if self.access(bucket).policy is None and self.caller.limits is None:
-            return None
-        return policy_context(self, bucket, key, facts)
+        return policy_context(self, bucket, key, facts) \
+            if self.has_policy(bucket) else None
+
+    def has_policy(self, bucket):
+        """True where a policy has a say in what the caller may do."""
+        return (self.access(bucket).policy is not None
+                or self.caller.limits is not None)
 
     def allow_write(self, key):
         """Raise AccessDenied unless the caller may write an object."""
@@ -10594,6 +10599,13 @@ class Request:
             close_fd(open_readable(bucket, key)[1])
         raise S3Error("AccessDenied", headers={
             "x-amz-bucket-region": bucket.region})
+
+    def allow_change(self, facts):
+        """Raise AccessDenied unless the caller may do what the operation
+        does to the version asked for.  facts: for a Context, what the
+        request's document says."""
+        self.allow_object(self.operation.action, self.key,
+                          asked_version(self), facts=facts)
 
     def note(self, *fields):
         """Keep a Noted for the access log of its bucket, if it has one."""
@@ -10985,6 +10997,10 @@ def signing_hosts(request):
 _OWN_CHECKS = frozenset((
     "DeleteObjects", "PostObject", "PutObject", "CopyObject",
     "CreateMultipartUpload", "AbortMultipartUpload", "ListParts"))
+# ... once it knows what its document says, where a policy may ask for that
+_DOCUMENT_CHECKS = frozenset((
+    "PutObjectTagging", "PutObjectRetention", "PutObjectLegalHold",
+    "TagResource", "UntagResource"))
 
 
 def _authorize_row(request, row):
@@ -11003,7 +11019,8 @@ def _authorize_row(request, row):
     _check_payer(request)
     if row.function is None:            # refused: the owner is told so
         request.allow("s3:ListBucket")
-    elif row.name in _OWN_CHECKS:
+    elif row.name in _OWN_CHECKS or (row.name in _DOCUMENT_CHECKS
+                                     and request.has_policy(request.bucket)):
         pass
     elif row.level in (BUCKET, CONTROL):
         request.allow(row.action)
@@ -11385,6 +11402,11 @@ def read_tags(value, kind):
                          for tag in value.get("Tag", ())], kind)
 
 
+def tag_facts(tags):
+    """What a Context has of the tags that a request gives a bucket."""
+    return {"aws:RequestTag": tags, "aws:TagKeys": list(tags)}
+
+
 def tagging_children(tags):
     """The children of a Tagging document."""
     return [("TagSet", tag_children(tags))]
@@ -11527,7 +11549,10 @@ def _asked_configuration(request):
     for tag in ("Bucket", "Location"):
         if document.find(tag) is not None:
             raise S3Error("NotImplemented", "There are no directory buckets")
-    return read_document(document, _CREATE_BUCKET)
+    asked = read_document(document, _CREATE_BUCKET)
+    if "Tags" in asked:
+        asked["Tags"] = read_tags(asked["Tags"], "bucket")
+    return asked
 
 
 def _new_bucket_config(request, asked):
@@ -11535,7 +11560,7 @@ def _new_bucket_config(request, asked):
     and its document of tags, for bucket.json."""
     owner, config = request.account.user_id, {}
     if "Tags" in asked:
-        config["tags"] = read_tags(asked["Tags"], "bucket")
+        config["tags"] = asked["Tags"]
     ownership = request.headers.get("x-amz-object-ownership")
     if ownership is not None:
         if ownership not in OWNERSHIPS:
@@ -11566,8 +11591,9 @@ def _authorize_create(request, asked):
 
     Any account may: it is a question of a session's policy only.
     """
-    context = policy_context(request, None, facts={
-        "s3:LocationConstraint": asked.get("LocationConstraint")})
+    context = policy_context(request, None, facts=dict(
+        tag_facts(asked.get("Tags", {})),
+        **{"s3:LocationConstraint": asked.get("LocationConstraint")}))
     actions = {"s3:CreateBucket"}
     if "Tags" in asked:
         actions.add("s3:TagResource")
@@ -13090,7 +13116,10 @@ def get_object_tagging(request):
 @operation("PUT", OBJECT, "tagging")
 def put_object_tagging(request):
     """API_PutObjectTagging."""
-    return _set_tags(request, parse_tagging(request.xml("Tagging")), "Put")
+    tags = parse_tagging(request.xml("Tagging"))
+    request.allow_change({"s3:RequestObjectTag": tags,
+                          "s3:RequestObjectTagKeys": list(tags)})
+    return _set_tags(request, tags, "Put")
 
 
 @operation("DELETE", OBJECT, "tagging", status=204)
@@ -13155,6 +13184,7 @@ def tag_resource(request):
     """API_control_TagResource: the other tags stay."""
     tags = read_tags(read_document(request.xml("TagResourceRequest"),
                                    _TAG_RESOURCE)["Tags"], "bucket")
+    request.allow("s3:TagResource", facts=tag_facts(tags))
 
     def change(config):
         config["tags"] = checked_tags(
@@ -13166,6 +13196,7 @@ def tag_resource(request):
 def untag_resource(request):
     """API_control_UntagResource: a key that is not there is none to miss."""
     keys = {value for name, value in request.pairs if name == "tagKeys"}
+    request.allow("s3:UntagResource", facts={"aws:TagKeys": list(keys)})
 
     def change(config):
         config["tags"] = {key: value for key, value in config.get(
@@ -14287,9 +14318,13 @@ def get_object_retention(request):
 @operation("PUT", OBJECT, "retention")
 def put_object_retention(request):
     """API_PutObjectRetention."""
-    need_object_lock(request)
     need_digest(request)
     retention = parse_retention(request.xml("Retention"), time.time())
+    until = retention.get("until")
+    request.allow_change({
+        "s3:object-lock-mode": retention.get("mode"),
+        "s3:object-lock-retain-until-date": until and _write_date(until)})
+    need_object_lock(request)
     bypass = may_bypass(request, request.key)
 
     def change(record):
@@ -14311,9 +14346,10 @@ def get_object_legal_hold(request):
 @operation("PUT", OBJECT, "legal-hold")
 def put_object_legal_hold(request):
     """API_PutObjectLegalHold."""
-    need_object_lock(request)
     need_digest(request)
     hold = parse_legal_hold(request.xml("LegalHold"))
+    request.allow_change({"s3:object-lock-legal-hold": hold})
+    need_object_lock(request)
 
     def change(record):
         record["lock"] = dict(record.get("lock", {}), hold=hold)

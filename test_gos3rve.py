@@ -13584,6 +13584,59 @@ class PolicyRequests(AclCase):
                 self.alice.url):]).status, status)
         self.assertEqual(self.alice.get("/box/k").status, 200)
 
+    def test_tags_are_those_of_the_document(self):
+        self.put("k")
+        self.policy(
+            statement(action="s3:PutObjectTagging", resource=OBJECTS,
+                      Condition={"ForAllValues:StringEquals": {
+                          "s3:RequestObjectTagKeys": ["team", "draft"]}}),
+            statement("Deny", action="s3:PutObjectTagging",
+                      resource=OBJECTS, Condition={"StringEquals": {
+                          "s3:RequestObjectTag/draft": "no"}}))
+        for key, value, status in (
+                ("team", "a", 200), ("owner", "a", 403),
+                ("draft", "yes", 200), ("draft", "no", 403)):
+            answer = self.bob.put("/box/k", (
+                "<Tagging><TagSet><Tag><Key>%s</Key><Value>%s</Value></Tag>"
+                "</TagSet></Tagging>" % (key, value)).encode(), {
+                    "tagging": ""}, headers={"x-amz-tagging": "team=a"})
+            self.assertEqual(answer.status, status, (key, value))
+
+    def test_retention_and_hold_are_those_of_the_document(self):
+        body = b"<ObjectLockConfiguration><ObjectLockEnabled>Enabled" \
+            b"</ObjectLockEnabled></ObjectLockConfiguration>"
+        self.alice.put("/box", body, {"object-lock": ""}, headers={
+            "content-md5": digest64("md5", body)})
+        self.put("k")
+        self.policy(
+            statement(action=["s3:PutObjectRetention",
+                              "s3:PutObjectLegalHold"], resource=OBJECTS),
+            statement("Deny", action="s3:PutObjectRetention",
+                      resource=OBJECTS, Condition={"NumericGreaterThan": {
+                          "s3:object-lock-remaining-retention-days": 10}}),
+            statement("Deny", action="s3:PutObjectLegalHold",
+                      resource=OBJECTS, Condition={"StringEquals": {
+                          "s3:object-lock-legal-hold": "ON"}}))
+        for name, body, status in (
+                ("retention", self.retention(100), 403),
+                ("retention", self.retention(9), 200),
+                ("legal-hold", b"<LegalHold><Status>ON</Status></LegalHold>",
+                 403),
+                ("legal-hold", b"<LegalHold><Status>OFF</Status>"
+                 b"</LegalHold>", 200)):
+            answer = self.bob.put("/box/k", body, {name: ""}, headers={
+                "content-md5": digest64("md5", body),
+                "x-amz-object-lock-retain-until-date": "2001-01-01",
+                "x-amz-object-lock-legal-hold": "OFF"})
+            self.assertEqual(answer.status, status, (body, answer.body))
+
+    @staticmethod
+    def retention(days):
+        """The document of a retention of some days."""
+        return ("<Retention><Mode>GOVERNANCE</Mode><RetainUntilDate>%s"
+                "</RetainUntilDate></Retention>" % gos3rve.iso_date(
+                    int(time.time() + days * 86400) * 10**9)).encode()
+
     def test_region_and_account_of_the_resource(self):
         self.put("k")
         self.policy(statement(Condition={
@@ -18496,6 +18549,9 @@ class SessionRequests(StsCase):
         create = allow("s3:CreateBucket", "arn:aws:s3:::made-*")
         fixed = dict(create, Condition={"StringEquals": {
             "s3:LocationConstraint": "eu-west-1"}})
+        fixed_tags = allow("s3:*", Condition={
+            "Null": {"aws:RequestTag/a": "false"},
+            "ForAllValues:StringEquals": {"aws:TagKeys": ["a"]}})
         for name, policy, path, body, headers, allowed in (
                 ("name", create, "/made-1", b"", {}, True),
                 ("another", create, "/other", b"", {}, False),
@@ -18511,6 +18567,8 @@ class SessionRequests(StsCase):
                     "x-amz-bucket-object-lock-enabled": "true"}, False),
                 ("tags", create, "/made-4", tagged, {}, False),
                 ("tags too", allow("s3:*"), "/made-4", tagged, {}, True),
+                ("tags asked for", fixed_tags, "/made-4", tagged, {}, True),
+                ("no tags", fixed_tags, "/made-4", b"", {}, False),
                 ("all", allow("s3:*"), "/made-4", b"", {
                     "x-amz-bucket-object-lock-enabled": "true"}, True)):
             with self.subTest(name):
