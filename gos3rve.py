@@ -9224,6 +9224,15 @@ class Principals(NamedTuple):
         """True when a Caller is one of them."""
         return self.everyone or not self.names.isdisjoint(caller.principals)
 
+    def spare(self, caller):
+        """True when they are NotPrincipal's, and a Caller one of them: a
+        session only where it, its role and its account are all named (IAM
+        reference_policies_elements_notprincipal.html)."""
+        own = {("AWS", caller.arn), ("AWS", caller.session_arn)} \
+            if caller.session_arn else set()
+        return self.everyone or own <= self.names and not \
+            self.names.isdisjoint(caller.principals - own)
+
 
 class Statement(NamedTuple):
     """One statement of a policy; the not_ flags turn a list round.
@@ -9246,8 +9255,9 @@ class Statement(NamedTuple):
         A resource with a variable that has no value makes it speak of
         nothing (IAM reference_policies_variables.html).
         """
-        if self.principals is not None and self.not_principal == \
-                self.principals.include(caller):
+        if self.principals is not None and (
+                self.principals.spare(caller) if self.not_principal
+                else not self.principals.include(caller)):
             return False
         if self.not_action == any(pattern.matches(action)
                                   for pattern in self.actions):

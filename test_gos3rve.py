@@ -7092,6 +7092,11 @@ POLICIES = {
     "allbutalt": policy(statement(), statement("Deny", ALT_ARN)),
     "onlyalt": policy(statement(), statement(
         "Deny", None, NotPrincipal=ALT_ARN)),
+    "onlymain": policy(statement("Deny", None, NotPrincipal={
+        "AWS": "arn:aws:iam::%s:root" % MAIN.user_id})),
+    "onlyapp": policy(statement("Deny", None, NotPrincipal={"AWS": [
+        "arn:aws:iam::%s:root" % MAIN.user_id, APP_ARN,
+        APP_SESSION + "s3"]})),
     "denyops": policy(DENY_POLICY_OPS),
     "denyget": policy(statement(), statement(
         "Deny", action="s3:GetObject", resource=OBJECTS)),
@@ -7454,6 +7459,14 @@ POLICY_MATRIX = [
     row("ownrole", GET, N, K, policy="denyid"),
     row("limited", GET, Y, K, policy="denyid"),
     row("token", "PutBucketPolicy", Y, policy="denyops"),
+    # ... and spared it is where all of them are named
+    # (reference_policies_elements_notprincipal.html)
+    row("limited", GET, N, K, policy="onlymain"),
+    row("main", GET, Y, K, policy="onlymain"),
+    row("token", GET, Y, K, policy="onlymain"),
+    row("limited", GET, Y, K, policy="onlyapp"),
+    row("ownrole", GET, N, K, policy="onlyapp"),
+    row("main", GET, Y, K, policy="onlyapp"),
     # ... with the condition keys of temporary credentials alone
     # (reference_policies_condition-keys.html)
 ] + [row(who, GET, expected, key, policy=name) for name, key, answers in (
