@@ -474,15 +474,14 @@ def checked_key(key):
 def host_bucket(host, domains):
     """The bucket that a Host header names, or "" (path style).
 
-    Only below one of `domains` and below `localhost`: never for an IP
-    address or a foreign name, so that a proxy's own name stays path style.
+    Only below one of `domains`, the longest one that fits, and below
+    `localhost`: never for an IP address or a foreign name, so that a
+    proxy's own name stays path style.
     """
-    name = host.rpartition(":")[0] if host[-1:].isdigit() else host
-    name = (name or host).lower().rstrip(".")
-    for domain in domains:
-        if name.endswith("." + domain):
-            return name[:-len(domain) - 1]
-    return name[:-10] if name.endswith(".localhost") else ""
+    name = re.sub(r":\d*\Z", "", host).lower().rstrip(".")
+    found = [domain for domain in domains + ("localhost",)
+             if ("." + name).endswith("." + domain)]
+    return name[:-len(max(found, key=len)) - 1] if found else ""
 
 
 def parse_copy_source(value):

@@ -646,10 +646,12 @@ class Targets(Refusing):
                 ("localhost", ""), ("localhost:9000", ""),
                 ("127.0.0.1", ""), ("127.0.0.1:9000", ""), ("[::1]", ""),
                 ("[::1]:9000", ""), ("10.0.0.1.nip.io", ""), ("", ""),
-                ("box.dc1", "box"), ("box.dc1:80", "box")):
+                ("box.dc1", "box"), ("box.dc1:80", "box"),
+                ("box.dc1:", "box"), ("box.eu.s3.test", "box"),
+                ("eu.s3.test:80", "")):
             with self.subTest(host=host):
                 self.assertEqual(gos3rve.host_bucket(
-                    host, ("s3.test", "dc1")), expected)
+                    host, ("s3.test", "dc1", "eu.s3.test")), expected)
 
     def test_copy_source_names_bucket_key_and_version(self):
         for value, expected in (
