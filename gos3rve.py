@@ -18894,8 +18894,9 @@ def _domain(value):
 
 def _url(value):
     parts = urllib.parse.urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.netloc \
-            or parts.path.strip("/") or parts.query:
+    if parts.scheme not in ("http", "https") or not parts.hostname \
+            or parts.port == 0 or parts.username is not None \
+            or parts.path.strip("/") or parts.query or parts.fragment:
         raise ValueError("is no URL like https://s3.example.com")
     return "%s://%s" % (parts.scheme, parts.netloc)
 
@@ -19120,8 +19121,19 @@ def make_user(key_id, key_val, user_id="", user_name="", user_email=""):
     """A further Account; its user id follows from its key id."""
     if not key_id or not key_val:
         raise ConfigError("a user needs a key_id and a key_val")
+    _check_keys(key_id, key_val)
     return Account(key_id, key_val, user_id or hashlib.sha256(
         key_id.encode()).hexdigest(), user_name or key_id, user_email)
+
+
+def _check_keys(key_id, key_val):
+    """ConfigError for a key pair that no client could sign with."""
+    if not re.match(r"[!-+\--~]+\Z", key_id):
+        raise ConfigError("the access key id %r is not of visible ASCII "
+                          "characters other than the comma" % key_id)
+    if not _is_utf8(key_val):
+        raise ConfigError("the secret access key of %s is not UTF-8"
+                          % key_id)
 
 
 def _parse_arguments(argv):
@@ -19149,6 +19161,9 @@ def _parse_arguments(argv):
             if not rest:
                 raise ConfigError("-%s needs a value" % name)
             value = rest.pop(0)
+        if name in switches and value.lower() not in _SWITCHES:
+            raise ConfigError("-%s: %r is neither true nor false"
+                              % (name, value))
         if name in known and known[name].many:
             found.setdefault(name, []).append(value)
         else:
@@ -19208,6 +19223,7 @@ def make_config(values, users=()):
         values["key_val"] = _random_text(40)
     if values["user_id"] is None:
         values["user_id"] = str(uuid.uuid4())
+    _check_keys(values["key_id"], values["key_val"])
     key_ids = [values["key_id"]] + [user.key_id for user in users]
     if len(set(key_ids)) != len(key_ids):
         raise ConfigError("two accounts have the same access key id")
@@ -19656,6 +19672,8 @@ def run(config):
     workers = values["workers"] or default_workers()
     raise_file_limit(values["max_conns"])
     try:
+        if values["ready_file"]:        # a kill may have left it
+            _unlink(values["ready_file"])
         if workers == 1:
             _serve_alone(config)
         else:
@@ -19704,7 +19722,10 @@ def _announce(running, config):
     """Say that requests are served."""
     if config.values["ready_file"]:
         _write_ready(config.values["ready_file"], running)
-    print(banner(running, config, sys.stdout.isatty()), flush=True)
+    text = banner(running, config, sys.stdout.isatty())
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding),
+          flush=True)                   # whatever bytes a path is of
 
 
 def _write_ready(path, running):

@@ -23922,6 +23922,8 @@ WRONG = (
     (["-p", "\u0663"], {}, None, "-p"),
     (["-log", "xml"], {}, None, "xml"),
     (["-sync=maybe"], {}, None, "maybe"),
+    (["-help=maybe"], {}, None, "maybe"),
+    (["-fsck=2"], {}, None, "-fsck"),
     (["-upload_ttl", "soon"], {}, None, "soon"),
     (["-upload_ttl", "-5"], {}, None, "-upload_ttl"),
     (["-upload_ttl", "5w"], {}, None, "5w"),
@@ -23940,6 +23942,8 @@ WRONG = (
     (["-public_url", "ftp://a"], {}, None, "ftp"),
     (["-public_url", "http://a/path"], {}, None, "path"),
     (["-public_url", "http://["], {}, None, "http://["),
+    (["-public_url", "http://a:b"], {}, None, "http://a:b"),
+    (["-public_url", "http://me:pw@a"], {}, None, "me:pw"),
     (["-webhook", "jobs"], {}, None, "jobs"),
     (["-webhook", "http://h/"], {}, None, "http://h/"),
     (["-webhook", "jobs=ftp://h/"], {}, None, "ftp://h/"),
@@ -23952,6 +23956,10 @@ WRONG = (
      "twice"),
     (["-region", "not a region"], {}, None, "not a region"),
     (["-key_id", ""], {}, None, "-key_id"),
+    (["-key_id", "a,b"], {}, None, "a,b"),
+    (["-key_id", "a b"], {}, None, "a b"),
+    (["-key_id", "\u00e9"], {}, None, "access key"),
+    (["-key_id", "a", "-key_val", "\udcff"], {}, None, "UTF-8"),
     (["-key_val="], {}, None, "-key_val"),
     (["-dir_buckets", ""], {}, None, "-dir_buckets"),
     (["-tls_key", "key.pem"], {}, None, "-tls_cert"),
@@ -23988,6 +23996,8 @@ WRONG = (
     ([], {}, "<root><User><AccessKeyId>a</AccessKeyId><AccessKeyId>c"
      "</AccessKeyId><SecretAccessKey>b</SecretAccessKey></User></root>",
      "AccessKeyId"),
+    ([], {}, "<root><User><AccessKeyId>a b</AccessKeyId><SecretAccessKey>b"
+     "</SecretAccessKey></User></root>", "a b"),
     (["-key_id", "a"], {}, "<root><User><AccessKeyId>a</AccessKeyId>"
      "<SecretAccessKey>b</SecretAccessKey></User></root>", "access key"),
 )
@@ -24226,6 +24236,20 @@ class ConfigRun(ConfigCase):
             self.assertEqual(got.status, 200)
         self.assertEqual(server.end(), 0)
         self.assertEqual(os.listdir(self.directory), [])
+
+    def test_a_ready_file_that_a_kill_left_is_no_promise(self):
+        path = os.path.join(self.directory, self.write("http://x", "ready"))
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            server = Process(self, "-ready_file", path, *KEYS, "-p",
+                             other.getsockname()[1], wait=False)
+            self.assertEqual(server.status(), 1)
+        self.assertEqual(os.listdir(self.directory), [])
+
+    def test_the_banner_shows_a_path_of_any_bytes(self):
+        server = Process(self, "-dir_buckets", "a\udcff\u20ac", *KEYS,
+                         environment={"PYTHONIOENCODING": "ascii:strict"})
+        self.assertEqual(server.end(), 0)
+        self.assertIn(r"a\udcff\u20ac", server.text)
 
     def test_a_bucket_may_be_a_directory_elsewhere(self):
         tree = temporary_directory(self)
