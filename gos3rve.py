@@ -17561,15 +17561,15 @@ class Wire:
         return line
 
     def _first_bytes(self):
-        """The first bytes of a head; b"" when none come in time, or nobody
-        waits for them any more."""
+        """The first bytes of a head; b"" when none come in time, nobody
+        waits for them any more, or the client has gone."""
         idle = self._limits.idle_seconds
         try:
             if self._wanted is None and idle == self._patience:
                 return self._receive(MAX_HEAD_BYTES)
             return self._receive_until(time.monotonic() + idle,
                                        self._wanted, MAX_HEAD_BYTES)
-        except S3Error:
+        except (S3Error, Disconnected):
             return b""
 
     def head(self):

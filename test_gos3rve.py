@@ -20840,6 +20840,19 @@ class HttpLog(HttpCase):
         self.server.server.access_log = self.log.append
         self.addCleanup(setattr, self.server.server, "access_log", None)
 
+    def test_a_connection_reset_without_a_request_is_no_entry(self):
+        self.s3.close()
+        idle = self.server.server.idle
+        wait_for(lambda: not idle)
+        with socket.create_connection(("127.0.0.1",
+                                       self.server.port)) as sock:
+            wait_for(lambda: idle)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                            b"\1" + bytes(7))     # a reset at the close
+        wait_for(lambda: not idle)
+        self.s3.head("/box/k")
+        self.assertEqual(self.log.take(1)[0]["method"], "HEAD")
+
     def test_a_request_is_one_entry_with_its_facts(self):
         put = self.s3.put("/box/k", b"hello" * 50000)
         get = self.s3.get("/box/k")
