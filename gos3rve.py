@@ -121,6 +121,8 @@ MAX_JSON_DEPTH = 64
 # 10,000 parts, each with its number, ETag and checksums
 MAX_XML_ELEMENTS = 1 << 17
 MAX_LINE_BYTES = 8 * KIB            # a chunk header or trailer line
+MAX_SIGNATURE_CHARS = 8 * KIB       # what says who signs which headers
+MAX_HOST_CHARS = 1 * KIB
 BLOCK_BYTES = 256 * KIB             # unit of every large read and write
 MAX_FILE_NAME_BYTES = 255           # NAME_MAX of every common file system
 MAX_PATH_BYTES = 4000               # PATH_MAX, less room for `.gos3rve/...`
@@ -478,6 +480,8 @@ def host_bucket(host, domains):
     `localhost`: never for an IP address or a foreign name, so that a
     proxy's own name stays path style.
     """
+    if len(host) > MAX_HOST_CHARS:      # it would be kept
+        raise S3Error("BadRequest", "The Host header is too long")
     name = re.sub(r":\d*\Z", "", host).lower().rstrip(".")
     found = [domain for domain in domains + ("localhost",)
              if ("." + name).endswith("." + domain)]
@@ -517,10 +521,14 @@ def _iso_seconds(seconds):
     return "%d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(seconds)[:6]
 
 
-@functools.lru_cache(maxsize=256)
 def parse_amz_date(text):
     """Seconds since the epoch of `YYYYMMDD'T'HHMMSS'Z'`, or None."""
-    if len(text) != 16 or text[8] != "T" or text[15] != "Z":
+    return _amz_seconds(text) if len(text) == 16 else None
+
+
+@functools.lru_cache(maxsize=256)
+def _amz_seconds(text):
+    if text[8] != "T" or text[15] != "Z":
         return None
     digits = text[:8] + text[9:15]
     if not (digits.isascii() and digits.isdigit()):
@@ -1085,7 +1093,9 @@ class Signed(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def make_signed(scope, names):
     """The Signed of a Scope and the text of SignedHeaders."""
-    if names.count(";") >= MAX_HEADERS:     # kept before anybody is known
+    # kept before anybody is known
+    if names.count(";") >= MAX_HEADERS \
+            or len(names) + sum(map(len, scope)) > MAX_SIGNATURE_CHARS:
         raise S3Error("RequestHeaderSectionTooLarge")
     names = tuple(names.split(";"))
     lines = [name.replace("%", "%%") for name in names]
@@ -1383,6 +1393,8 @@ def _v4_fields(header):
 @functools.lru_cache(maxsize=256)
 def _v4_credential(header):
     """The Signed of an Authorization header."""
+    if len(header) > MAX_SIGNATURE_CHARS:
+        raise S3Error("RequestHeaderSectionTooLarge")
     fields = _v4_fields(header)
     if not fields.get("Credential") or not fields.get("SignedHeaders"):
         raise S3Error("AuthorizationHeaderMalformed", _V4_INCOMPLETE)

@@ -1506,6 +1506,27 @@ class SigV4Refusals(Signing):
             with self.subTest(value=value):
                 self.refused("SignatureDoesNotMatch", self.who, request)
 
+    def test_nobody_who_is_unknown_has_much_kept_in_memory(self):
+        caches = (gos3rve.make_signed, gos3rve._v4_credential,
+                  gos3rve.host_bucket, gos3rve._amz_seconds)
+        for cache in caches:
+            cache.cache_clear()
+        text = self.signed().headers["authorization"]
+        for old, new in (("SignedHeaders=", "SignedHeaders=" + "a" * 9000),
+                         ("Credential=", "Credential=" + "a" * 9000),
+                         ("Credential=", "Junk=%s,Credential="
+                          % ("a" * 9000))):
+            request = asked("GET", "/box/key", {
+                "host": "s3.test",
+                "authorization": text.replace(old, new)})
+            self.refused("RequestHeaderSectionTooLarge", self.who, request)
+        request = self.signed()
+        request.headers["x-amz-date"] += "a" * 9000
+        self.refused("AccessDenied", self.who, request)
+        self.refused("BadRequest", gos3rve.host_bucket, "a" * 2000, ())
+        self.assertLessEqual(sum(cache.cache_info().currsize
+                                 for cache in caches), 2)
+
     def test_date_must_be_one(self):
         for date in ("", "yesterday", "2013-05-24T00:00:00Z"):
             request = self.signed()
