@@ -10604,7 +10604,8 @@ class Request:
         that may have an owner and an ACL of its own.
 
         Who may list, and asks for a key that is not there, is told so: a
-        404 tells no more than the listing (API_GetObject.html).
+        404 tells no more than the listing (API_GetObject.html, _HeadObject,
+        _GetObjectAttributes).
         """
         bucket = bucket or self.bucket
         owner = acl = None
@@ -10615,8 +10616,9 @@ class Request:
         if self.allowed(versioned_action(action, version_id), key, bucket,
                         owner, acl, facts):
             return
-        if action == "s3:GetObject" and version_id is None and self.allowed(
-                "s3:ListBucket", None, bucket, facts={"s3:prefix": key}):
+        if action in ("s3:GetObject", "s3:GetObjectAttributes") \
+                and version_id is None and self.allowed(
+                    "s3:ListBucket", None, bucket, facts={"s3:prefix": key}):
             close_fd(open_readable(bucket, key)[1])
         raise S3Error("AccessDenied", headers={
             "x-amz-bucket-region": bucket.region})
@@ -12618,7 +12620,8 @@ def _override_headers(request, headers):
 
 @operation("GET", OBJECT, "attributes")
 def get_object_attributes(request):
-    """API_GetObjectAttributes."""
+    """API_GetObjectAttributes: who may not read learns nothing by it."""
+    request.allow_object("s3:GetObject", request.key, asked_version(request))
     names = {name.strip() for name in request.headers.get(
         "x-amz-object-attributes", "").split(",")} - {""}
     known = {"ETag", "Checksum", "ObjectParts", "StorageClass", "ObjectSize"}

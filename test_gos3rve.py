@@ -13620,6 +13620,22 @@ class PolicyRequests(AclCase):
                 self.alice.url):]).status, status)
         self.assertEqual(self.alice.get("/box/k").status, 200)
 
+    def test_attributes_are_for_who_may_read(self):
+        self.put("k")
+        allow = functools.partial(statement, resource=OBJECTS, action=[
+            "s3:GetObject", "s3:GetObjectAttributes"])
+        headers = {"x-amz-object-attributes": "ObjectSize"}
+        for denied in ("s3:GetObject", "s3:GetObjectAttributes"):
+            self.policy(allow(), allow("Deny", action=denied))
+            self.assertEqual(self.bob.get("/box/k", {
+                "attributes": ""}, headers=headers).status, 403)
+        self.policy(statement(action="s3:ListBucket", resource=BUCKET))
+        self.assertEqual(self.bob.get("/box/none", {
+            "attributes": ""}, headers=headers).code, "NoSuchKey")
+        self.policy(allow())
+        self.assertEqual(self.bob.get("/box/k", {
+            "attributes": ""}, headers=headers).status, 200)
+
     def test_tags_are_those_of_the_document(self):
         self.put("k")
         self.policy(
