@@ -11018,7 +11018,7 @@ def signing_hosts(request):
 
 # What asks for its permissions itself: for each key, or for more than one
 _OWN_CHECKS = frozenset((
-    "DeleteObjects", "PostObject", "PutObject", "CopyObject",
+    "DeleteObjects", "PutObject", "CopyObject",
     "CreateMultipartUpload", "AbortMultipartUpload", "ListParts"))
 # ... once it knows what its document says, where a policy may ask for that
 _DOCUMENT_CHECKS = frozenset((
@@ -11039,6 +11039,8 @@ def _authorize_row(request, row):
     if request.guard.ownership == ENFORCED and is_plain_owner(
             request.caller, request.guard):
         return                          # all that follows says yes
+    if row.name == "PostObject":        # its form says who asks
+        return
     _check_payer(request)
     if row.function is None:            # refused: the owner is told so
         request.allow("s3:ListBucket")
@@ -12414,6 +12416,8 @@ def post_object(request):
                if name in request.headers}
     headers.update(upload.headers)
     request.headers = headers
+    request.enter(request.find_bucket(request.bucket_name))
+    _check_payer(request)
     check_undone(headers)
     request.allow_write(upload.key)
     record = object_record(headers)

@@ -12948,6 +12948,19 @@ class PostFormRequests(OperationCase):
             "x-amz-signature": "0" * 64})), "SignatureDoesNotMatch")
         self.assertEqual(self.s3.keys("box"), [])
 
+    def test_a_form_names_the_bucket_s_owner_and_who_pays(self):
+        self.addCleanup(shutil.rmtree, self.path(gos3rve.STATE))
+        self.ok(self.s3.put(
+            "/box", b"<RequestPaymentConfiguration><Payer>Requester</Payer>"
+            b"</RequestPaymentConfiguration>", {"requestPayment": ""}))
+        self.ok(self.post(self.signed(key="k")), 204)
+        self.error(self.post({"key": "k"}), "AccessDenied")
+        name = "x-amz-expected-bucket-owner"
+        owner = self.s3.get("/box", {"acl": ""}).one("Owner/ID")
+        for value, status in ((owner, 204), ("other", 403)):
+            self.ok(self.post(self.signed({name: value}, key="k",
+                                          **{name: value})), status)
+
     def test_a_bucket_policy_sees_how_and_when_a_form_was_signed(self):
         deny = functools.partial(statement, "Deny", resource=BUCKET + "ox/*")
         self.ok(self.s3.put("/box", document(
