@@ -8969,7 +8969,7 @@ class Context:
         elif key.source == QUERY:
             value = self._query.get(key.where)
         else:
-            value = self._derived(key.name)
+            value = _DERIVED.get(key.name, lambda context: None)(self)
         if slash and value is not None:
             value = value.get(tag)
         if value is None:
@@ -8977,11 +8977,6 @@ class Context:
         values = value if isinstance(value, (list, tuple)) else [value]
         return [str(v).lower() if isinstance(v, bool) else str(v)
                 for v in values] or None
-
-    def _derived(self, name):
-        """What follows from the caller, the time and other headers."""
-        derive = _DERIVED.get(name)
-        return derive(self) if derive else None
 
     @staticmethod
     def _time(seconds):
@@ -8997,12 +8992,10 @@ class Context:
 
     def _copy_source(self):
         source = self._headers.get("x-amz-copy-source")
-        if source is None:
-            return None
-        source = uri_decode(source.partition("?versionId=")[0])
-        return source[source.startswith("/"):]
+        return source and "%s/%s" % parse_copy_source(source)[:2]
 
 
+# Key -> what follows from the caller, the time and other headers
 _DERIVED = {
     "aws:currenttime": lambda c: c._time(c._now),
     "aws:epochtime": lambda c: None if c._now is None else int(c._now),
@@ -9210,14 +9203,11 @@ class Condition(NamedTuple):
         if self.operator == "Null":
             return any((values is None) == null for null in self.wanted)
         negated = _OPERATORS[self.operator].negated
+        every = self.each == "ForAllValues" if self.each else negated
         if values is None:
-            if self.if_exists or self.each:
-                return self.if_exists or self.each == "ForAllValues"
-            return negated
-        fits = (self._fits(value, context) != negated for value in values)
-        if self.each is None:
-            return all(fits) if negated else any(fits)
-        return all(fits) if self.each == "ForAllValues" else any(fits)
+            return self.if_exists or every
+        return (all if every else any)(
+            self._fits(value, context) != negated for value in values)
 
     def _fits(self, value, context):
         match = _OPERATORS[self.operator].match
@@ -18017,12 +18007,11 @@ _PHRASES[416] = "Requested Range Not Satisfiable"
 def refusal(request_id):
     """The bytes of a SlowDown, for who asked for whatever it was."""
     response = error_response(S3Error("SlowDown"), request_id)
-    return ("HTTP/1.1 %d %s\r\nServer: gos3rve\r\nDate: %s\r\n"
-            "x-amz-request-id: %s\r\nContent-Type: application/xml\r\n"
-            "Content-Length: %d\r\nConnection: close\r\n\r\n" % (
-                response.status, _PHRASES[response.status],
-                http_date(int(time.time())), request_id,
-                response.length)).encode() + response.body
+    return ((_ANSWER + "\r\nContent-Type: application/xml\r\n"
+             "Content-Length: %d\r\nConnection: close\r\n\r\n") % (
+                 response.status, _PHRASES[response.status],
+                 http_date(int(time.time())), request_id, request_id,
+                 response.length)).encode() + response.body
 
 
 def _loaded(response, method):
@@ -18830,10 +18819,29 @@ def _filled(value):
     return value
 
 
-def _port(value):
-    if not re.match(r"\d{1,5}\Z", value, re.ASCII) or int(value) > 65535:
-        raise ValueError("is no port number")
-    return int(value)
+def _number(low, high, wrong):
+    """A cast to a whole number; wrong: what it says of others."""
+    def cast(value):
+        if not re.match(r"\d{1,6}\Z", value, re.ASCII) \
+                or not low <= int(value) <= high:
+            raise ValueError(wrong)
+        return int(value)
+    return cast
+
+
+_port = _number(0, 65535, "is no port number")
+_workers = _number(1, MAX_WORKERS, "is no number from 1 to %d" % MAX_WORKERS)
+_connections = _number(1, 999999, "is no number from 1 to 999999")
+_day = _number(1, 86400, "is no number of seconds from 1 to 86400")
+
+
+def _choice(*words):
+    """A cast that takes these words only."""
+    def cast(value):
+        if value not in words:
+            raise ValueError("is not one of " + ", ".join(words))
+        return value
+    return cast
 
 
 _SWITCHES = {"true": True, "1": True, "yes": True, "on": True,
@@ -18852,13 +18860,6 @@ def _region(value):
     return value
 
 
-def _workers(value):
-    if not re.match(r"\d{1,2}\Z", value, re.ASCII) \
-            or not 1 <= int(value) <= MAX_WORKERS:
-        raise ValueError("is no number from 1 to %d" % MAX_WORKERS)
-    return int(value)
-
-
 def _duration(value):
     """Seconds of `90`, `90s`, `15m`, `24h` or `7d`."""
     match = re.match(r"(\d{1,9})([smhd]?)\Z", value, re.ASCII)
@@ -18873,20 +18874,6 @@ def _timeout(value):
     seconds = _duration(value)
     if not 1 <= seconds <= 86400:
         raise ValueError("is not between 1s and 24h")
-    return seconds
-
-
-def _connections(value):
-    if not re.match(r"\d{1,6}\Z", value, re.ASCII) or int(value) == 0:
-        raise ValueError("is no number from 1 to 999999")
-    return int(value)
-
-
-def _day(value):
-    """A whole number of seconds, up to a real day."""
-    seconds = int(value) if re.match(r"\d{1,5}\Z", value, re.ASCII) else 0
-    if not 1 <= seconds <= 86400:
-        raise ValueError("is no number of seconds from 1 to 86400")
     return seconds
 
 
@@ -18933,21 +18920,9 @@ def _webhook(value):
     return name, url
 
 
-def _ownership(value):
-    if value not in OWNERSHIPS:
-        raise ValueError("is not one of " + ", ".join(OWNERSHIPS))
-    return value
-
-
 def _origin(value):
     default_cors((value,))
     return _filled(value)
-
-
-def _log_format(value):
-    if value not in ("text", "json", "none"):
-        raise ValueError("is not one of text, json, none")
-    return value
 
 
 class Option(NamedTuple):
@@ -19017,14 +18992,15 @@ OPTIONS = (
     Option("upload_ttl", _duration, 7 * 86400, "UploadTtl",
            "remove multipart uploads without activity for so long (90s, "
            "15m, 24h, 7d; 0: never; default 7d)"),
-    Option("object_ownership", _ownership, ENFORCED, "ObjectOwnership",
+    Option("object_ownership", _choice(*OWNERSHIPS), ENFORCED,
+           "ObjectOwnership",
            "object ownership of buckets that have no setting of their own: "
            "BucketOwnerEnforced (no ACLs), BucketOwnerPreferred or "
            "ObjectWriter"),
     Option("cors", _origin, (), "Cors",
            "answer cross-origin requests from this origin (`*`: from any) "
            "in buckets without a CORS configuration", True),
-    Option("log", _log_format, "text", "Log",
+    Option("log", _choice("text", "json", "none"), "text", "Log",
            "access log on stderr: text, json or none"),
     Option("workers", _workers, None, "Workers",
            "processes that serve (default: on Linux one a core, at most 4; "
@@ -19250,12 +19226,11 @@ def make_config(values, users=()):
         raise ConfigError("-workers: more than one process needs Linux")
     if values["tls_key"] and not values["tls_cert"]:
         raise ConfigError("-tls_key needs -tls_cert")
-    names = [name for name, _ in values["bucket"]]
-    if len(set(names)) != len(names):
-        raise ConfigError("-bucket names the same bucket twice")
-    names = [name for name, _ in values["webhook"]]
-    if len(set(names)) != len(names):
-        raise ConfigError("-webhook names the same webhook twice")
+    for option in ("bucket", "webhook"):
+        names = [name for name, _ in values[option]]
+        if len(set(names)) != len(names):
+            raise ConfigError("-%s names the same %s twice"
+                              % (option, option))
     buckets = os.path.realpath(values["dir_buckets"])
     uploads = os.path.realpath(values["dir_uploads"])
     if (uploads + os.sep).startswith(buckets + os.sep):
@@ -19491,7 +19466,7 @@ def help_text():
     for name, text in _VALUED:
         lines += ["  -%s string" % name, "    \t" + text]
     for option in OPTIONS:
-        kind = {_switch: "", _port: " int", _workers: " int",
+        kind = {_switch: "", _port: " int", _workers: " int", _day: " int",
                 _connections: " int", _duration: " duration",
                 _timeout: " duration"}.get(option.cast, " string")
         text = option.help
