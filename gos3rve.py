@@ -6807,31 +6807,53 @@ class Store:
         """
         now = time.time() if now is None else now
         count = 0
+        before = now - grace_seconds
         for bucket in self.list_buckets():
-            tmp = os.path.join(bucket.root, STATE, "tmp")
-            with contextlib.suppress(PermissionError):  # not ours to sweep
-                count += _sweep_drafts(tmp, now - grace_seconds)
-                count += _sweep_drafts(os.path.dirname(tmp),
-                                       now - grace_seconds)
-                count += bucket.sweep_sidecars(now - grace_seconds)
-        for path in self.leftovers(now, grace_seconds):
-            _remove_tree(path)
-            count += 1
-        for name in _listdir(self.dir_uploads):
-            count += self._sweep_uploads(
-                os.path.join(self.dir_uploads, name), now,
-                upload_ttl_seconds, grace_seconds)
+            with self._sweeping(bucket.root):
+                count += _sweep_drafts(bucket._tmp, before)
+                count += _sweep_drafts(bucket._state, before)
+                count += bucket.sweep_sidecars(before)
+        for path, has_objects in self.leftovers(now, grace_seconds):
+            if not has_objects:
+                _remove_tree(path)
+                count += 1
+        # on a disk of its own there is a lost+found beside them
+        for name in filter(usable_bucket_name, _listdir(self.dir_uploads)):
+            directory = os.path.join(self.dir_uploads, name)
+            with self._sweeping(directory):
+                count += self._sweep_uploads(
+                    directory, now, upload_ttl_seconds, grace_seconds)
         return count
 
+    @contextlib.contextmanager
+    def _sweeping(self, path):
+        """What cannot be swept keeps nobody from sweeping the rest."""
+        try:
+            yield
+        except PermissionError:         # not ours to sweep
+            pass
+        except (OSError, S3Error) as error:
+            self.report("%s cannot be swept: %s" % (path, error))
+
     def leftovers(self, now, grace_seconds=SWEEP_GRACE_SECONDS):
-        """The paths of half-made and half-removed buckets and uploads."""
+        """(path, has objects) of half-made and half-removed buckets and
+        uploads: delete_bucket() may have been cut off when it had found
+        that somebody had put a file there."""
         for directory in (self.dir_buckets, self.dir_uploads):
             for name in _listdir(directory):
                 path = os.path.join(directory, name)
                 if name.startswith((_NEW, _OLD)) \
                         and _modified(path) < now - grace_seconds \
                         and not _has_events(path, now):
-                    yield path
+                    yield path, directory == self.dir_buckets \
+                        and name.startswith(_OLD) and self._has_objects(path)
+
+    def _has_objects(self, path):
+        """True for a deleted bucket that is not empty, or may be such."""
+        try:
+            return not Bucket("", path, self, None).is_empty()
+        except OSError:
+            return True
 
     def _sweep_uploads(self, directory, now, ttl, grace):
         count = 0
@@ -7526,8 +7548,12 @@ class Checker:
             with self._telling(_quoted(bucket.root)):
                 self._check_bucket(bucket)
         with self._telling(_quoted(self._store.dir_buckets)):
-            for path in self._store.leftovers(self._now):
+            for path, has_objects in self._store.leftovers(self._now):
                 with self._telling(_quoted(path)):
+                    if has_objects:
+                        self._found(_quoted(path), "is a deleted bucket into "
+                                    "which somebody has put a file")
+                        continue
                     self._found(_quoted(path), "is left of a bucket that was "
                                 "being made or deleted", lambda path=path:
                                 shutil.rmtree(path))

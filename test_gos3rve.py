@@ -6201,12 +6201,55 @@ class Sweeping(UploadCase):
         upload = self.begin()
         self.part(upload, 1, b"1")
         os.unlink(os.path.join(upload.path, "upload.json"))
-        for name in (".gos3rve-new-0", ".gos3rve-old-0"):
-            by_hand(os.path.join(self.buckets, name, "x"))
+        for name in (".gos3rve-new-0/x", ".gos3rve-old-0/.gos3rve/x"):
+            by_hand(os.path.join(self.buckets, name))
         self.assertEqual(self.sweep(later=0, grace=60), 0)
         self.assertEqual(self.sweep(), 3)
         self.assertEqual(os.listdir(self.buckets), ["box"])
         self.assertEqual(files_below(self.uploads), [])
+
+    def test_deleted_bucket_that_was_not_empty_stays(self):
+        """Killed between the rename and the look at what was renamed."""
+        real = os.rename
+
+        def rename(source, target):
+            if source != self.path():
+                raise Cut
+            by_hand(self.path("late"))
+            real(source, target)
+        with mock.patch.object(os, "rename", rename), \
+                self.assertRaises(Cut):
+            self.store.delete_bucket(self.bucket)
+        self.assertEqual(self.sweep(), 0)
+        path, = [path for path in files_below(self.buckets)
+                 if os.path.basename(path) == "late"]
+        past = time.time() - 1000
+        os.utime(os.path.join(self.buckets, os.path.dirname(path)),
+                 (past, past))
+        counts = gos3rve.Checker(self.store, lambda *_: None, True).run()
+        self.assertEqual(counts, {"fault": 1})
+        self.assertIn(path, files_below(self.buckets))
+
+    def test_what_cannot_be_swept_keeps_no_other_from_it(self):
+        names = ("a", "box", "lost+found", "z")
+        for name in ("a", "z"):
+            self.store.create_bucket(name, "alice", "us-east-1")
+        for name in names:
+            self.abandoned(os.path.join(self.buckets, name,
+                                        gos3rve.STATE, "tmp"))
+            os.makedirs(os.path.join(self.uploads, name, "0" * 48))
+        real, bad = os.listdir, (self.path(gos3rve.STATE, "tmp"), os.path.join(
+            self.uploads, "box"))
+
+        def listdir(path="."):
+            if path in bad:
+                raise OSError(errno.EIO, "Input/output error", path)
+            return real(path)
+        with mock.patch.object(os, "listdir", listdir):
+            self.assertEqual(self.sweep(), 4)
+        self.assertEqual(len(self.reports), 2)
+        self.assertEqual(sorted(os.listdir(self.uploads)),
+                         ["box", "lost+found"])
 
     def test_objects_of_any_name_keep_their_records(self):
         model = {"a/.gos3rve/b/c": b"1", "t" + "0" * 24: b"2", "odd//": b"3",
