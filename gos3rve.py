@@ -3397,15 +3397,18 @@ _LONG_NAMES = {"m": "meta", "v": "version"}
 def load_record(data):
     """The record in some JSON bytes; {} when it is damaged."""
     try:
-        value = parse_json(data)
-        if type(value) is list:
-            return _unpacked(*value)
+        record = parse_json(data)
+        if type(record) is list:
+            record = _unpacked(*record)
+        elif not isinstance(record, dict) or not all(map(
+                isinstance, record.values(), map(
+                    _RECORD_TYPES.get, record, itertools.repeat(object)))):
+            return {}
+        if "key" in record:             # or UnicodeError: "\\ud800", say
+            (record["key"] + record.get("was", "")).encode()
+        return record
     except (ValueError, TypeError):     # TypeError: too many, or no text
         return {}
-    if not isinstance(value, dict):
-        return {}
-    types = map(_RECORD_TYPES.get, value, itertools.repeat(object))
-    return value if all(map(isinstance, value.values(), types)) else {}
 
 
 def _unpacked(etag, size, mtime_ns, headers, others=None):
@@ -5763,15 +5766,48 @@ class Walker:
         return bucket.versions(key)
 
     def _read_versions(self, path, stamp):
+        return self._read_names(path, stamp, self._versioned_key)
+
+    def _read_odd(self, path, stamp):
+        return self._read_names(path, stamp, self._hashed_key)
+
+    @staticmethod
+    def _read_names(path, stamp, hashed_key):
+        """The keys of a directory of odd_name()s.  hashed_key(path): of
+        one that is a hash."""
         keys = []
         for name in os.listdir(path):
+            if not name.isascii():      # none of ours
+                continue
             if name[:1] == "k":
                 keys.append(urllib.parse.unquote(name[1:]))
             elif name[:1] == "h":
-                with contextlib.suppress(*_ABSENT), open(os.path.join(
-                        path, name, KEY_FILE), "rb") as file:
-                    keys.append(load_record(file.read()).get("key"))
+                with contextlib.suppress(*_ABSENT):
+                    keys.append(hashed_key(os.path.join(path, name)))
         return Names(stamp, sorted(filter(None, keys)), frozenset())
+
+    @staticmethod
+    def _versioned_key(path):
+        """The key that a directory of versions tells."""
+        with open(os.path.join(path, KEY_FILE), "rb") as file:
+            return load_record(file.read()).get("key")
+
+    def _hashed_key(self, path):
+        """The key of that odd_name() that a file's record tells, or None.
+        """
+        name = os.path.basename(path)
+        record = _record_inside(path, _UNSEEN_RECORD) \
+            if self._bucket._xattrs else {}
+        for key in (record.get("key", ""), record.get("was", "")):
+            if odd_name(key) == name:
+                return key
+        ending = "-%x" % os.stat(path).st_ino
+        for sidecar in os.listdir(self._bucket._meta):
+            if sidecar.endswith(ending) and sidecar[:32] == name[1:33]:
+                path = os.path.join(self._bucket._meta, sidecar)
+                with open(path, "rb") as file:
+                    return load_record(file.read()).get("key")
+        return None
 
     def missed(self, prefix, after, last, entries):
         """True when some key up to `last` may have been given by none of
@@ -5819,33 +5855,6 @@ class Walker:
         except _ABSENT:
             return None
 
-    def _read_odd(self, path, stamp):
-        keys = []
-        for name in os.listdir(path):
-            if name[:1] == "k":
-                keys.append(urllib.parse.unquote(name[1:]))
-            elif name[:1] == "h":
-                with contextlib.suppress(*_ABSENT):
-                    keys.append(self._hashed_key(
-                        os.path.join(path, name), name))
-        return Names(stamp, sorted(filter(None, keys)), frozenset())
-
-    def _hashed_key(self, path, name):
-        """The key of that odd_name() that a file's record tells, or None.
-        """
-        record = _record_inside(path, _UNSEEN_RECORD) \
-            if self._bucket._xattrs else {}
-        for key in (record.get("key", ""), record.get("was", "")):
-            if odd_name(key) == name:
-                return key
-        ending = "-%x" % os.stat(path).st_ino
-        for sidecar in os.listdir(self._bucket._meta):
-            if sidecar.endswith(ending) and sidecar[:32] == name[1:33]:
-                path = os.path.join(self._bucket._meta, sidecar)
-                with open(path, "rb") as file:
-                    return load_record(file.read()).get("key")
-        return None
-
     def _names(self, path, read):
         """The Names of a directory, None when it is none (any more)."""
         if path not in self._seen:
@@ -5879,7 +5888,12 @@ class Walker:
         """The chain of a directory, as the walk to it would make it."""
         path, chain = self._bucket.root, (self._bucket._real,)
         for segment in base.split("/"):
-            linked = _is_link(os.path.join(path, segment))
+            try:
+                linked = _is_link(os.path.join(path, segment))
+            except OSError as error:    # longer than a path can be, say
+                if error.errno not in _ABSENT_ERRNO:
+                    raise
+                return None
             chain = self._descend(path, segment + "/",
                                   (segment + "/",) if linked else (), chain)
             if chain is None:
@@ -6039,28 +6053,34 @@ def collect_page(keys_after, look, prefix, delimiter, after, limit, skip=""):
     return Page(entries, False)
 
 
-def _collect_versions(keys, look, roll, marker, limit, last):
+def _collect_versions(keys_after, look, roll, marker, limit, skip):
     """(Page, the key where it ended or None) from an ordered source of
-    keys.  look(key) -> Infos; roll: prefix and delimiter; marker: a key
-    and a version of it, behind which the page starts; last: a common
-    prefix not to give again."""
-    entries, (prefix, delimiter) = [], roll
-    for key in keys:
+    keys.  keys_after(key, inclusive) -> iterator; look(key) -> Infos; roll:
+    prefix and delimiter; marker: a key and a version of it, behind which
+    the page starts; skip: a common prefix not to give again."""
+    entries, (prefix, delimiter), last = [], roll, skip
+    keys = keys_after(skip + "\U0010ffff", False) if skip \
+        else keys_after(marker[0], bool(marker[1]))
+    while True:
+        key = next(keys, None)
+        if key is None:
+            return Page(entries, False), None
         cut = key.find(delimiter, len(prefix)) if delimiter else -1
-        if cut >= 0:
-            found = [CommonPrefix(key[:cut + len(delimiter)])]
-            if found[0].key == last:
-                continue
-            last = found[0].key
-        else:
-            found = look(key)
-        if key == marker[0]:
+        common = key[:cut + len(delimiter)] if cut >= 0 else None
+        if common is not None and common == last:
+            continue
+        found = look(key)
+        if common is not None:
+            found = found and [CommonPrefix(common)]
+        elif key == marker[0]:
             found = _after_version(found, marker[1])
         for entry in found:
             if len(entries) == limit:
                 return Page(entries, bool(limit)), key
             entries.append(entry)
-    return Page(entries, False), None
+        if common is not None and found:
+            last = common               # as collect_page()
+            keys = keys_after(common + "\U0010ffff", False)
 
 
 # --- multipart uploads ---
@@ -6579,11 +6599,10 @@ class Store:
                       version_marker="", limit=MAX_LIST_KEYS, skip=""):
         """A Page of all versions and delete markers, by key and then the
         newest first, behind a key or behind one version of it."""
-        after = skip + "\U0010ffff" if skip else key_marker
         return self._whole_page(bucket, lambda walker: _collect_versions(
-            walker.version_keys(prefix, after, version_marker),
-            walker.versions, (prefix, delimiter),
-            (key_marker, version_marker), limit, skip), prefix, after)
+            functools.partial(walker.version_keys, prefix), walker.versions,
+            (prefix, delimiter), (key_marker, version_marker), limit, skip),
+            prefix, skip + "\U0010ffff" if skip else key_marker)
 
     def spool(self, name, webhook):
         """The Spool of a bucket, or of one that was deleted, by the name

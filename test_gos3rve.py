@@ -3435,6 +3435,7 @@ class DamagedRecords(StorageCase):
               b'["e",7,7,"",{"c":[]}]', b'["e",7,7,"",{"c":"CRC32"}]',
               b'["e",7,7,"",{"c":"A B C"}]', b'["e",7,7,"",{"m":"x"}]',
               b'["e",7,7,"",{"tags":5}]', b'["e",7,7,""]]', b'["e",7,7,"',
+              b'{"key":"\\ud800"}', b'["e",7,7,"",{"key":"\\udfff"}]',
               b'["e",7,7,"",' + b'{"c":' * 70 + b"1" + b"}" * 70 + b"]")
 
     def damage(self, data):
@@ -3737,6 +3738,12 @@ class Strangers(StorageCase):
         self.assertEqual(self.keys(), ["real/x"])
         self.delete("real/x")
         self.assertTrue(os.path.exists(root + b"/real/\xc3\x28"))
+        for name in (b"odd", b"versions"):
+            os.makedirs(os.path.join(root, b".gos3rve", name, b"k\xff"))
+        self.assertEqual(self.keys(), [])
+        self.assertEqual(self.store.list_versions(self.bucket).entries, [])
+        self.assertEqual(gos3rve.Checker(self.store, lambda *_: None).run(),
+                         {"buckets": 1, "note": 3})
         self.assert_refused("BucketNotEmpty", self.store.delete_bucket,
                             self.bucket)
 
@@ -3968,6 +3975,13 @@ class Listing(StorageCase):
         for key in keys:
             self.put(key, b"1")
         self.assertEqual(self.keys(), in_order(keys))
+
+    def test_prefix_longer_than_a_path_has_no_keys(self):
+        self.put("a/b", b"1")
+        for prefix in ("a/" * 3000, ("n" * 250 + "/") * 17):
+            self.assertEqual(self.keys(prefix=prefix), [])
+            self.assertEqual(self.store.list_versions(
+                self.bucket, prefix).entries, [])
 
     def test_common_prefix_comes_once_and_counts_as_one(self):
         for key in ("a/1", "a/2", "a/", "b", "c/1", "c//"):
@@ -4934,6 +4948,30 @@ class Versions(VersionCase):
         self.delete("ey/x")
         self.assert_refused("BucketNotEmpty", self.store.delete_bucket,
                             self.bucket)
+
+    def test_versions_are_rolled_up_where_there_are_any(self):
+        """A crash leaves a key's directory without a version in it."""
+        for key in ("a/1", "a/2", "a/\U0010ffff\U0010ffff", "b"):
+            last = self.put(key, b"1")
+        os.makedirs(self.path(gos3rve.STATE, "versions", "ka%2F0"))
+        os.makedirs(self.path(gos3rve.STATE, "versions", "kc%2F0"))
+        for marker, version in (("", ""), ("a/0", ""), ("a/1", "null"),
+                                ("a/2", last.version_id)):
+            page = self.store.list_versions(
+                self.bucket, "", "/", marker, version)
+            self.assertEqual([entry.key for entry in page.entries],
+                             ["a/", "b"])
+
+    def test_roll_up_goes_through_no_key_behind_its_first(self):
+        for number in range(50):
+            self.put("a/%02d" % number, b"1")
+        self.put("b/", b"1")
+        seen, real = [], gos3rve.Walker.versions
+        with mock.patch.object(gos3rve.Walker, "versions", lambda self, key: (
+                seen.append(key), real(self, key))[1]):
+            page = self.store.list_versions(self.bucket, "", "/")
+        self.assertEqual([entry.key for entry in page.entries], ["a/", "b/"])
+        self.assertEqual(seen, ["a/00", "b/"])
 
     def test_strange_files_among_the_versions_are_none(self):
         self.put("k", b"1")
