@@ -3684,6 +3684,8 @@ class Draft:
                 if self._make is None:
                     raise
                 self._make()            # or say that all of it is gone
+        else:
+            raise S3Error("SlowDown")
         self.path = path
         if fcntl:
             fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -3703,20 +3705,18 @@ class Draft:
         the kernel (by reflink where the file system can)."""
         self.open()
         self.digest = None              # it does not pass through here
-        end = offset + length
-        for copy in (_copy_range, _copy_plain):
-            try:
-                while offset < end:
-                    done = copy(source, self.fd, offset, end - offset)
-                    if not done:
-                        raise S3Error("OperationAborted", "The source "
-                                      "changed while it was read")
-                    offset += done
-                    self.size += done
-                return
-            except OSError as error:
-                if copy is _copy_plain or error.errno not in _NO_COPY_RANGE:
-                    raise
+        end, done = offset + length, 1
+        try:
+            while done and offset < end:
+                done = _copy_range(source, self.fd, offset, end - offset)
+                offset += done
+                self.size += done
+        except OSError as error:
+            if error.errno not in _NO_COPY_RANGE:
+                raise
+        # 0 is also what overlayfs says where it cannot: Rust's std::io::copy
+        for block in read_blocks(source, offset, end - offset):
+            self.write(block)
 
     def seal(self, record):
         """Put size and time into the record: the content is complete.
@@ -3787,14 +3787,6 @@ def share_content(source, target, length):
             return False
         offset += done
     return True
-
-
-def _copy_plain(source, target, offset, length):
-    data = _pread(source, min(length, BLOCK_BYTES), offset)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(target, view):]
-    return len(data)
 
 
 def _seek_and_read(fd, length, offset):
@@ -4078,8 +4070,11 @@ class Bucket:
         known, config = self._config
         if known != stamp:
             settled = _settled(status)
-            with open(path, "rb") as file:
-                data = file.read()
+            try:
+                with open(path, "rb") as file:
+                    data = file.read()
+            except _ABSENT:             # with its bucket, just now
+                return self._no_config
             try:
                 config = load_json(data)
             except ValueError as error:
@@ -4504,15 +4499,21 @@ class Bucket:
 
         The file is opened every time: one kept open would go on locking
         what was removed or moved away, while others lock its successor.
+        Who had to wait may hold the lock of a bucket that was deleted
+        meanwhile, and made anew.
         """
-        fd = self._open_stripe(stripe)
-        try:
-            if fcntl:
+        while True:
+            fd = self._open_stripe(stripe)
+            try:
+                if try_flock(fd):
+                    return fd
                 fcntl.flock(fd, fcntl.LOCK_EX)
-        except BaseException:
+                if _same_file(self._locks + "%02d" % stripe, os.fstat(fd)):
+                    return fd
+            except BaseException:
+                close_fd(fd)
+                raise
             close_fd(fd)
-            raise
-        return fd
 
     def next_number(self, key):
         """A number above all that this key was given before: nanoseconds
@@ -5181,11 +5182,15 @@ class Bucket:
         """Make a noncurrent version current, over what is there."""
         replaced = self._inode(key)
         path = os.path.join(self._version_directory(key), name)
-        kept = os.stat(path).st_ino
+        fd, status = self._open_path(path)
+        try:
+            self._name_record(fd, status, key)
+        finally:
+            close_fd(fd)
         self._move(path, key)
         if self._sync:
             sync_directory(os.path.dirname(path))
-        if replaced not in (None, kept):
+        if replaced not in (None, status.st_ino):
             self._drop_sidecar(key, replaced)
 
     def remove_version(self, key, info):
@@ -5242,6 +5247,8 @@ class Bucket:
                 raise marker_error(info, version_id)
             status = os.fstat(fd)
             record = self._read_record(fd, status, key)
+            if info.version_id != NULL_VERSION:     # should it be damaged
+                record["version"] = info.version_id
             change(record)
             self._rewrite_record(fd, status, key, record)
             info = Info(key, status, record, info.latest)
@@ -5304,7 +5311,7 @@ class Bucket:
 
     def note_content(self, name, key):
         """Tell under unique/ which key has some content."""
-        with contextlib.suppress(OSError), self.draft() as draft:
+        with contextlib.suppress(OSError, S3Error), self.draft() as draft:
             draft.write(dump_record({"key": key}))
             path = os.path.join(self._same, name)
             try:
@@ -6759,31 +6766,45 @@ class Store:
                                   for name in names) if part]
 
     def _part(self, upload, name):
-        """The Part in a file, None when its record does not fit it."""
+        """The Part in a file, None when its record does not fit it; again
+        when it was replaced meanwhile."""
         path = os.path.join(upload.path, name)
-        try:
-            status = os.stat(path)
-        except _ABSENT:
-            return None
-        record = _record_inside(path) if self.xattrs else {}
-        if not record:
-            with contextlib.suppress(*_ABSENT):
-                sidecar = "%s-%x.json" % (path, status.st_ino)
-                with open(sidecar, "rb") as file:
-                    record = load_record(file.read())
-        size, prefix = status.st_size, None
-        try:
-            if "sse" in upload.record:
-                size, prefix = plain_size(size), _file_prefix(path)
-        except (SealError,) + _ABSENT:
-            record = {}
-        if (record.get("size") != status.st_size
-                or record.get("mtime_ns") != status.st_mtime_ns
-                or "etag" not in record):
+        for _ in range(MAX_LOOKS):
+            try:
+                fd = os.open(path, _OPEN_READ)
+            except _ABSENT:
+                return None
+            try:
+                status = os.fstat(fd)
+                part = self._part_in(fd, status, upload, path)
+            finally:
+                close_fd(fd)
+            if part or _same_file(path, status):
+                break
+        if part is None:
             self.report("%s is damaged and left out" % path)
+        return part
+
+    def _part_in(self, fd, status, upload, path):
+        """The Part in an open file, or None."""
+        size, prefix = status.st_size, None
+        record = _record_inside(fd) if self.xattrs else {}
+        if not record:
+            with contextlib.suppress(*_ABSENT), open(
+                    "%s-%x.json" % (path, status.st_ino), "rb") as file:
+                record = load_record(file.read())
+        if (record.get("size"), record.get("mtime_ns")) != (
+                size, status.st_mtime_ns) or "etag" not in record:
             return None
-        return Part(int(name), size, status.st_mtime_ns, record["etag"],
-                    record.get("checksums", {}), path, prefix)
+        if "sse" in upload.record:
+            try:
+                size, prefix = plain_size(size), read_header(
+                    _pread(fd, SEAL_HEADER_BYTES, 0))
+            except SealError:
+                return None
+        return Part(int(os.path.basename(path)), size, status.st_mtime_ns,
+                    record["etag"], record.get("checksums", {}), path,
+                    prefix)
 
     def complete_upload(self, bucket, upload, parts, record, conditions,
                         done=None):
@@ -6897,15 +6918,6 @@ class Store:
         with contextlib.suppress(OSError):
             os.rmdir(directory)         # what a crash left of the last one
         return count
-
-
-def _file_prefix(path):
-    """The prefix in a sealed file's header, or SealError."""
-    fd = os.open(path, _OPEN_READ)
-    try:
-        return read_header(_pread(fd, SEAL_HEADER_BYTES, 0))
-    finally:
-        close_fd(fd)
 
 
 def _last_change(path):
@@ -8000,13 +8012,17 @@ class MasterKeys(NamedTuple):
         raise S3Error("KMS.NotFoundException", "Invalid keyId '%s'" % key_id)
 
 
+def _opened_to_read(path, _):
+    """A descriptor for open(), which a FIFO does not keep waiting."""
+    return os.open(path, _OPEN_READ)
+
+
 def load_master_keys(path):
     """The MasterKeys in a key file; ValueError, one sentence, when there
     is none, it is not in order, or others may read or change it."""
     try:
-        fd = os.open(path, _OPEN_READ)
-        with open(fd, "rb") as file:
-            mode = os.fstat(fd).st_mode
+        with open(path, "rb", opener=_opened_to_read) as file:
+            mode = os.fstat(file.fileno()).st_mode
             data = file.read()
     except OSError as error:
         raise ValueError("the key file %s cannot be read: %s"

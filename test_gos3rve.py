@@ -3027,6 +3027,20 @@ class Keys(StorageCase):
         self.assertEqual(outside, [])
         self.assertEqual(self.bucket.owner, "alice")
 
+    @unittest.skipUnless(hasattr(os, "copy_file_range"), "not here")
+    def test_copy_goes_on_where_the_kernel_copies_no_more(self):
+        """overlayfs says so with 0, others with an errno."""
+        self.put("k", b"0123456789")
+        real = os.copy_file_range
+        for ends in (lambda *_: 0, mock.Mock(side_effect=OSError(
+                errno.EXDEV, "another file system"))):
+            calls = [ends, lambda *args: real(*args[:2], 3, *args[3:])]
+            with mock.patch.object(os, "copy_file_range",
+                                   lambda *args: calls.pop()(*args)):
+                self.copy("k", "copy")
+            self.assertEqual(calls, [])
+            self.assertEqual(self.read("copy")[1], b"0123456789")
+
     def test_all_keys_are_stored_listed_copied_renamed_and_removed(self):
         model = {key: b"of " + key.encode()
                  for key in ODD_KEYS + NATURAL_KEYS}
@@ -3746,6 +3760,11 @@ class Strangers(StorageCase):
                          {"buckets": 1, "note": 3})
         self.assert_refused("BucketNotEmpty", self.store.delete_bucket,
                             self.bucket)
+
+    def test_link_to_nowhere_in_the_place_of_the_drafts_is_no_hang(self):
+        shutil.rmtree(self.path(gos3rve.STATE, "tmp"))
+        self.link("nowhere", gos3rve.STATE, "tmp")
+        self.assert_refused("SlowDown", self.put, "k", b"2")
 
     def test_file_whose_path_is_too_long_for_a_key_is_not_listed(self):
         path = os.path.join(*["d" * 200] * 5)
@@ -4973,6 +4992,26 @@ class Versions(VersionCase):
         self.assertEqual([entry.key for entry in page.entries], ["a/", "b/"])
         self.assertEqual(seen, ["a/00", "b/"])
 
+    def test_version_that_lost_its_record_keeps_its_id(self):
+        old = self.put("k", b"1").version_id
+        self.put("k", b"2")
+        path = self.path(gos3rve.STATE, "versions", "kk", old)
+        os.rename(path, path + "~")
+        by_hand(path, b"1")             # copied without attributes
+        info = self.bucket.update_record(
+            "k", old, lambda record: record.update(tags={"a": "b"}))
+        self.assertEqual(info.version_id, old)
+        self.assertEqual(list(self.contents("k"))[1], old)
+
+    def test_file_put_by_hand_comes_back_from_the_versions_with_its_key(self):
+        key = "k" * 200                 # which no name under odd/ tells
+        by_hand(self.path(key), b"1")
+        version_id = self.put(key, b"2").version_id
+        self.put(key + "/x", b"3")
+        self.remove(key, version_id)
+        self.assertEqual(self.keys(), [key, key + "/x"])
+        self.assertEqual(self.read(key)[1], b"1")
+
     def test_strange_files_among_the_versions_are_none(self):
         self.put("k", b"1")
         self.put("k", b"2")
@@ -5773,6 +5812,38 @@ class Buckets(StorageCase):
             self.assert_refused("NoSuchBucket", self.store.bucket, "BOX")
             self.store.bucket("box")
 
+    @unittest.skipUnless(gos3rve.fcntl, "needs flock")
+    def test_who_waited_for_a_lock_holds_that_of_the_new_bucket(self):
+        flock, held = gos3rve.fcntl.flock, self.bucket.lock("k")
+        stripe = zlib.crc32(b"k") % gos3rve.LOCK_STRIPES
+
+        def wait(fd, how):
+            if how == gos3rve.fcntl.LOCK_EX and steps:
+                for step in steps:
+                    step()
+                steps.clear()
+            flock(fd, how)
+        steps = [held.__exit__, bound(self.store.delete_bucket, self.bucket),
+                 bound(self.store.create_bucket, "box", "bob", "eu-west-1")]
+        held.__enter__()
+        self.restart()                  # another process
+        with mock.patch.object(gos3rve.fcntl, "flock", wait), \
+                self.bucket.lock("k"):
+            self.assertEqual(steps, [])
+            self.restart()
+            fd = os.open(self.path(gos3rve.STATE, "locks", "%02d" % stripe),
+                         os.O_RDWR)
+            self.assertFalse(gos3rve.try_flock(fd))
+            os.close(fd)
+
+    def test_settings_that_go_while_they_are_looked_at_are_none(self):
+        def vanishing(path, *_):
+            raise FileNotFoundError(errno.ENOENT, "gone", path)
+        self.restart()
+        with mock.patch.object(gos3rve, "open", vanishing, create=True):
+            self.assertEqual(self.bucket.config, {})
+        self.assertEqual(self.bucket.owner, "alice")
+
     def test_uploads_go_with_their_bucket(self):
         upload_id = self.store.create_upload(self.bucket, "k", {})
         self.store.delete_bucket(self.bucket)
@@ -6020,6 +6091,22 @@ class Uploads(UploadCase):
             self.part(upload, 1, b"first")
         self.assertEqual(hooks, [])
         self.assertIn(self.parts(upload), ({1: b"first"}, {1: b"second"}))
+
+    def test_part_that_is_replaced_while_it_is_looked_at_is_listed(self):
+        upload, later = self.begin(), [b"second"]
+        self.part(upload, 1, b"one")
+
+        def replaced_first(real):
+            def call(*args):
+                if later:
+                    self.part(upload, 1, later.pop())
+                return real(*args)
+            return call
+        with mock.patch.object(gos3rve, "_record_inside", replaced_first(
+                gos3rve._record_inside)), mock.patch.object(
+                    gos3rve, "open", replaced_first(open), create=True):
+            parts = self.store.list_parts(upload)
+        self.assertEqual((later, len(parts), self.reports), ([], 1, []))
 
     def test_parts_put_at_once_are_all_there(self):
         upload = self.begin()
@@ -17208,6 +17295,13 @@ class KeyFiles(unittest.TestCase):
             keys, made = g.ensure_master_keys(self.path)
         self.assertTrue(made)
         self.assertEqual(g.load_master_keys(self.path), keys)
+
+    def test_directory_in_its_place_takes_no_descriptor(self):
+        os.makedirs(self.path)
+        before = open_files()
+        with self.assertRaises(ValueError):
+            gos3rve.load_master_keys(self.path)
+        self.assertEqual(open_files(), before)
 
     def test_what_is_wrong_is_one_sentence(self):
         good = base64.b64encode(SECRET).decode()
