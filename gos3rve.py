@@ -7735,7 +7735,8 @@ class Checker:
                    "by hand, or lost; mended by a delete marker",
                    lambda: bucket.add_marker(key, names,
                                              new_version_id(names)))
-        elif not names and not current:
+        elif not names and not current and os.path.isdir(
+                bucket._version_directory(key)):
             yield ("has no version any more",
                    lambda: bucket._prune_versions(key))
 
