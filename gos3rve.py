@@ -4744,7 +4744,8 @@ class Bucket:
                 allow(Info(key, status, self._read_record(fd, status, key)))
         finally:
             close_fd(fd)
-        self._unlink_key(key, path)
+        with contextlib.suppress(*_ABSENT):     # by hand, just now
+            self._unlink_key(key, path)
         self._drop_sidecar(key, status.st_ino)
         return True
 
@@ -5428,8 +5429,9 @@ def _is_like(path, status):
                                                   status.st_mtime_ns)
 
 
+# ENOENT: an open file whose name went by hand can still be copied
 _NO_LINK = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP,
-            errno.ENOSYS, errno.EMLINK)
+            errno.ENOSYS, errno.EMLINK, errno.ENOENT)
 
 
 def _change_mode(fd, mode):
@@ -6022,11 +6024,16 @@ def _position(entries, rest):
 
 
 def _after_version(infos, version_id):
-    """The versions behind one of them; all when it is not there."""
-    for number, info in enumerate(infos):
+    """The versions behind one of them; when that is not there any more,
+    those that are not surely newer, by their ids."""
+    start = 0
+    for number, info in enumerate(infos, 1):
         if info.version_id == version_id:
-            return infos[number + 1:]
-    return infos
+            return infos[number:]
+        if NULL_VERSION not in (info.version_id, version_id) \
+                and info.version_id < version_id:
+            start = number
+    return infos[start:]
 
 
 def collect_page(keys_after, look, prefix, delimiter, after, limit, skip=""):

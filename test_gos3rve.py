@@ -4992,6 +4992,42 @@ class Versions(VersionCase):
         self.assertEqual([entry.key for entry in page.entries], ["a/", "b/"])
         self.assertEqual(seen, ["a/00", "b/"])
 
+    def test_file_that_goes_by_hand_in_the_midst_of_a_change(self):
+        is_link = gos3rve._is_link
+        for key, *place in (("k", "k"), ("d/k", "d", "k"), (
+                "d/k/", gos3rve.STATE, "odd", "kd%2Fk%2F")):
+            path = self.path(*place)
+
+            def go(*_, path=path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                return is_link(path)
+            self.switch("Enabled")
+            first = self.put(key, b"1").version_id
+            with mock.patch.object(gos3rve, "_is_link", go):
+                self.put(key, b"2")
+            self.assertEqual(list(self.contents(key).values()),
+                             [b"2", b"1"])
+            self.remove(key, first)
+            self.switch("Suspended")
+            for status in ("Suspended", None):
+                self.switch(status)
+                self.put(key, b"3")
+                self.assertTrue(self.store.delete_object(
+                    self.bucket, key, allow=go).existed)
+                self.assertIsNone(self.bucket.find(key))
+
+    def test_page_goes_on_behind_a_version_that_has_been_removed(self):
+        ids = [self.put("k", b"%d" % number).version_id
+               for number in range(4)][::-1]
+        self.remove("k", ids[1])
+        for marker, left in ((ids[1], ids[2:]), ("null", ids[:1] + ids[2:]),
+                             (ids[2], ids[3:]), ("f" * 32, [])):
+            page = self.store.list_versions(
+                self.bucket, key_marker="k", version_marker=marker)
+            self.assertEqual([info.version_id for info in page.entries],
+                             left)
+
     def test_version_that_lost_its_record_keeps_its_id(self):
         old = self.put("k", b"1").version_id
         self.put("k", b"2")
