@@ -6758,6 +6758,24 @@ class Checks(UploadCase):
             self.check(mend=True)
         self.assertEqual(self.bucket.find("a").record["tags"], {"a": "b"})
 
+    def test_versions_that_go_while_their_lock_is_waited_for(self):
+        self.switch()
+        self.put("k", b"1")
+        marker = self.store.delete_object(self.bucket, "k").version_id
+        real, done = gos3rve.Bucket.lock, []
+
+        def wait(bucket, *keys):
+            if not done:
+                done.append(keys)
+                for version_id in (marker, None):
+                    self.store.delete_object(
+                        bucket, "k", version_id=version_id
+                        or bucket.versions("k")[0].version_id)
+            return real(bucket, *keys)
+        with mock.patch.object(gos3rve.Bucket, "lock", wait):
+            self.assertEqual(self.check(), {})
+        self.assertEqual(done, [("k",)])
+
     def test_a_sweep_leaves_the_records_of_a_copy(self):
         self.put("a", b"1")
         shutil.copytree(self.path(), self.path() + "-copy")
