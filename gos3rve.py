@@ -3745,6 +3745,11 @@ class Draft:
         else:
             os.close(os.dup(self.fd))
 
+    def publish(self, path):
+        """Rename the file to where it stays."""
+        os.replace(self.path, path)
+        self.path = None
+
     def close(self):
         """Let go of the file, and remove it unless it was published."""
         close_fd(self.fd)
@@ -3907,8 +3912,7 @@ def write_json(path, value, sync=False, whole=False):
         if hasattr(os, "fchmod"):
             os.fchmod(draft.fd, 0o600)
         draft.flush(sync or whole)
-        os.replace(draft.path, path)
-        draft.path = None
+        draft.publish(path)
     if sync:
         sync_directory(directory)
 
@@ -4041,6 +4045,7 @@ class Bucket:
         self._versions = os.path.join(self._state, "versions")
         self._tmp = os.path.join(self._state, "tmp")
         self._same = os.path.join(self._state, "unique")
+        self._logs = os.path.join(self._state, "logs")
         self._locks = os.path.join(self._state, "locks", "")
         self._threads = [threading.Lock() for _ in range(LOCK_STRIPES)]
         self._config, self._no_config = (None, {}), {}
@@ -4134,8 +4139,7 @@ class Bucket:
         for path in (self._state, os.path.join(self._state, name)):
             try:
                 os.mkdir(path, 0o700)
-                if self._sync:
-                    sync_directory(os.path.dirname(path))
+                self._sync_directory(os.path.dirname(path))
             except FileExistsError:
                 continue
             except FileNotFoundError:
@@ -4446,10 +4450,8 @@ class Bucket:
             draft.write(dump_record(record))
             draft.flush(self._sync)
             self._make_state("meta")
-            os.replace(draft.path, path)
-            draft.path = None
-        if self._sync:
-            sync_directory(self._meta)
+            draft.publish(path)
+        self._sync_directory(self._meta)
         self._drop_xattr(fd)
         return path
 
@@ -4577,6 +4579,11 @@ class Bucket:
         finally:
             close_fd(fd)
 
+    def _sync_directory(self, path):
+        """Make the entries of a directory durable, where asked to."""
+        if self._sync:
+            sync_directory(path)
+
     def _sync_place(self, fd):
         """Make a change in a _place() durable."""
         if self._sync and fd is not None:
@@ -4635,9 +4642,8 @@ class Bucket:
         path = self._path(key)
         if path is not None and self._move_natural(source, key, path,
                                                    source_fd):
-            if self._is_odd(key) and _unlink(self._odd_path(key)) \
-                    and self._sync:
-                sync_directory(self._odd)
+            if self._is_odd(key) and _unlink(self._odd_path(key)):
+                self._sync_directory(self._odd)
             return
         odd = self._odd_path(key)
         try:
@@ -4645,8 +4651,7 @@ class Bucket:
         except FileNotFoundError:
             self._make_state("odd")
             os.replace(source, odd, src_dir_fd=source_fd)
-        if self._sync:
-            sync_directory(self._odd)
+        self._sync_directory(self._odd)
         if key[-1] == "/" and is_natural(key[:-1]):
             with contextlib.suppress(OSError, InTheWay, S3Error):
                 self._make_directories(key[:-1])
@@ -4713,8 +4718,7 @@ class Bucket:
         self._make_state("odd")
         with self._at(key, path) as (place, name):
             os.replace(name, self._odd_path(key), src_dir_fd=place)
-        if self._sync:                  # before anything takes its place
-            sync_directory(self._odd)
+        self._sync_directory(self._odd)     # before its place is taken
 
     def _name_record(self, fd, status, key, old_key=None):
         """Write the record of a file anew when its name under odd/ will
@@ -4752,8 +4756,8 @@ class Bucket:
     def _drop_twin(self, key):
         """Remove the older file under odd/ that a crash may have left of a
         key, before its file at the natural path ceases to hide it."""
-        if self._drop(key, self._odd_path(key)) and self._sync:
-            sync_directory(self._odd)
+        if self._drop(key, self._odd_path(key)):
+            self._sync_directory(self._odd)
 
     def _drop(self, key, path):
         """Remove a file and its sidecar; False when it is not there."""
@@ -4778,8 +4782,7 @@ class Bucket:
                 close_fd(fd)
         else:
             os.unlink(path)
-            if self._sync:
-                sync_directory(self._odd)
+            self._sync_directory(self._odd)
         self._prune(key)
 
     def _prune(self, key):
@@ -4829,8 +4832,8 @@ class Bucket:
             self._drop_twin(source)
         with self._at(source, path) as (place, name):
             self._move(name, key, place)
-            if place is None and self._sync:
-                sync_directory(os.path.dirname(path))
+            if place is None:
+                self._sync_directory(os.path.dirname(path))
             self._sync_place(place)
         if renamed:
             self._drop_sidecar(source, status.st_ino)
@@ -5081,8 +5084,7 @@ class Bucket:
                 self._copy_version(fd, status, key, record, target)
         finally:
             close_fd(fd)
-        if self._sync:
-            sync_directory(directory)
+        self._sync_directory(directory)
         return sorted(names + [name]) if name else names
 
     def _link(self, key, path, target):
@@ -5107,8 +5109,7 @@ class Bucket:
             os.utime(draft.path, ns=(status.st_mtime_ns,) * 2)
             self._write_record(draft.fd, os.fstat(draft.fd), key, record)
             draft.flush(self._sync)
-            os.replace(draft.path, target)
-            draft.path = None
+            draft.publish(target)
 
     def _make_versions(self, key):
         """The directory for a key's versions, made; it stays as long as
@@ -5117,8 +5118,7 @@ class Bucket:
         self._make_state("versions")
         try:
             os.mkdir(directory)
-            if self._sync:
-                sync_directory(self._versions)
+            self._sync_directory(self._versions)
         except FileExistsError:
             pass
         if _is_hashed(key) and not os.path.exists(
@@ -5131,9 +5131,8 @@ class Bucket:
         with self.draft() as draft:
             draft.write(dump_record({"key": key}))
             draft.flush(self._sync)
-            os.replace(draft.path, os.path.join(
+            draft.publish(os.path.join(
                 self._version_directory(key), KEY_FILE))
-            draft.path = None
         os.utime(self._versions)        # no listing without it is good
 
     def add_marker(self, key, names, version_id):
@@ -5152,10 +5151,8 @@ class Bucket:
             status = draft.seal(record)
             self._write_record(draft.fd, status, key, record)
             draft.flush(self._sync)
-            os.replace(draft.path, os.path.join(directory, name + PENDING))
-            draft.path = None
-        if self._sync:
-            sync_directory(directory)
+            draft.publish(os.path.join(directory, name + PENDING))
+        self._sync_directory(directory)
         self.remove(key)
         self._finish_marker(key, name + PENDING)
 
@@ -5170,14 +5167,13 @@ class Bucket:
         directory = self._version_directory(key)
         os.replace(os.path.join(directory, pending),
                    os.path.join(directory, name))
-        if self._sync:
-            sync_directory(directory)
+        self._sync_directory(directory)
 
     def drop_version(self, key, name):
         """Remove a noncurrent version or marker by its file name."""
         directory = self._version_directory(key)
-        if self._drop(key, os.path.join(directory, name)) and self._sync:
-            sync_directory(directory)
+        if self._drop(key, os.path.join(directory, name)):
+            self._sync_directory(directory)
 
     def promote(self, key, name):
         """Make a noncurrent version current, over what is there."""
@@ -5189,8 +5185,7 @@ class Bucket:
         finally:
             close_fd(fd)
         self._move(path, key)
-        if self._sync:
-            sync_directory(os.path.dirname(path))
+        self._sync_directory(os.path.dirname(path))
         if replaced not in (None, status.st_ino):
             self._drop_sidecar(key, replaced)
 
@@ -5219,8 +5214,7 @@ class Bucket:
             directory = self._version_directory(key)
             os.replace(os.path.join(directory, marker),
                        os.path.join(directory, marker + PENDING))
-            if self._sync:
-                sync_directory(directory)
+            self._sync_directory(directory)
             self.promote(key, names[0])
             marker += PENDING
         self.drop_version(key, marker)
@@ -5316,11 +5310,10 @@ class Bucket:
             draft.write(dump_record({"key": key}))
             path = os.path.join(self._same, name)
             try:
-                os.replace(draft.path, path)
+                draft.publish(path)
             except FileNotFoundError:
                 self._make_state("unique")
-                os.replace(draft.path, path)
-            draft.path = None
+                draft.publish(path)
 
     # access logs: a file a day, which a deliverer claims by renaming it
 
@@ -5331,7 +5324,7 @@ class Bucket:
         A line that a crash or a full disk has cut short ends where the
         next one begins.
         """
-        path = os.path.join(self._state, "logs", day)
+        path = os.path.join(self._logs, day)
         flags = (os.O_RDWR | os.O_CREAT | os.O_APPEND
                  | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         with self.lock(_LOGS):
@@ -5354,24 +5347,22 @@ class Bucket:
 
     def spooled_logs(self):
         """The names of the claimed files, the oldest first."""
-        return sorted(name for name in _listdir(os.path.join(
-            self._state, "logs")) if _CLAIMED_LOG.match(name))
+        return sorted(filter(_CLAIMED_LOG.match, _listdir(self._logs)))
 
     def claim_logs(self, stamp):
         """Rename what has been spooled to <day>-<stamp>-<unique>, which
         nobody will write to any more."""
-        logs = os.path.join(self._state, "logs")
-        for day in filter(_SPOOLED_LOG.match, _listdir(logs)):
+        for day in filter(_SPOOLED_LOG.match, _listdir(self._logs)):
+            path = os.path.join(self._logs, day)
             with self.lock(_LOGS), contextlib.suppress(FileNotFoundError):
-                os.rename(os.path.join(logs, day), os.path.join(
-                    logs, "%s-%s-%s" % (day, stamp,
-                                        secrets.token_hex(8).upper())))
+                os.rename(path, "%s-%s-%s" % (
+                    path, stamp, secrets.token_hex(8).upper()))
 
     def take_log(self, name, deliver):
         """Call deliver(file) with a claimed file, and remove the file; what
         deliver() said, 0 when another process has or had the file.  It
         stays when deliver() raises."""
-        path = os.path.join(self._state, "logs", name)
+        path = os.path.join(self._logs, name)
         try:
             file = open(path, "r+b")    # see _OPEN_HELD
         except _ABSENT:
@@ -5390,11 +5381,11 @@ class Bucket:
     def trim_logs(self, limit=MAX_SPOOLED_BYTES):
         """Remove the oldest files of the spool beyond `limit` bytes; how
         many bytes are gone."""
-        logs, gone = os.path.join(self._state, "logs"), 0
+        gone = 0
         # of one day, what is not claimed yet is the newest
-        for name in sorted(_listdir(logs), reverse=True,
+        for name in sorted(_listdir(self._logs), reverse=True,
                            key=lambda name: name[:8] + (name[8:] or "~")):
-            path = os.path.join(logs, name)
+            path = os.path.join(self._logs, name)
             with contextlib.suppress(FileNotFoundError):
                 size = os.stat(path).st_size
                 limit -= size
@@ -6151,16 +6142,14 @@ class Spool:
             draft.flush(self._bucket._sync)
             path = os.path.join(self._path, name)
             try:
-                os.replace(draft.path, path)
+                draft.publish(path)
             except FileNotFoundError:
                 self._bucket._make_state("events")
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(self._path)
-                os.replace(draft.path, path)
-            draft.path = None
-        if self._bucket._sync:
-            sync_directory(self._path)
-            sync_directory(os.path.dirname(self._path))
+                draft.publish(path)
+        for directory in (self._path, os.path.dirname(self._path)):
+            self._bucket._sync_directory(directory)
 
     def names(self):
         """The names of the events, in their order."""
@@ -6734,8 +6723,7 @@ class Store:
         with self.locked_upload(upload):
             sidecar = self._write_part_record(draft, path, status, record)
             draft.flush(self.sync)
-            os.replace(draft.path, path)
-            draft.path = None
+            draft.publish(path)
             if sidecar:
                 _drop_other_sidecars(sidecar)
         if self.sync:
