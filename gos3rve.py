@@ -4146,6 +4146,16 @@ class Bucket:
                 raise S3Error("NoSuchBucket",
                               BucketName=self.name) from None
 
+    def _open_state(self, name, path, flags):
+        """A descriptor of a file in a directory of the bucket's state,
+        both made where they are missing."""
+        for _ in range(MAX_RETRIES):
+            try:
+                return os.open(path, flags, 0o600)
+            except FileNotFoundError:
+                self._make_state(name)
+        raise S3Error("SlowDown")
+
     def _fits(self, key):
         """True when a natural key's whole path can be named."""
         return len(self.root) + len(key) < MAX_PATH_BYTES // 4 or len(
@@ -4489,12 +4499,8 @@ class Bucket:
 
     def _open_stripe(self, stripe):
         """A descriptor of a stripe's file, made where it is missing."""
-        path = self._locks + "%02d" % stripe
-        try:
-            return os.open(path, _OPEN_LOCK, 0o600)
-        except FileNotFoundError:
-            self._make_state("locks")
-            return os.open(path, _OPEN_LOCK, 0o600)
+        return self._open_state("locks", self._locks + "%02d" % stripe,
+                                _OPEN_LOCK)
 
     def _flock(self, stripe):
         """A descriptor that holds a stripe's flock until it is closed.
@@ -4650,6 +4656,9 @@ class Bucket:
             os.replace(source, odd, src_dir_fd=source_fd)
         except FileNotFoundError:
             self._make_state("odd")
+            if not _is_surely_there(source, source_fd):
+                raise S3Error("NoSuchBucket",       # it was another one
+                              BucketName=self.name) from None
             os.replace(source, odd, src_dir_fd=source_fd)
         self._sync_directory(self._odd)
         if key[-1] == "/" and is_natural(key[:-1]):
@@ -5328,11 +5337,7 @@ class Bucket:
         flags = (os.O_RDWR | os.O_CREAT | os.O_APPEND
                  | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         with self.lock(_LOGS):
-            try:
-                fd = os.open(path, flags, 0o600)
-            except FileNotFoundError:
-                self._make_state("logs")
-                fd = os.open(path, flags, 0o600)
+            fd = self._open_state("logs", path, flags)
             try:
                 size = os.fstat(fd).st_size
                 if size and _pread(fd, 1, size - 1) != b"\n":
@@ -16231,17 +16236,24 @@ def run_lifecycle(service, now, stopped=lambda: False):
     """
     count = 0
     for bucket in service.store.list_buckets():
-        if not bucket.config.get("lifecycle"):
-            continue
-        due = functools.partial(_due_of_key, bucket, now,
-                                service.day_seconds)
-        for infos in service.store.each_key(bucket):
-            if stopped():
-                return count
-            if any(due(infos)):
-                count += _carry_out(service, bucket, infos[0].key, due)
-        count += _abort_due(service, bucket, now)
+        try:
+            if bucket.config.get("lifecycle"):
+                count += _run_rules(service, bucket, now, stopped)
+        except (S3Error, OSError) as error:     # of one bucket, not of all
+            service.store.report("lifecycle of %s: %s" % (bucket.name, error))
     return count
+
+
+def _run_rules(service, bucket, now, stopped):
+    """Do what is due in one bucket; how many things were done."""
+    count = 0
+    due = functools.partial(_due_of_key, bucket, now, service.day_seconds)
+    for infos in service.store.each_key(bucket):
+        if stopped():
+            return count
+        if any(due(infos)):
+            count += _carry_out(service, bucket, infos[0].key, due)
+    return count + _abort_due(service, bucket, now)
 
 
 def _due_of_key(bucket, now, day_seconds, infos):

@@ -5872,6 +5872,30 @@ class Buckets(StorageCase):
             self.assertFalse(gos3rve.try_flock(fd))
             os.close(fd)
 
+    def test_draft_for_a_deleted_bucket_is_none_for_the_next(self):
+        for key in ("k", "d/k", "odd//", "k" * 300):
+            with self.bucket.draft() as draft:
+                draft.write(b"1")
+                self.store.delete_bucket(self.bucket)
+                self.store.create_bucket("box", "bob", "eu-west-1")
+                self.assert_refused(
+                    "NoSuchBucket", self.store.put_object, self.bucket, key,
+                    draft, self.record(b"1"), ANY)
+            self.restart()
+            self.assertEqual(self.keys(), [])
+
+    def test_directory_of_the_locks_that_keeps_going_is_made_again(self):
+        real, times = os.mkdir, [3]
+
+        def mkdir(path, *args, **named):
+            real(path, *args, **named)
+            if path.endswith("locks") and times[0]:
+                times[0] -= 1
+                os.rmdir(path)
+        with mock.patch.object(os, "mkdir", mkdir):
+            self.put("k", b"1")
+        self.assertEqual((self.keys(), times), (["k"], [0]))
+
     def test_settings_that_go_while_they_are_looked_at_are_none(self):
         def vanishing(path, *_):
             raise FileNotFoundError(errno.ENOENT, "gone", path)
@@ -15898,6 +15922,24 @@ class LifecycleRequests(LockCase):
         answer = self.ok(self.s3.get("/box", {"versions": ""}))
         return [(e.tag, e.findtext("Key")) for e in answer.xml()
                 if e.tag in ("Version", "DeleteMarker")]
+
+    def test_a_bucket_that_cannot_be_read_keeps_no_other_from_its_rules(
+            self):
+        self.put_rules(rule(DAYS % 3))
+        self.fill("k")
+        store, real = self.server.server.service.store, os.listdir
+        first = store.create_bucket("a-box", "me", "us-east-1")
+        self.addCleanup(store.delete_bucket, first)
+        first.save(store.bucket("box").config)
+
+        def listdir(path="."):
+            if os.path.dirname(path) == first._state:
+                raise OSError(errno.EIO, "Input/output error", path)
+            return real(path)
+        os.mkdir(first._odd)
+        with mock.patch.object(os, "listdir", listdir):
+            self.assertEqual(self.run_rules(9), 1)
+        self.assertEqual(self.listed(), [])
 
     def test_rules_come_and_go(self):
         self.error(self.s3.get("/box", {"lifecycle": ""}),
