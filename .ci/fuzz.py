@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Fuzz what clients, operators and disks can hand to gos3rve.
 
-    .ci/fuzz.py [--seconds N] [--with hypothesis|atheris] [TARGET ...]
+    .ci/fuzz.py [--seconds N] [--with hypothesis|atheris] [--corpus DIR]
+                 [TARGET ...]
 
 Each target takes bytes to the server in this process: a handler on a socket
 that is none, over a directory of its own.  A finding is an answer of 500, a
@@ -320,10 +321,15 @@ def with_hypothesis(name, seconds):
     print("%s: %d inputs, no finding" % (name, runs[0]), flush=True)
 
 
-def with_atheris(name, seconds):
+def with_atheris(name, seconds, kept):
     """Let the coverage guide, for some seconds; never comes back."""
     world = World()
-    with tempfile.TemporaryDirectory() as corpus:
+    with contextlib.ExitStack() as stack:
+        if kept:
+            corpus = os.path.join(kept, name)
+            os.makedirs(corpus, exist_ok=True)
+        else:
+            corpus = stack.enter_context(tempfile.TemporaryDirectory())
         for number, seed in enumerate(TARGETS[name][1]):
             with open(os.path.join(corpus, "seed%d" % number), "wb") as file:
                 file.write(seed)
@@ -342,17 +348,23 @@ def main():
                         help="for each target")
     parser.add_argument("--with", dest="engine", default="hypothesis",
                         choices=("hypothesis", "atheris"))
+    parser.add_argument("--corpus", metavar="DIR",
+                        help="where atheris keeps what it found worth it, "
+                        "and goes on from")
     options = parser.parse_args()
     engine = os.environ.get("FUZZ_WITH")
     if engine:                          # the process of one target
-        {"hypothesis": with_hypothesis, "atheris": with_atheris}[engine](
-            options.targets[0], options.seconds)
+        if engine == "atheris":
+            with_atheris(options.targets[0], options.seconds, options.corpus)
+        else:
+            with_hypothesis(options.targets[0], options.seconds)
         return 0
     found = []
     for name in options.targets or TARGETS:
         if subprocess.run(
                 [sys.executable, __file__, name, "--seconds",
-                 str(options.seconds)],
+                 str(options.seconds)] + (
+                     ["--corpus", options.corpus] if options.corpus else []),
                 env=dict(os.environ, FUZZ_WITH=options.engine)).returncode:
             found.append(name)
     print("findings: %s" % (", ".join(found) or "none"))
