@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fuzz what clients, operators and disks can hand to gos3rve.
 
-    .ci/fuzz.py [--seconds N] [--with hypothesis|atheris] [--corpus DIR]
-                 [TARGET ...]
+    .ci/fuzz.py [--seconds N] [--with hypothesis|atheris|coverage]
+                [--corpus DIR] [TARGET ...]
 
 Each target takes bytes to the server in this process: a handler on a socket
 that is none, over a directory of its own.  A finding is an answer of 500, a
@@ -11,12 +11,17 @@ it is printed with its bytes, and the exit status is 1.  Whatever is found
 becomes a row of a test in test_gos3rve.py.
 
 hypothesis mixes pieces of the seeds; atheris starts from the seeds and lets
-the coverage guide it, a process for each target.  Both from PyPI.
+the coverage guide it, a process for each target.  coverage runs what there
+is, and tells how much of the rooms of the parsers it reaches: the seeds, with
+them what atheris kept in DIR, and with those the tests of the rooms in
+test_gos3rve.py.  All three from PyPI.
 """
 
 import argparse
 import contextlib
 import hashlib
+import inspect
+import io
 import itertools
 import json
 import os
@@ -25,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest
 import urllib.parse
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir)
@@ -34,10 +40,16 @@ if os.environ.get("FUZZ_WITH") == "atheris":
     with atheris.instrument_imports(include=["gos3rve"]):
         import gos3rve
 else:
+    if os.environ.get("FUZZ_WITH") == "coverage":
+        import coverage
+        measured = coverage.Coverage(
+            branch=True, data_file=None, include=["*/gos3rve.py"])
+        measured.start()
     import gos3rve
 import test_gos3rve                                     # noqa: E402
 
 LIMIT_SECONDS = 1
+PARSERS = range(2, 6)                   # their rooms
 EVERYBODY = json.dumps({"Version": "2012-10-17", "Statement": [{
     "Effect": "Allow", "Principal": "*", "Action": "s3:*",
     "Resource": ["arn:aws:s3:::box", "arn:aws:s3:::box/*"]}]}).encode()
@@ -293,8 +305,9 @@ def run_one(world, name, data):
         raise
 
 
-def with_hypothesis(name, seconds):
-    """Mix pieces of the seeds, for some seconds."""
+def with_hypothesis(names, options):
+    """Mix pieces of the seeds of a target, for some seconds."""
+    name, = names
     import hypothesis
     from hypothesis import strategies
     seeds = TARGETS[name][1]
@@ -303,7 +316,7 @@ def with_hypothesis(name, seconds):
     mixed = strategies.lists(strategies.one_of(
         strategies.sampled_from(pieces), strategies.sampled_from(seeds),
         strategies.binary(max_size=6)), max_size=40).map(b"".join)
-    world, ended, runs = World(), time.monotonic() + seconds, [0]
+    world, ended, runs = World(), time.monotonic() + options.seconds, [0]
 
     @hypothesis.settings(
         max_examples=200, deadline=None, database=None,
@@ -321,23 +334,97 @@ def with_hypothesis(name, seconds):
     print("%s: %d inputs, no finding" % (name, runs[0]), flush=True)
 
 
-def with_atheris(name, seconds, kept):
+def with_atheris(names, options):
     """Let the coverage guide, for some seconds; never comes back."""
+    name, = names
     world = World()
     with contextlib.ExitStack() as stack:
-        if kept:
-            corpus = os.path.join(kept, name)
+        if options.corpus:
+            corpus = os.path.join(options.corpus, name)
             os.makedirs(corpus, exist_ok=True)
         else:
             corpus = stack.enter_context(tempfile.TemporaryDirectory())
         for number, seed in enumerate(TARGETS[name][1]):
             with open(os.path.join(corpus, "seed%d" % number), "wb") as file:
                 file.write(seed)
-        atheris.Setup([name, corpus, "-max_total_time=%d" % seconds,
+        atheris.Setup([name, corpus, "-max_total_time=%d" % options.seconds,
                        "-max_len=4096", "-timeout=60", "-rss_limit_mb=4000",
                        "-artifact_prefix=%s/" % tempfile.gettempdir()],
                       lambda data: run_one(world, name, data))
         atheris.Fuzz()
+
+
+def with_coverage(names, options):
+    """Run the corpus once, and print how much of the rooms it reaches."""
+    for name in names:
+        world = World()
+        folder = os.path.join(options.corpus or os.devnull, name)
+        with world.running:
+            measured.switch_context("seeds")
+            for seed in TARGETS[name][1]:
+                run_one(world, name, seed)
+            measured.switch_context("kept")
+            for file in os.listdir(folder) if os.path.isdir(folder) else ():
+                with open(os.path.join(folder, file), "rb") as opened:
+                    run_one(world, name, opened.read())
+    measured.switch_context("tests")
+    unittest.TextTestRunner(stream=io.StringIO()).run(room_tests())
+    measured.stop()
+    columns = [branches(contexts) for contexts in (
+        ["", "seeds"], ["", "seeds", "kept"], ["", "tests"],
+        ["", "seeds", "kept", "tests"])]
+    print("%-40s %8s %8s %8s %8s %8s" % (
+        "share of branches, in percent", "branches", "seeds", "+ kept",
+        "tests", "all"))
+    for number, title, first, lines in rooms(gos3rve):
+        if number not in PARSERS:
+            continue
+        lines, shares = range(first, first + len(lines)), []
+        for reached, missed in columns:
+            reached, missed = (
+                [arc for arc in arcs if abs(arc[0]) in lines]
+                for arcs in (reached, missed))
+            shares.append(100 * len(reached) / len(reached + missed))
+        print("%d. %-37s %8d %8.1f %8.1f %8.1f %8.1f" % (
+            (number, title, len(reached + missed)) + tuple(shares)))
+        print("   not reached: %s" % (", ".join(
+            "%d->%d" % tuple(arc) for arc in missed) or "none"))
+
+
+def rooms(module):
+    """(number, title, first line, lines) of each room of a module."""
+    lines = inspect.getsource(module).split("\n")
+    starts = [(index, re.match(r"# (\d+)\. (.*)", line))
+              for index, line in enumerate(lines)
+              if lines[index - 1] == "#" * 79]
+    starts = [(at, match) for at, match in starts if match]
+    ends = [at for at, _ in starts[1:]] + [len(lines)]
+    return [(int(match[1]), match[2], at + 1, lines[at:end])
+            for (at, match), end in zip(starts, ends)]
+
+
+def room_tests():
+    """The tests of the rooms of the parsers."""
+    cases = [getattr(test_gos3rve, match[1])
+             for number, _, _, lines in rooms(test_gos3rve)
+             if number in PARSERS for line in lines
+             for match in [re.match(r"class (\w+)", line)] if match]
+    return unittest.TestSuite(map(
+        unittest.defaultTestLoader.loadTestsFromTestCase,
+        (case for case in cases if issubclass(case, unittest.TestCase))))
+
+
+def branches(contexts):
+    """The branches that were reached in some contexts, and the others."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        measured.json_report(outfile=file.name, contexts=[
+            "^%s$" % context for context in contexts])
+        found, = json.load(file)["files"].values()
+    return found["executed_branches"], found["missing_branches"]
+
+
+ENGINES = {"hypothesis": with_hypothesis, "atheris": with_atheris,
+           "coverage": with_coverage}
 
 
 def main():
@@ -347,26 +434,25 @@ def main():
     parser.add_argument("--seconds", type=float, default=60,
                         help="for each target")
     parser.add_argument("--with", dest="engine", default="hypothesis",
-                        choices=("hypothesis", "atheris"))
+                        choices=sorted(ENGINES))
     parser.add_argument("--corpus", metavar="DIR",
                         help="where atheris keeps what it found worth it, "
                         "and goes on from")
     options = parser.parse_args()
+    names = options.targets or list(TARGETS)
     engine = os.environ.get("FUZZ_WITH")
-    if engine:                          # the process of one target
-        if engine == "atheris":
-            with_atheris(options.targets[0], options.seconds, options.corpus)
-        else:
-            with_hypothesis(options.targets[0], options.seconds)
+    if engine:                          # the process that does it
+        ENGINES[engine](names, options)
         return 0
     found = []
-    for name in options.targets or TARGETS:
+    for some in [names] if options.engine == "coverage" else [
+            [name] for name in names]:
         if subprocess.run(
-                [sys.executable, __file__, name, "--seconds",
+                [sys.executable, __file__] + some + ["--seconds",
                  str(options.seconds)] + (
                      ["--corpus", options.corpus] if options.corpus else []),
                 env=dict(os.environ, FUZZ_WITH=options.engine)).returncode:
-            found.append(name)
+            found += some
     print("findings: %s" % (", ".join(found) or "none"))
     return 1 if found else 0
 
