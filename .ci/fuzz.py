@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fuzz what clients, operators and disks can hand to gos3rve.
 
-    .ci/fuzz.py [--seconds N] [--with hypothesis|atheris|coverage]
+    .ci/fuzz.py [--seconds N] [--with hypothesis|atheris|bombs|coverage]
                 [--corpus DIR] [TARGET ...]
 
 Each target takes bytes to the server in this process: a handler on a socket
@@ -11,13 +11,15 @@ it is printed with its bytes, and the exit status is 1.  Whatever is found
 becomes a row of a test in test_gos3rve.py.
 
 hypothesis mixes pieces of the seeds; atheris starts from the seeds and lets
-the coverage guide it, a process for each target.  coverage runs what there
-is, and tells how much of the rooms of the parsers it reaches: the seeds, with
-them what atheris kept in DIR, and with those the tests of the rooms in
-test_gos3rve.py.  All three from PyPI.
+the coverage guide it, a process for each target; bombs puts a MiB of one thing
+(brackets, entities, digits, names ...) into the seeds.  coverage runs what
+there is, and tells how much of the rooms of the parsers it reaches: the
+seeds, with them what atheris kept in DIR, and with those the tests of the
+rooms in test_gos3rve.py.  All from PyPI but the bombs.
 """
 
 import argparse
+import base64
 import contextlib
 import hashlib
 import hmac
@@ -26,6 +28,7 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import struct
 import subprocess
@@ -54,10 +57,17 @@ else:
 import test_gos3rve                                     # noqa: E402
 
 LIMIT_SECONDS = 1
+USER = "111122223333"                   # the id of the one account
 PARSERS = range(2, 6)                   # their rooms
 EVERYBODY = json.dumps({"Version": "2012-10-17", "Statement": [{
     "Effect": "Allow", "Principal": "*", "Action": "s3:*",
     "Resource": ["arn:aws:s3:::box", "arn:aws:s3:::box/*"]}]}).encode()
+
+
+def open_and_read(path):
+    """The bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read()
 
 
 class Socket:
@@ -90,18 +100,39 @@ class World:
     def __init__(self):
         self.said = []
         running = gos3rve.serve(buckets=["box"], key_id="ID", key_val="KEY",
-                                object_ownership="ObjectWriter")
+                                object_ownership="ObjectWriter", user_id=USER,
+                                webhook=["hook=http://127.0.0.1:9/"])
         self.server, self.running = running.server, running
         self.server.report = self.said.append
         self.server.service.store.report = self.said.append
         self.client = test_gos3rve.Client("http://localhost", "ID", "KEY")
         self.root = os.path.join(running.dir_buckets, "box")
+        self.signed("PUT", "/box?acl", {
+            "x-amz-acl": "log-delivery-write"}, b"")
+        self.signed("PUT", "/vault", {
+            "x-amz-bucket-object-lock-enabled": "true"}, b"")
+        self.signed("PUT", "/vault/key", {}, b"content")
         self.reset()
+        self.upload = re.search(rb"<UploadId>(.*?)<", self.signed(
+            "POST", "/box/key?uploads", {}, b""))[1].decode()
+        self.states = {path: open_and_read(path) for path in map(
+            self.state_path, ("box", "vault"))}
 
     def reset(self):
         """The bucket as it was at first."""
         for body, target in ((b"content", "/box/key"), (b"x", "/box/a/b")):
             self.signed("PUT", target, {}, body)
+
+    def state_path(self, bucket):
+        """Where what S3 knows of a bucket stands."""
+        return os.path.join(self.running.dir_buckets, bucket, gos3rve.STATE,
+                            "bucket.json")
+
+    def forget(self):
+        """The buckets' documents as they were at first."""
+        for path, data in self.states.items():
+            with open(path, "wb") as file:
+                file.write(data)
 
     def talk(self, data):
         """Hand bytes to a handler; what it sends.  Raises a finding."""
@@ -116,8 +147,9 @@ class World:
             or b"its record is lost or damaged" in sent, sent
         return sent
 
-    def signed(self, method, target, headers, body):
+    def signed(self, method, target, headers, body, service="s3"):
         """Send a request with a good signature."""
+        self.client.service = service
         path, _, query = target.partition("?")
         pairs = urllib.parse.parse_qsl(query, True, errors="replace",
                                        separator="&")
@@ -191,27 +223,141 @@ def aws_chunked(world, data):
             "x-amz-trailer": "x-amz-checksum-crc32"}, data)
 
 
+VERSIONED = ("object-lock", "retention", "legal-hold", "replication")
 DOCUMENTS = sorted(
-    (row.method, row.level, row.subresource, row.name)
+    (row.name, row.method, row.level, row.subresource)
     for row in gos3rve.OPERATIONS.values()
-    if row.method in ("PUT", "POST") and row.subresource
-    and row.level in (gos3rve.BUCKET, gos3rve.OBJECT) and not row.when)
+    if row.method in ("PUT", "POST") and not row.when
+    and row.level in (gos3rve.BUCKET, gos3rve.OBJECT))
+LONG = "<Id>a</Id><Filter><Prefix>p</Prefix></Filter>"
+HERE = "<Bucket>arn:aws:s3:::box</Bucket>"
+# What an operation takes, less its root; a document that is one element
+EXAMPLES = {
+    "PutBucketPolicy": EVERYBODY.decode(),
+    "PutBucketCors": "<CORSConfiguration><CORSRule><ID>a</ID><AllowedOrigin>*"
+    "</AllowedOrigin><AllowedMethod>GET</AllowedMethod><AllowedHeader>x-*"
+    "</AllowedHeader><ExposeHeader>etag</ExposeHeader><MaxAgeSeconds>1"
+    "</MaxAgeSeconds></CORSRule></CORSConfiguration>",
+    "DeleteObjects": "<Delete><Object><Key>a</Key><VersionId>null</VersionId>"
+    "<ETag>x</ETag></Object><Quiet>true</Quiet></Delete>",
+    "CreateBucket": "<CreateBucketConfiguration><LocationConstraint>EU"
+    "</LocationConstraint><Tags><Tag><Key>a</Key><Value>b</Value></Tag>"
+    "</Tags></CreateBucketConfiguration>",
+    "CompleteMultipartUpload": "<CompleteMultipartUpload><Part><PartNumber>1"
+    "</PartNumber><ETag>a</ETag></Part></CompleteMultipartUpload>",
+    "PutObjectTagging": "<Tagging><TagSet><Tag><Key>a</Key><Value>b</Value>"
+    "</Tag></TagSet></Tagging>",
+    "PutBucketAcl": "<AccessControlPolicy><Owner><ID>%s</ID></Owner>"
+    "<AccessControlList><Grant><Grantee xmlns:xsi=\"%s\" xsi:type=\"Group\">"
+    "<URI>http://acs.amazonaws.com/groups/global/AllUsers</URI></Grantee>"
+    "<Permission>READ</Permission></Grant></AccessControlList>"
+    "</AccessControlPolicy>" % (USER, gos3rve.XSI),
+    "PutPublicAccessBlock": "<PublicAccessBlockConfiguration><BlockPublicAcls>"
+    "true</BlockPublicAcls></PublicAccessBlockConfiguration>",
+    "PutBucketOwnershipControls": "<OwnershipControls><Rule><ObjectOwnership>"
+    "ObjectWriter</ObjectOwnership></Rule></OwnershipControls>",
+    "PutBucketAccelerateConfiguration": "<AccelerateConfiguration><Status>"
+    "Enabled</Status></AccelerateConfiguration>",
+    "PutBucketRequestPayment": "<RequestPaymentConfiguration><Payer>Requester"
+    "</Payer></RequestPaymentConfiguration>",
+    "PutBucketReplication": "<ReplicationConfiguration><Role>arn:aws:iam::1:"
+    "role/a</Role><Rule><ID>a</ID><Status>Enabled</Status><Priority>1"
+    "</Priority><Filter/><DeleteMarkerReplication><Status>Disabled</Status>"
+    "</DeleteMarkerReplication><Destination>" + HERE + "</Destination></Rule>"
+    "</ReplicationConfiguration>",
+    "PutBucketAnalyticsConfiguration": "<AnalyticsConfiguration>" + LONG
+    + "<StorageClassAnalysis/></AnalyticsConfiguration>",
+    "PutBucketInventoryConfiguration": "<InventoryConfiguration><Id>a</Id>"
+    "<IsEnabled>true</IsEnabled><Destination><S3BucketDestination>" + HERE
+    + "<Format>CSV</Format></S3BucketDestination></Destination><Schedule>"
+    "<Frequency>Daily</Frequency></Schedule><IncludedObjectVersions>All"
+    "</IncludedObjectVersions></InventoryConfiguration>",
+    "PutBucketMetricsConfiguration": "<MetricsConfiguration>" + LONG
+    + "</MetricsConfiguration>",
+    "PutBucketIntelligentTieringConfiguration":
+    "<IntelligentTieringConfiguration>" + LONG + "<Status>Enabled</Status>"
+    "<Tiering><AccessTier>ARCHIVE_ACCESS</AccessTier><Days>90</Days></Tiering>"
+    "</IntelligentTieringConfiguration>",
+    "PutObjectLockConfiguration": "<ObjectLockConfiguration>"
+    "<ObjectLockEnabled>Enabled</ObjectLockEnabled><Rule><DefaultRetention>"
+    "<Mode>GOVERNANCE</Mode><Days>1</Days></DefaultRetention></Rule>"
+    "</ObjectLockConfiguration>",
+    "PutObjectRetention": "<Retention><Mode>GOVERNANCE</Mode><RetainUntilDate>"
+    "2030-01-01T00:00:00Z</RetainUntilDate></Retention>",
+    "PutObjectLegalHold": "<LegalHold><Status>ON</Status></LegalHold>",
+    "PutBucketEncryption": "<ServerSideEncryptionConfiguration><Rule>"
+    "<ApplyServerSideEncryptionByDefault><SSEAlgorithm>AES256</SSEAlgorithm>"
+    "</ApplyServerSideEncryptionByDefault><BucketKeyEnabled>true"
+    "</BucketKeyEnabled></Rule></ServerSideEncryptionConfiguration>",
+    "PutBucketLogging": "<BucketLoggingStatus><LoggingEnabled><TargetBucket>"
+    "box</TargetBucket><TargetPrefix>l/</TargetPrefix></LoggingEnabled>"
+    "</BucketLoggingStatus>",
+    "PutBucketLifecycleConfiguration": "<LifecycleConfiguration><Rule><ID>a"
+    "</ID><Filter><And><Prefix>p</Prefix><Tag><Key>a</Key><Value>b</Value>"
+    "</Tag></And></Filter><Status>Enabled</Status><Expiration><Days>1</Days>"
+    "</Expiration><Transition><Days>0</Days><StorageClass>GLACIER"
+    "</StorageClass></Transition></Rule></LifecycleConfiguration>",
+    "PutBucketNotificationConfiguration": "<NotificationConfiguration>"
+    "<QueueConfiguration><Id>a</Id><Queue>arn:aws:sqs:us-east-1:" + USER
+    + ":hook</Queue><Event>s3:ObjectCreated:*</Event><Filter><S3Key>"
+    "<FilterRule><Name>prefix</Name><Value>p</Value></FilterRule></S3Key>"
+    "</Filter></QueueConfiguration></NotificationConfiguration>",
+    "PutBucketWebsite": "<WebsiteConfiguration><IndexDocument><Suffix>i"
+    "</Suffix></IndexDocument><ErrorDocument><Key>e</Key></ErrorDocument>"
+    "<RoutingRules><RoutingRule><Condition><KeyPrefixEquals>a"
+    "</KeyPrefixEquals></Condition><Redirect><ReplaceKeyPrefixWith>b"
+    "</ReplaceKeyPrefixWith></Redirect></RoutingRule></RoutingRules>"
+    "</WebsiteConfiguration>",
+    "PutBucketAbac": "<AbacStatus><Status>Enabled</Status></AbacStatus>",
+    "PutBucketVersioning": "<VersioningConfiguration><Status>Suspended"
+    "</Status></VersioningConfiguration>",
+    "RestoreObject": "<RestoreRequest><Days>1</Days></RestoreRequest>"}
 
 
-@target(*(b"\0<A/>", b"\1" + EVERYBODY, b"\2<Delete><Object><Key>a</Key>"
-          b"</Object><Quiet>true</Quiet></Delete>",
-          b"\3<CORSConfiguration><CORSRule><AllowedOrigin>*</AllowedOrigin>"
-          b"<AllowedMethod>GET</AllowedMethod></CORSRule>"
-          b"</CORSConfiguration>"))
+def document_seeds():
+    """The example of each operation, and one of the root alone."""
+    for index, row in enumerate(DOCUMENTS):
+        yield bytes([index]) + EXAMPLES.get(row[0], "<A/>").encode()
+
+
+@target(*document_seeds())
 def document(world, data):
     """The document of an operation: the first byte says of which."""
     if not data:
         return
-    method, level, subresource, _ = DOCUMENTS[data[0] % len(DOCUMENTS)]
-    place = "/box" + ("/key" if level == gos3rve.OBJECT else "")
-    world.signed(method, "%s?%s" % (place, subresource), {}, data[1:])
-    if subresource == "policy":
-        world.talk(b"GET /box/key HTTP/1.1\r\nHost: a\r\nReferer: b\r\n\r\n")
+    name, method, level, subresource = DOCUMENTS[data[0] % len(DOCUMENTS)]
+    place = "/vault" if subresource in VERSIONED else "/box"
+    place += "/key" if level == gos3rve.OBJECT else ""
+    if subresource:
+        place += "?" + subresource
+    if subresource == "uploadId":
+        place += "=%s&partNumber=1" % world.upload
+    elif subresource in ("analytics", "inventory", "metrics",
+                         "intelligent-tiering"):
+        place += "&id=a"
+    world.signed(method, place, {"content-md5": base64.b64encode(
+        hashlib.md5(data[1:]).digest()).decode()}, data[1:])
+    if method == "PUT" and subresource:
+        world.signed("GET", place, {}, b"")
+    world.talk(b"GET /box/key HTTP/1.1\r\nHost: a\r\nReferer: b\r\n"
+               b"Origin: http://c\r\n\r\n")
+    world.forget()
+
+
+@target(b"Action=GetSessionToken&Version=2011-06-15&DurationSeconds=900",
+        b"Action=AssumeRole&Version=2011-06-15&RoleArn=arn:aws:iam::1:role/a"
+        b"&RoleSessionName=bc&Policy=%7B%22Statement%22%3A%5B%7B%7D%5D%7D&Tags.member"
+        b".1.Key=a&Tags.member.1.Value=b",
+        b"Action=GetCallerIdentity&Version=2011-06-15",
+        b"Action=AssumeRole&Version=2011-06-15&RoleArn=arn:aws:iam::1:role/a"
+        b"&RoleSessionName=bc&" + b"&".join(
+            b"Tags.member.%d.Key=%d&Tags.member.%d.Value=%s" % (
+                n, n, n, os.urandom(120).hex().encode())
+            for n in range(1, 51)))
+def token(world, data):
+    """What is asked of STS."""
+    world.signed("POST", "/", {
+        "content-type": "application/x-www-form-urlencoded"}, data, "sts")
 
 
 @target(b"AWS4-HMAC-SHA256 Credential=ID/20260101/us-east-1/s3/aws4_request, "
@@ -682,7 +828,8 @@ def run_one(world, name, data):
         assert taken < LIMIT_SECONDS * (1 + len(data) / (1 << 20)), \
             "it took %.1f s" % taken
     except BaseException:
-        print("%s: a finding for %r" % (name, data), flush=True)
+        print("%s: a finding for %d bytes: %r"
+              % (name, len(data), data[:10000]), flush=True)
         raise
 
 
@@ -728,7 +875,12 @@ def with_atheris(names, options):
         for number, seed in enumerate(TARGETS[name][1]):
             with open(os.path.join(corpus, "seed%d" % number), "wb") as file:
                 file.write(seed)
+        words = stack.enter_context(tempfile.NamedTemporaryFile("w"))
+        words.write("\n".join(sorted(set(re.findall(
+            r'"[A-Za-z0-9:*-]{3,40}"', inspect.getsource(gos3rve))))))
+        words.flush()
         atheris.Setup([name, corpus, "-max_total_time=%d" % options.seconds,
+                       "-dict=" + words.name,
                        "-max_len=4096", "-timeout=60", "-rss_limit_mb=4000",
                        "-artifact_prefix=%s/" % tempfile.gettempdir()],
                       lambda data: run_one(world, name, data))
@@ -746,8 +898,8 @@ def with_coverage(names, options):
                 run_one(world, name, seed)
             measured.switch_context("kept")
             for file in os.listdir(folder) if os.path.isdir(folder) else ():
-                with open(os.path.join(folder, file), "rb") as opened:
-                    run_one(world, name, opened.read())
+                run_one(world, name, open_and_read(os.path.join(
+                    folder, file)))
     measured.switch_context("tests")
     unittest.TextTestRunner(stream=io.StringIO()).run(room_tests())
     measured.stop()
@@ -814,8 +966,45 @@ def branches(contexts):
     return found
 
 
+# What bombs are made of: brackets and elements to be nested, entities,
+# separators, digits, names that are all different, what regular expressions
+# may go back over
+BOMBS = (
+    b"[", b"[]", b'{"%d":', b"<A>", b"<A%d/>", b"<A a='%d'/>", b"&lt;",
+    b"&#9;", b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"&a%d=b", b"%25", b"%FF",
+    b"a%d:b\n", b"a%d:b\r\n", b"9", b"0", b" ", b"\r\n", b"\n", b",", b";",
+    b"; a=b", b"; a%d=b", b"/", b"../", b"\\", b'"', b"=", b":", b"-", b"*",
+    b"?", b"a*", b"--xYzZY\r\n", b"1\r\na\r\n", b"1;a", b"\xe9", b"\xc3\xa9",
+    b"\0", b"--xYzZY\r\nContent-Disposition: form-data; name=\"a%d\"\r\n\r\n"
+    b"\r\n")
+
+
+def with_bombs(names, options):
+    """A MiB of something in the midst of a seed or at its end, until all
+    have been tried or some seconds have gone."""
+    name, = names
+    bombs = [(seed, piece) for seed in TARGETS[name][1] for piece in BOMBS]
+    random.Random(0).shuffle(bombs)
+    world, ended = World(), time.monotonic() + options.seconds
+    tried, most = 0, (0, b"", b"")
+    # no more comes to the parsers of headers
+    size = gos3rve.MAX_HEAD_BYTES if name == "values" else gos3rve.MIB
+    with world.running:
+        for tried, (seed, piece) in enumerate(bombs, 1):
+            at = len(seed) // (1 + tried % 2)
+            bomb = b"".join(piece.replace(b"%d", b"%d" % number)
+                            for number in range(size // len(piece)))
+            began = time.process_time()
+            run_one(world, name, seed[:at] + bomb + seed[at:])
+            most = max(most, (time.process_time() - began, piece, seed[:40]))
+            if time.monotonic() >= ended:
+                break
+    print("%s: %d of %d bombs, no finding; at most %.2f s, with %r in %r"
+          % ((name, tried, len(bombs)) + most), flush=True)
+
+
 ENGINES = {"hypothesis": with_hypothesis, "atheris": with_atheris,
-           "coverage": with_coverage}
+           "bombs": with_bombs, "coverage": with_coverage}
 
 
 def main():
