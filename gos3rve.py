@@ -165,7 +165,7 @@ ERRORS = {
     "BucketAlreadyOwnedByYou": (
         409, "The bucket that you tried to create already exists, and you "
              "own it."),
-    "BucketNotEmpty": (409, "The bucket you tried to delete is not empty."),
+    "BucketNotEmpty": (409, "The bucket you tried to delete is not empty"),
     "CrossLocationLoggingProhibitted": (        # so spelled by S3
         403, "Cross S3 location logging not allowed."),
     "EntityTooLarge": (
@@ -243,7 +243,7 @@ ERRORS = {
     "KeyTooLongError": (400, "Your key is too long."),
     "MalformedXML": (
         400, "The XML you provided was not well-formed or did not validate "
-             "against our published schema."),
+             "against our published schema"),
     "MaxPostPreDataLengthExceeded": (
         400, "Your POST request fields preceeding the upload file was too "
              "large."),
@@ -275,7 +275,7 @@ ERRORS = {
         411, "You must provide the Content-Length HTTP header."),
     "MissingSecurityHeader": (
         400, "Your request was missing a required header"),
-    "NoSuchBucket": (404, "The specified bucket does not exist."),
+    "NoSuchBucket": (404, "The specified bucket does not exist"),
     "NoSuchBucketPolicy": (404, "The bucket policy does not exist"),
     "NoSuchCORSConfiguration": (
         404, "The CORS configuration does not exist"),
@@ -298,7 +298,7 @@ ERRORS = {
         404, "The specified bucket does not have a website configuration"),
     "NotImplemented": (
         501, "A header you provided implies functionality that is not "
-             "implemented."),
+             "implemented"),
     "NotModified": (304, "Not Modified"),
     "ObjectLockConfigurationNotFoundError": (
         404, "Object Lock configuration does not exist for this bucket"),
@@ -648,30 +648,32 @@ CONDITIONS = frozenset(("if-match", "if-none-match", "if-modified-since",
                         "if-unmodified-since"))
 
 
-def check_read_conditions(headers, etag, mtime, prefix=""):
+def check_read_conditions(headers, etag, mtime, now, prefix=""):
     """Raise NotModified or PreconditionFailed as RFC 9110 13.2.2 orders.
 
     `mtime` is in whole seconds.  With the prefix `x-amz-copy-source-` the
     conditions are those of a copy, whose answer is 412 for all of them.
+    S3 ignores an If-Modified-Since of the future, as RFC 2616 had it:
+    LocalStack's test_s3_get_object_preconditions, recorded on AWS.
     """
     unchanged = "PreconditionFailed" if prefix else "NotModified"
     match = headers.get(prefix + "if-match")
     if match is not None:
         if not etag_matches(match, etag):
-            raise S3Error("PreconditionFailed", Condition="If-Match")
+            raise S3Error("PreconditionFailed", Condition=prefix + "If-Match")
     else:
         limit = _condition_date(headers, prefix + "if-unmodified-since")
         if limit is not None and mtime > limit:
             raise S3Error("PreconditionFailed",
-                          Condition="If-Unmodified-Since")
+                          Condition=prefix + "If-Unmodified-Since")
     none_match = headers.get(prefix + "if-none-match")
     if none_match is not None:
         if etag_matches(none_match, etag):
-            raise S3Error(unchanged, Condition="If-None-Match")
+            raise S3Error(unchanged, Condition=prefix + "If-None-Match")
     else:
         limit = _condition_date(headers, prefix + "if-modified-since")
-        if limit is not None and mtime <= limit:
-            raise S3Error(unchanged, Condition="If-Modified-Since")
+        if limit is not None and mtime <= limit <= now:
+            raise S3Error(unchanged, Condition=prefix + "If-Modified-Since")
 
 
 def _condition_date(headers, name):
@@ -690,8 +692,8 @@ class WriteConditions(NamedTuple):
     size: Optional[int] = None
     mtime: Optional[int] = None
 
-    def check(self, info):
-        """Raise unless they hold; `info` is the object's Info or None.
+    def check(self, info, key):
+        """Raise unless they hold; `info` is the key's Info or None.
 
         An If-Match on a key that is absent answers 404, not 412:
         userguide/conditional-writes.html.
@@ -701,7 +703,7 @@ class WriteConditions(NamedTuple):
         if self == WriteConditions() or self.if_none_match:
             return
         if info is None:
-            raise S3Error("NoSuchKey")
+            raise S3Error("NoSuchKey", Key=key)
         if self.if_match is not None and not etag_matches(
                 self.if_match, info.etag):
             raise S3Error("PreconditionFailed", Condition="If-Match")
@@ -714,15 +716,22 @@ class WriteConditions(NamedTuple):
 
 
 def write_conditions(headers):
-    """The WriteConditions that a PUT, Complete or copy asks for."""
-    none_match = headers.get("if-none-match")
-    if none_match is not None and none_match.strip() != "*":
-        raise S3Error("NotImplemented", Header="If-None-Match",
-                      additionalMessage="If-None-Match takes only *")
-    if none_match is not None and "if-match" in headers:
-        raise S3Error("NotImplemented",
-                      "If-Match and If-None-Match cannot be used together")
-    return WriteConditions(headers.get("if-match"), none_match is not None)
+    """The WriteConditions that a PUT, Complete or copy asks for: an
+    If-Match of an ETag, or an If-None-Match of `*`."""
+    match, none_match = headers.get("if-match"), headers.get("if-none-match")
+    if match is not None and none_match is not None:
+        raise S3Error("NotImplemented", Header="If-Match,If-None-Match",
+                      additionalMessage="Multiple conditional request headers "
+                      "present in the request")
+    for name, is_bad in (
+            ("If-Match", match is not None and match.strip() == "*"),
+            ("If-None-Match", none_match is not None
+             and none_match.strip() != "*")):
+        if is_bad:
+            raise S3Error("NotImplemented", Header=name,
+                          additionalMessage="We don't accept the provided "
+                          "value of %s header for this API" % name)
+    return WriteConditions(match, none_match is not None)
 
 
 def delete_conditions(if_match=None, size=None, mtime=None):
@@ -6436,7 +6445,7 @@ class Store:
 
         def step():
             if conditions != ALWAYS:
-                conditions.check(bucket.find(key))
+                conditions.check(bucket.find(key), key)
             info = self._put_version(bucket, key, draft, record) \
                 if bucket.versioning else bucket.publish(draft, key, record)
             if done:
@@ -6489,7 +6498,7 @@ class Store:
 
     def _delete_latest(self, bucket, key, allow, conditions):
         if conditions != ALWAYS:
-            conditions.check(bucket.find(key))
+            conditions.check(bucket.find(key), key)
         versioning = bucket.versioning
         if versioning is not None:
             return self._add_marker(bucket, key, versioning, allow)
@@ -6518,7 +6527,7 @@ class Store:
                 raise
             return Removed(version_id, False, False)
         close_fd(fd)
-        conditions.check(info)
+        conditions.check(info, key)
         if allow:
             allow(info)
         bucket.remove_version(key, info)
@@ -6559,7 +6568,7 @@ class Store:
                 raise S3Error("InvalidRequest", "RenameObject does not work "
                               "in a bucket that has versions")
             source_check(info)
-            conditions.check(bucket.find(key))
+            conditions.check(bucket.find(key), key)
             if source != key:
                 bucket.rename(source, key)
             info = bucket.find(key) if done else None
@@ -11976,7 +11985,7 @@ def put_object(request):
     conditions = write_conditions(request.headers)
     bucket, key = request.bucket, request.key
     if conditions != ALWAYS:
-        conditions.check(bucket.find(key))      # before the body is sent
+        conditions.check(bucket.find(key), key)     # before the body comes
     encryption = asked_encryption(request)
     with bucket.draft() as draft:
         target = content_draft(draft, encryption)
@@ -12060,7 +12069,7 @@ def open_copy_source(request):
                           "version id.") if version else S3Error(
                               "NoSuchKey", Key=key)
         check_read_conditions(request.headers, info.etag, info.mtime,
-                              "x-amz-copy-source-")
+                              request.now, "x-amz-copy-source-")
         data = data_key(request, info, COPY_CUSTOMER)
         headers = {"x-amz-copy-source-version-id": info.version_id} \
             if bucket.versioning else {}
@@ -12193,7 +12202,7 @@ def rename_object(request):
         request.allow_object(action, source)
 
     def check(info):
-        check_read_conditions(headers, info.etag, info.mtime,
+        check_read_conditions(headers, info.etag, info.mtime, request.now,
                               "x-amz-rename-source-")
     request.store.rename_object(request.bucket, source, request.key, check,
                                 write_conditions(headers),
@@ -12537,7 +12546,7 @@ def object_response(request, info):
         headers.update(expiration_headers(request, info))
     request_headers = request.headers
     if not CONDITIONS.isdisjoint(request_headers):
-        _check_conditions(request_headers, info, headers)
+        _check_conditions(request, info, headers)
     status, start, stop = 200, 0, info.size
     part = request.query.get("partNumber")
     span = None
@@ -12560,11 +12569,12 @@ def object_response(request, info):
     return response
 
 
-def _check_conditions(request_headers, info, headers):
+def _check_conditions(request, info, headers):
     """Raise unless the conditions of a read hold; headers: its answer's,
     of which a 304 has some."""
     try:
-        check_read_conditions(request_headers, info.etag, info.mtime)
+        check_read_conditions(request.headers, info.etag, info.mtime,
+                              request.now)
     except S3Error as error:
         if error.code == "NotModified":
             error.headers.update(
@@ -12686,7 +12696,8 @@ def get_object_attributes(request):
                       ArgumentName="x-amz-object-attributes")
     check_read_headers(request.headers)
     info = find_asked(request)
-    check_read_conditions(request.headers, info.etag, info.mtime)
+    check_read_conditions(request.headers, info.etag, info.mtime,
+                          request.now)
     data_key(request, info)             # or it is a customer's secret
     record = info.record
     values = [("ETag", info.etag),

@@ -759,8 +759,8 @@ class Ranges(Refusing):
 
 class Preconditions(Refusing):
     MTIME = 784111777
-    BEFORE, SAME, AFTER = (
-        "Sun, 06 Nov 1994 08:49:3%d GMT" % n for n in (6, 7, 8))
+    BEFORE, SAME, AFTER, AHEAD = (
+        "Sun, 06 Nov 1994 08:49:3%d GMT" % n for n in (6, 7, 8, 9))
 
     def test_etag_lists_match_quoted_bare_and_star(self):
         for header, expected in (
@@ -787,6 +787,7 @@ class Preconditions(Refusing):
         ({"if-modified-since": BEFORE}, None),
         ({"if-modified-since": SAME}, "NotModified"),
         ({"if-modified-since": AFTER}, "NotModified"),
+        ({"if-modified-since": AHEAD}, None),
         ({"if-none-match": '"x"', "if-modified-since": AFTER}, None),
         ({"if-none-match": '"abc"', "if-modified-since": BEFORE},
          "NotModified"),
@@ -801,10 +802,10 @@ class Preconditions(Refusing):
             with self.subTest(headers=headers):
                 if code is None:
                     self.assertIsNone(gos3rve.check_read_conditions(
-                        headers, "abc", self.MTIME))
+                        headers, "abc", self.MTIME, self.MTIME + 1.5))
                 else:
                     self.refused(code, gos3rve.check_read_conditions,
-                                 headers, "abc", self.MTIME)
+                                 headers, "abc", self.MTIME, self.MTIME + 1.5)
 
     def test_copies_answer_412_to_every_condition(self):
         prefix = "x-amz-copy-source-"
@@ -813,11 +814,12 @@ class Preconditions(Refusing):
             with self.subTest(headers=named):
                 if code is None:
                     self.assertIsNone(gos3rve.check_read_conditions(
-                        named, "abc", self.MTIME, prefix))
+                        named, "abc", self.MTIME, self.MTIME + 1.5, prefix))
                 else:
-                    self.refused("PreconditionFailed",
-                                 gos3rve.check_read_conditions,
-                                 named, "abc", self.MTIME, prefix)
+                    error = self.refused(
+                        "PreconditionFailed", gos3rve.check_read_conditions,
+                        named, "abc", self.MTIME, self.MTIME + 1.5, prefix)
+                    self.assertIn(error.fields["Condition"].lower(), named)
 
     def test_writes_are_conditional_on_the_current_object(self):
         info = types.SimpleNamespace(etag="abc", size=3, mtime=self.MTIME)
@@ -832,16 +834,20 @@ class Preconditions(Refusing):
             with self.subTest(headers=headers, exists=bool(current)):
                 conditions = gos3rve.write_conditions(headers)
                 if code is None:
-                    self.assertIsNone(conditions.check(current))
+                    self.assertIsNone(conditions.check(current, "k"))
                 else:
-                    self.refused(code, conditions.check, current)
+                    self.refused(code, conditions.check, current, "k")
 
-    def test_if_none_match_of_a_write_takes_only_a_star(self):
-        for headers in ({"if-none-match": '"abc"'},
-                        {"if-none-match": "*", "if-match": '"abc"'}):
+    def test_a_write_takes_an_etag_to_match_or_a_star_not_to(self):
+        for headers, named in (
+                ({"if-none-match": '"abc"'}, "If-None-Match"),
+                ({"if-match": "*"}, "If-Match"),
+                ({"if-none-match": "*", "if-match": '"abc"'},
+                 "If-Match,If-None-Match")):
             with self.subTest(headers=headers):
-                self.refused("NotImplemented", gos3rve.write_conditions,
-                             headers)
+                error = self.refused(
+                    "NotImplemented", gos3rve.write_conditions, headers)
+                self.assertEqual(error.fields["Header"], named)
 
     def test_deletes_are_conditional_on_etag_size_and_time(self):
         info = types.SimpleNamespace(etag="abc", size=3, mtime=self.MTIME)
@@ -854,9 +860,9 @@ class Preconditions(Refusing):
             with self.subTest(etag=etag, size=size, mtime=mtime):
                 conditions = gos3rve.delete_conditions(etag, size, mtime)
                 if code is None:
-                    self.assertIsNone(conditions.check(info))
+                    self.assertIsNone(conditions.check(info, "k"))
                 else:
-                    self.refused(code, conditions.check, info)
+                    self.refused(code, conditions.check, info, "k")
         for size, mtime in (("x", None), ("-1", None), (None, "never")):
             self.refused("InvalidArgument", gos3rve.delete_conditions,
                          None, size, mtime)
