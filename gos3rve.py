@@ -98,6 +98,8 @@ MAX_USER_METADATA_BYTES = 2 * KIB
 MAX_PART_NUMBER = 10000
 MIN_PART_BYTES = 5 * MIB
 MAX_PUT_BYTES = 5 * GIB
+# .../API/API_PutObject.html, x-amz-website-redirect-location
+MAX_REDIRECT_BYTES = 2 * KIB
 # .../API/API_DeleteObjects.html, API_ListObjectsV2.html, API_ListBuckets.html
 MAX_DELETE_KEYS = 1000
 MAX_LIST_KEYS = 1000
@@ -225,6 +227,9 @@ ERRORS = {
         400, "The content of the form does not meet the conditions "
              "specified in the policy document."),
     "InvalidRange": (416, "The requested range is not satisfiable"),
+    "InvalidRedirectLocation": (
+        400, "The website redirect location must have a prefix of 'http://' "
+             "or 'https://' or '/'."),
     "InvalidRequest": (400, "Invalid Request"),
     "InvalidS3DestinationBucket": (400, "Invalid bucket ARN."),
     "InvalidStorageClass": (
@@ -273,6 +278,7 @@ ERRORS = {
         403, "Request is missing Authentication Token"),
     "MissingContentLength": (
         411, "You must provide the Content-Length HTTP header."),
+    "MissingRequestBodyError": (400, "Request Body is empty"),
     "MissingSecurityHeader": (
         400, "Your request was missing a required header"),
     "NoSuchBucket": (404, "The specified bucket does not exist"),
@@ -620,6 +626,8 @@ def parse_range(value, size):
             return None
     elif last:
         start, stop = max(0, size - int(last)), size
+        if int(last) and not size:
+            return None             # satisfiable, and no 206 can say so
     else:
         return None
     if start >= size or start >= stop:
@@ -780,6 +788,7 @@ STORAGE_CLASSES = frozenset((
 def kept_headers(headers):
     """The descriptive headers to store, by their standard names.
 
+    InvalidRedirectLocation for a redirect that API_PutObject rules out.
     `aws-chunked` is a transfer coding in disguise and is not kept
     (API/sigv4-streaming.html).
     """
@@ -794,6 +803,10 @@ def kept_headers(headers):
             c for c in codings if c not in ("aws-chunked", ""))
         if not kept["Content-Encoding"]:
             del kept["Content-Encoding"]
+    redirect = kept.get("x-amz-website-redirect-location", "/")
+    if not redirect.startswith(("/", "http://", "https://")) \
+            or len(redirect) > MAX_REDIRECT_BYTES:
+        raise S3Error("InvalidRedirectLocation")
     return kept
 
 
@@ -945,10 +958,12 @@ def xml_document(tag, children, xmlns=XMLNS):
 def parse_xml(data, root=None):
     """The root Element of a document, its namespaces dropped.
 
-    MalformedXML when it is not well-formed, has a DTD, nests deeper than
-    MAX_XML_DEPTH, has more than MAX_XML_ELEMENTS, or has another root
-    than `root`.
+    MissingRequestBodyError for nothing at all.  MalformedXML when it is
+    not well-formed, has a DTD, nests deeper than MAX_XML_DEPTH, has more
+    than MAX_XML_ELEMENTS, or has another root than `root`.
     """
+    if not data:
+        raise S3Error("MissingRequestBodyError")
     builder = ElementTree.TreeBuilder()
     depth = count = 0
 
@@ -2148,7 +2163,7 @@ class AwsChunkedReader:
             canonical += b"%s:%s\n" % (name.encode("latin-1"), value)
         else:
             raise S3Error("MalformedTrailerError")
-        if any(name not in self.trailer for name in self._promised):
+        if set(self.trailer) != set(self._promised):
             raise S3Error("MalformedTrailerError")
         if self._chain and self._signed_trailer:
             if signature is None:
@@ -2401,14 +2416,22 @@ def _checksum_claim(headers):
     if len(found) + len(promised) > 1:
         raise S3Error("InvalidRequest", "Expecting a single x-amz-checksum- "
                       "header. Multiple checksum Types are not allowed.")
+    algorithm = headers.get("x-amz-sdk-checksum-algorithm")
+    if algorithm:
+        algorithm = checksum_algorithm(algorithm)
     if not found and not promised:
-        if "x-amz-sdk-checksum-algorithm" in headers:
-            checksum_algorithm(headers["x-amz-sdk-checksum-algorithm"])
+        if algorithm:
+            raise S3Error("InvalidRequest", "x-amz-sdk-checksum-algorithm "
+                          "specified, but no corresponding x-amz-checksum-* "
+                          "or x-amz-trailer headers were found.")
         return None
     header = (found or promised)[0]
     name = CHECKSUM_HEADERS.get(header)
     if name is None:
         name = checksum_algorithm(header[15:])
+    if algorithm not in (None, "", name):
+        raise S3Error("BadDigest", "Value for x-amz-sdk-checksum-algorithm "
+                      "header is invalid.")
     if promised:
         return Claim(name, None, header)
     expected = decode_digest(headers[header], DIGESTS[name].size)
@@ -10697,9 +10720,9 @@ class Request:
         if "logging" in self._guard(noted.bucket)[0]:
             self.noted += (noted,)
 
-    def xml(self, root, required=True):
+    def xml(self, root, required=True, limit=MAX_XML_BYTES):
         """The root Element of the body; None when empty and allowed."""
-        data = self.body.read_all()
+        data = self.body.read_all(limit)
         if not data and not required:
             return None
         return parse_xml(data, root)
@@ -11574,8 +11597,9 @@ def list_buckets(request):
     query, accounts = request.query, request.service.accounts
     prefix, after = query.get("prefix", ""), read_token(request)
     region = query.get("bucket-region")
-    limit = page_size(request, "max-buckets", MAX_LIST_BUCKETS)
-    if limit < 1:
+    limit = parse_int("max-buckets", query.get("max-buckets")
+                      or str(MAX_LIST_BUCKETS), 1, MAX_LIST_BUCKETS + 1)
+    if limit > MAX_LIST_BUCKETS:
         raise S3Error("InvalidArgument", ArgumentName="max-buckets")
     found = [bucket for bucket in request.store.list_buckets()
              if bucket.name.startswith(prefix) and bucket.name > after
@@ -12691,7 +12715,11 @@ def get_object_attributes(request):
     names = {name.strip() for name in request.headers.get(
         "x-amz-object-attributes", "").split(",")} - {""}
     known = {"ETag", "Checksum", "ObjectParts", "StorageClass", "ObjectSize"}
-    if not names or names - known:
+    if not names:
+        raise S3Error("InvalidRequest", "The x-amz-object-attributes header "
+                      "specifying the attributes to be retrieved is either "
+                      "missing or empty")
+    if names - known:
         raise S3Error("InvalidArgument", "Invalid attribute name specified.",
                       ArgumentName="x-amz-object-attributes")
     check_read_headers(request.headers)
@@ -12821,10 +12849,13 @@ def upload_part(request):
     number, upload = requested_part(request), requested_upload(request)
     need_length(request)
     body, algorithm = request.body, upload.record.get("algorithm")
-    if algorithm and body.checksum and body.checksum != algorithm:
+    # of FULL_OBJECT the parts may come without: S3 computes theirs
+    if algorithm and body.checksum != algorithm and (
+            body.checksum
+            or upload.record.get("checksum_type") == "COMPOSITE"):
         raise S3Error("InvalidRequest", "Checksum Type mismatch occurred, "
                       "expected checksum Type: %s, actual checksum Type: %s"
-                      % (algorithm.lower(), body.checksum.lower()))
+                      % (algorithm.lower(), (body.checksum or "null").lower()))
     body.checksum = body.checksum or algorithm
     body.want(body.checksum)
     record = {}
@@ -12883,9 +12914,10 @@ def _copy_range_asked(request, size):
                       ArgumentName="x-amz-copy-source-range",
                       ArgumentValue=text)
     if int(match[2]) >= size:
-        raise S3Error("InvalidRange", "Range specified is not valid for "
+        raise S3Error("InvalidArgument", "Range specified is not valid for "
                       "source object of size: %d" % size,
-                      ActualObjectSize=size, RangeRequested=text)
+                      ArgumentName="x-amz-copy-source-range",
+                      ArgumentValue=text)
     return int(match[1]), int(match[2]) + 1
 
 
@@ -12902,6 +12934,7 @@ def complete_multipart_upload(request):
         with store.locked_upload(upload):
             info = _completed_before(request)
             if info is None:
+                _need_part_checksums(upload, asked)
                 parts = _checked_parts(store.list_parts(upload), asked)
                 record = _assembled_record(request, upload, parts)
                 info = store.complete_upload(bucket, upload, parts, record,
@@ -12988,6 +13021,21 @@ def _asked_parts(request):
     if not 1 <= len(parts) <= MAX_PART_NUMBER:
         raise S3Error("MalformedXML")
     return list(parts.values())
+
+
+def _need_part_checksums(upload, asked):
+    """API_CompletedPart: "present if the multipart upload request was
+    created with the ... checksum algorithm"; with FULL_OBJECT it may miss."""
+    name = upload.record.get("algorithm")
+    if not name or upload.record.get("checksum_type") != "COMPOSITE":
+        return
+    for part in asked:
+        if name not in part.checksums:
+            raise S3Error("InvalidRequest", "The upload was created using a "
+                          "%s checksum. The complete request must include "
+                          "the checksum for each part. It was missing for "
+                          "part %d in the request."
+                          % (name.lower(), part.number))
 
 
 def _checked_parts(known, asked):
@@ -16815,6 +16863,7 @@ for _name in ("GetBucketNotification", "PutBucketNotification"):
 # S3, and Ceph's rgw, which copies them.
 
 MAX_ROUTING_RULES = 50
+MAX_WEBSITE_BYTES = 128 * KIB       # API_PutBucketWebsite.html
 
 _WEBSITE = (
     Field("RedirectAllRequestsTo", (
@@ -17015,7 +17064,8 @@ def get_bucket_website(request):
 @operation("PUT", BUCKET, "website")
 def put_bucket_website(request):
     """API_PutBucketWebsite."""
-    website = parse_website(request.xml("WebsiteConfiguration"))
+    website = parse_website(request.xml("WebsiteConfiguration",
+                                        limit=MAX_WEBSITE_BYTES))
     request.store.update_bucket(
         request.bucket, lambda config: config.update(website=website))
 
@@ -17138,16 +17188,21 @@ def get_bucket_versioning(request):
         ("Status", request.bucket.versioning)])
 
 
+_VERSIONING = (Field("MfaDelete", ON_OFF),
+               Field("Status", one_of(ENABLED, SUSPENDED)))
+
+
 @operation("PUT", BUCKET, "versioning")
 def put_bucket_versioning(request):
     """API_PutBucketVersioning; MFA delete is not implemented."""
-    document = request.xml("VersioningConfiguration")
-    status = xml_text(document, "Status")
-    if xml_text(document, "MfaDelete", "Disabled") != "Disabled":
+    asked = read_document(request.xml("VersioningConfiguration"),
+                          _VERSIONING)
+    if asked.get("MfaDelete") == ENABLED:
         raise S3Error("NotImplemented", "MFA delete is not implemented")
-    if status is None and document.find("MfaDelete") is None:
+    if not asked:
         raise S3Error("IllegalVersioningConfigurationException")
-    if status not in (ENABLED, SUSPENDED):
+    status = asked.get("Status")
+    if status is None:
         raise S3Error("MalformedXML")
 
     def change(config):
