@@ -1269,7 +1269,7 @@ class SigV4Examples(Signing):
                 (b"x-amz-checksum-crc32c:", b"x-amz-checksum-crc32x:",
                  "MalformedTrailerError"),
                 (b"\r\nx-amz-trailer-", b"\r\na:b\r\nx-amz-trailer-",
-                 "SignatureDoesNotMatch")):
+                 "MalformedTrailerError")):
             with self.subTest(new=new):
                 self.refused(code, self.trailed, 100000,
                              lambda wire: wire.replace(old, new))
