@@ -884,6 +884,39 @@ def parse_json(text, **hooks):
 _scan_json = json.JSONDecoder().scan_once
 
 
+def fits(value, shape):
+    """True for a JSON value of a shape.
+
+    shape: a type, or a tuple of some; [shape], a list of such values;
+    {name: shape}, an object where these, as far as they are there, are such
+    values, and so are all others where there is the name "*"; else a
+    function that tells.
+    """
+    kind = type(shape)
+    if kind is type or kind is tuple:
+        return isinstance(value, shape)
+    if kind is list:
+        return isinstance(value, list) and all(
+            fits(item, shape[0]) for item in value)
+    if kind is dict:
+        others = shape.get("*", object)
+        return isinstance(value, dict) and all(
+            fits(item, shape.get(name, others))
+            for name, item in value.items())
+    return shape(value)
+
+
+def is_date(value):
+    """True for whole seconds since the epoch that have an HTTP form."""
+    return type(value) is int and 0 <= value <= LAST_DATE
+
+
+def is_word(value):
+    """True for a text that breaks no header's line."""
+    return isinstance(value, str) and "\n" not in value \
+        and "\r" not in value
+
+
 def _json_depth(text):
     """How deep the brackets of a JSON text are nested."""
     depth = most = 0
@@ -3226,6 +3259,8 @@ MAX_CACHED_FILES = 12500
 # on Linux (HZ=100), 2 s where the stamp has whole seconds (FAT, ext3).
 TICK_NS, COARSE_TICK_NS = 50000000, 2500000000
 SWEEP_GRACE_SECONDS = 60            # between making a file and locking it
+# Of a bucket's, and how often: 40 us each
+MAX_SWEPT_HINTS, HINTS_SECONDS = 10000, 3600
 # Of a bucket's access log, while it cannot be delivered
 MAX_SPOOLED_BYTES = 256 * MIB
 
@@ -3397,13 +3432,56 @@ def valid_version_id(text):
 # hold only while size and mtime_ns are those of the file.
 _CONTENT_FIELDS = ("etag", "checksums", "checksum_type", "parts",
                    "part_checksums", "upload_id")
-_RECORD_TYPES = {"size": int, "mtime_ns": int, "etag": str, "headers": dict,
-                 "meta": dict, "class": str, "checksums": dict, "key": str,
-                "was": str, "version": str, "marker": bool, "tags": dict,
-                 "replaces": str,
-                 "owner": str, "acl": list, "lock": dict, "sse": dict,
-                 "checksum_type": str, "parts": list, "upload_id": str,
-                 "part_checksums": list}
+
+
+_of_texts = frozenset((str,)).issuperset
+
+
+def _are_texts(value):
+    """As of the shape {"*": str}: there is a record for every read."""
+    return type(value) is dict and _of_texts(map(type, value.values()))
+
+
+def _are_checksums(value):
+    return _are_texts(value) and all(map(str.isalnum, value))
+
+
+def _is_lock(value):
+    """True for what room 8 calls a version's lock."""
+    return fits(value, {"mode": is_word, "until": is_date, "hold": is_word}) \
+        and ("mode" in value) == ("until" in value)
+
+
+def _is_version(value):
+    return isinstance(value, str) and valid_version_id(value)
+
+
+_RECORD_SHAPES = {
+    "size": int, "mtime_ns": int, "etag": str, "headers": _are_texts,
+    "meta": _are_texts, "class": str, "checksums": _are_checksums,
+    "key": str, "was": str, "version": _is_version, "marker": bool,
+    "tags": _are_texts, "replaces": str, "owner": str, "acl": list,
+    "lock": _is_lock, "sse": dict, "checksum_type": str, "parts": list,
+    "upload_id": str, "part_checksums": [str]}
+
+
+def _breaks_lines(record):
+    """True when what headers are made of would end their lines: of a
+    record that has been written with an escape."""
+    texts = [record.get(name, "") for name in ("etag", "class",
+                                               "checksum_type")]
+    texts += record.get("part_checksums", ())
+    for name in ("headers", "meta", "checksums"):
+        texts += record.get(name, ())
+    for name in ("headers", "checksums"):
+        texts += record.get(name, {}).values()
+    return not all(map(is_word, texts))
+
+
+def _check_escaped(value):
+    """ValueError for half a character in a JSON value: only an escape can
+    bring it there."""
+    json.dumps(value, ensure_ascii=False).encode()
 
 
 def load_json(data):
@@ -3411,6 +3489,7 @@ def load_json(data):
     value = parse_json(data)
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
+    _check_escaped(value)
     return value
 
 
@@ -3429,26 +3508,26 @@ _LONG_NAMES = {"m": "meta", "v": "version"}
 def load_record(data):
     """The record in some JSON bytes; {} when it is damaged."""
     try:
-        record = parse_json(data)
-        if type(record) is list:
-            record = _unpacked(*record)
-        elif not isinstance(record, dict) or not all(map(
-                isinstance, record.values(), map(
-                    _RECORD_TYPES.get, record, itertools.repeat(object)))):
+        value = parse_json(data)
+        if type(value) is list:
+            value = _unpacked(*value)
+        elif not fits(value, _RECORD_SHAPES):
             return {}
-        if "key" in record:             # or UnicodeError: "\\ud800", say
-            (record["key"] + record.get("was", "")).encode()
-        return record
+        if b"\\" in data:
+            _check_escaped(value)
+            return {} if _breaks_lines(value) else value
     except (ValueError, TypeError):     # TypeError: too many, or no text
         return {}
+    return value
 
 
 def _unpacked(etag, size, mtime_ns, headers, others=None):
     """The record that dump_record() wrote as an array, or ValueError."""
     if type(headers) is str:
         headers = {"Content-Type": headers} if headers else {}
-    if not (type(etag) is str and type(size) is type(mtime_ns) is int
-            and (headers is None or type(headers) is dict)):
+    elif headers is not None and not _are_texts(headers):
+        raise ValueError("wrong type of the headers")
+    if not (type(etag) is str and type(size) is type(mtime_ns) is int):
         raise ValueError("wrong type of a field")
     record = {"etag": etag, "size": size, "mtime_ns": mtime_ns,
               "headers": headers}
@@ -3459,11 +3538,15 @@ def _unpacked(etag, size, mtime_ns, headers, others=None):
             raise ValueError("no fields")
         if "c" in others:
             name, digest = str.split(others.pop("c"), " ")
+            if not name.isalnum():
+                raise ValueError("no checksum")
             record["checksums"] = {name: digest}
             record["checksum_type"] = "FULL_OBJECT"
         for short, value in others.items():
             name = _LONG_NAMES.get(short, short)
-            if not isinstance(value, _RECORD_TYPES.get(name, object)):
+            shape = _RECORD_SHAPES.get(name, object)
+            if not (isinstance(value, shape) if type(shape) is type
+                    else fits(value, shape)):       # the first is as good
                 raise ValueError("wrong type of a field")
             record[name] = value
     return record
@@ -4052,6 +4135,43 @@ class Stripes:
             thread.release()
 
 
+# A field of bucket.json -> its shape; room 8 adds those of its documents
+CONFIG_SHAPES = {
+    "owner": (str, type(None)), "region": (str, type(None)),
+    "created_ns": lambda value: type(value) is int
+    and is_date(value // 10 ** 9),
+    "versioning": (ENABLED, SUSPENDED).__contains__, "policy": str,
+    "locked_out": bool}
+# Who reads without these would give away or lose what they guard
+_GUARDING = frozenset((
+    "owner", "versioning", "policy", "locked_out", "ownership",
+    "public_access_block", "object_lock", "encryption"))
+
+
+def parse_settings(data):
+    """(What some bytes of a bucket.json say, what is wrong with them: a
+    text for each fault).
+
+    What is damaged is left out.  Where that is no safe reading of the rest
+    the policy is one that nobody can have put, which denies everything,
+    and no lifecycle rule is carried out.
+    """
+    try:
+        config = load_json(data)
+    except ValueError as error:
+        return {}, [str(error)]
+    wrong = [name for name, shape in CONFIG_SHAPES.items()
+             if name in config and not fits(config[name], shape)]
+    for name in wrong:
+        del config[name]
+    if not _GUARDING.isdisjoint(wrong):
+        config["policy"] = False
+        config.pop("lifecycle", None)
+    return config, ["%s is not what it has to be%s" % (
+        name, "; nobody is let in" if name in _GUARDING else "")
+        for name in wrong]
+
+
 class Bucket:
     """One bucket's directory: where its keys lie, its locks, its record.
 
@@ -4081,6 +4201,7 @@ class Bucket:
         self._locks = os.path.join(self._state, "locks", "")
         self._threads = [threading.Lock() for _ in range(LOCK_STRIPES)]
         self._config, self._no_config = (None, {}), {}
+        self.hints_due = 0              # when a sweep looks at unique/
         self.derived = (None, None)     # room 8's: (config, what follows)
         self.listed = {}        # ListedCache's: show -> (stamp, key -> Listed)
 
@@ -4112,12 +4233,10 @@ class Bucket:
                     data = file.read()
             except _ABSENT:             # with its bucket, just now
                 return self._no_config
-            try:
-                config = load_json(data)
-            except ValueError as error:
+            config, faults = parse_settings(data)
+            for fault in faults:
                 self._report("%s is damaged and taken as absent: %s"
-                             % (path, error))
-                config = {}
+                             % (path, fault))
             if settled:
                 self._config = stamp, config
         return config
@@ -4997,6 +5116,9 @@ class Bucket:
                     and _name_of(version_id, names) is None:
                 raise S3Error("NoSuchVersion", Key=key,
                               VersionId=version_id)
+        name = version_id and self._version_name(key, version_id)
+        if name:                        # it may tell of itself what it is
+            os.stat(os.path.join(self._version_directory(key), name))
         raise S3Error("SlowDown")
 
     def _seek_version(self, key, version_id):
@@ -5355,6 +5477,22 @@ class Bucket:
             except FileNotFoundError:
                 self._make_state("unique")
                 draft.publish(path)
+
+    def sweep_hints(self, limit=None):
+        """Remove the hints, at most `limit` that chance picks, to content
+        that no key has any more; how many."""
+        names, count = _listdir(self._same), 0
+        if limit is not None and len(names) > limit:
+            names = random.sample(names, limit)
+        for name in names:
+            path, size = os.path.join(self._same, name), name[65:]
+            with contextlib.suppress(OSError):
+                with open(path, "rb") as file:
+                    key = load_record(file.read()).get("key", "")
+                if not any("%x" % os.stat(place).st_size == size
+                           for place in self._files_of(key)):
+                    count += _unlink(path)
+        return count
 
     # access logs: a file a day, which a deliverer claims by renaming it
 
@@ -6143,7 +6281,17 @@ class Upload:
         """When it was created."""
         return self.record["initiated_ns"]
 
+    def is_to(self, created_ns):
+        """False when it is one to an earlier bucket than that created then,
+        as a crash may leave it; None: when is not known."""
+        date = self.record.get("bucket")
+        return date is None or created_ns in (None, date)
 
+
+_UPLOAD_SHAPES = dict(
+    _RECORD_SHAPES, initiated_ns=lambda value: type(value) is int
+    and is_date(value // 10 ** 9), initiator=(str, type(None)), sse=valid_sse,
+    algorithm=CHECKSUMS.__contains__, bucket=(int, type(None)))
 _UPLOAD_ID = re.compile(r"[0-9a-f]{48}\Z")
 _PART_NAME = re.compile(r"\d{5}\Z", re.ASCII)
 
@@ -6358,8 +6506,9 @@ class Store:
         return identity == (status.st_dev, status.st_ino) \
             and name not in os.listdir(self.dir_buckets)
 
-    def list_buckets(self):
-        """Every Bucket, by name."""
+    def list_buckets(self, unseen=None):
+        """Every Bucket, by name.  unseen(name, error): what is done about
+        one that cannot be seen; it is reported where that is None."""
         names = set(self.mapped)
         with contextlib.suppress(FileNotFoundError):
             names.update(filter(usable_bucket_name,
@@ -6371,9 +6520,12 @@ class Store:
             except S3Error:             # a file of that name, say
                 continue
             except OSError as error:    # one disk of several, say
-                self.report("the bucket %s cannot be seen and is left out: "
-                            "%s" % (name, error))
+                (unseen or self._report_unseen)(name, error)
         return found
+
+    def _report_unseen(self, name, error):
+        self.report("the bucket %s cannot be seen and is left out: %s"
+                    % (name, error))
 
     def create_bucket(self, name, owner, region, config=None):
         """Make a bucket with its record in it, by one rename.
@@ -6689,15 +6841,17 @@ class Store:
         now = time.time_ns()
         upload_id = "%016x%s" % (now, secrets.token_hex(16))
         path = os.path.join(self.dir_uploads, bucket.name, upload_id)
+        record = dict(record, key=key, initiated_ns=now,
+                      bucket=bucket.config.get("created_ns"))
         for _ in range(MAX_RETRIES):
             try:
                 make_tree(path, self.sync, 0o700)
-                break
+                write_json(os.path.join(path, "upload.json"), record,
+                           self.sync)
+                return upload_id
             except FileNotFoundError:   # the last upload beside it ended
                 continue
-        write_json(os.path.join(path, "upload.json"), dict(
-            record, key=key, initiated_ns=now), self.sync)
-        return upload_id
+        raise S3Error("OperationAborted")
 
     def upload(self, bucket, key, upload_id):
         """The Upload, or NoSuchUpload."""
@@ -6705,7 +6859,8 @@ class Store:
         if _UPLOAD_ID.match(upload_id):
             upload = self._load_upload(os.path.join(
                 self.dir_uploads, bucket.name, upload_id))
-        if upload is None or upload.key != key:
+        if upload is None or upload.key != key \
+                or not upload.is_to(bucket.config.get("created_ns")):
             raise S3Error("NoSuchUpload", UploadId=upload_id)
         return upload
 
@@ -6717,9 +6872,7 @@ class Store:
                 record = load_json(file.read())
         except _ABSENT + (ValueError,):
             return None
-        if isinstance(record.get("key"), str) and isinstance(
-                record.get("initiated_ns"), int) and (
-                    "sse" not in record or valid_sse(record["sse"])):
+        if _is_upload(record):
             return Upload(os.path.basename(path), path, record)
         return None
 
@@ -6732,7 +6885,9 @@ class Store:
                 if _UPLOAD_ID.match(name):
                     found.append(self._load_upload(
                         os.path.join(directory, name)))
-        return sorted(filter(None, found),
+        created_ns = bucket.config.get("created_ns")
+        return sorted((upload for upload in found
+                       if upload and upload.is_to(created_ns)),
                       key=lambda u: (u.key, u.initiated_ns, u.upload_id))
 
     @contextlib.contextmanager
@@ -6826,7 +6981,7 @@ class Store:
                     "%s-%x.json" % (path, status.st_ino), "rb") as file:
                 record = load_record(file.read())
         if (record.get("size"), record.get("mtime_ns")) != (
-                size, status.st_mtime_ns) or "etag" not in record:
+                size, status.st_mtime_ns) or not _is_part(record):
             return None
         if "sse" in upload.record:
             try:
@@ -6885,16 +7040,18 @@ class Store:
                 count += _sweep_drafts(bucket._tmp, before)
                 count += _sweep_drafts(bucket._state, before)
                 count += bucket.sweep_sidecars(before)
+                if now >= bucket.hints_due:
+                    bucket.hints_due = now + HINTS_SECONDS
+                    count += bucket.sweep_hints(MAX_SWEPT_HINTS)
         for path, has_objects in self.leftovers(now, grace_seconds):
             if not has_objects:
                 _remove_tree(path)
                 count += 1
         # on a disk of its own there is a lost+found beside them
         for name in filter(usable_bucket_name, _listdir(self.dir_uploads)):
-            directory = os.path.join(self.dir_uploads, name)
-            with self._sweeping(directory):
-                count += self._sweep_uploads(
-                    directory, now, upload_ttl_seconds, grace_seconds)
+            with self._sweeping(os.path.join(self.dir_uploads, name)):
+                count += self._sweep_uploads(name, now, upload_ttl_seconds,
+                                             grace_seconds)
         return count
 
     @contextlib.contextmanager
@@ -6927,8 +7084,11 @@ class Store:
         except OSError:
             return True
 
-    def _sweep_uploads(self, directory, now, ttl, grace):
-        count = 0
+    def _sweep_uploads(self, bucket_name, now, ttl, grace):
+        directory = os.path.join(self.dir_uploads, bucket_name)
+        created_ns, count = None, 0
+        with contextlib.suppress(S3Error, OSError):     # on another disk, say
+            created_ns = self.bucket(bucket_name).config.get("created_ns")
         for name in filter(_UPLOAD_ID.match, _listdir(directory)):
             path = os.path.join(directory, name)
             try:
@@ -6936,7 +7096,7 @@ class Store:
             except OSError:
                 continue                # not now: it may well be whole
             idle = now - _last_change(path)
-            if upload is None and idle > grace:
+            if idle > grace and not (upload and upload.is_to(created_ns)):
                 _remove_tree(path)
                 count += 1
             elif upload is not None and ttl and idle > ttl:
@@ -6950,6 +7110,24 @@ class Store:
         with contextlib.suppress(OSError):
             os.rmdir(directory)         # what a crash left of the last one
         return count
+
+
+def _is_upload(record):
+    """True for an upload's record from which an object can be made."""
+    if not {"key", "initiated_ns"} <= record.keys() \
+            or not fits(record, _UPLOAD_SHAPES) or _breaks_lines(record):
+        return False
+    algorithm, kind = map(record.get, ("algorithm", "checksum_type"))
+    return algorithm is kind is None or bool(algorithm) and (
+        kind == "COMPOSITE" or kind == "FULL_OBJECT"
+        and DIGESTS[algorithm].crc is not None)
+
+
+def _is_part(record):
+    """True for a part's record from which an object's can be made."""
+    return bool(re.match(r"[0-9a-f]{32}\Z", record.get("etag", ""))) and all(
+        name in CHECKSUMS and decode_digest(digest, DIGESTS[name].size)
+        for name, digest in record.get("checksums", {}).items())
 
 
 def _last_change(path):
@@ -7207,13 +7385,13 @@ def _try_locks(trial):
 
 
 def _child_locks(path):
-    """True when another process gets the lock of a file."""
-    pid = os.fork()
-    if not pid:
-        try:
-            os._exit(not try_flock(os.open(path, _OPEN_LOCK)))
-        finally:
-            os._exit(1)
+    """True when another process gets the lock of a file.  Not by fork():
+    there may be threads."""
+    pid = os.posix_spawn(sys.executable, [
+        sys.executable, "-I", "-S", "-c", "import fcntl, os, sys\n"
+        "fd = os.open(sys.argv[1], os.O_RDWR)\ntry:\n"
+        "    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "except BlockingIOError:\n    sys.exit(1)", path], os.environ)
     return os.waitpid(pid, 0)[1] == 0
 
 
@@ -7606,9 +7784,10 @@ class Checker:
 
     def run(self):
         """Check everything; the counts."""
-        for bucket in self._store.list_buckets():
+        for bucket in self._store.list_buckets(self._tell_unseen):
             self.counts["buckets"] += 1
-            with self._telling(_quoted(bucket.root)):
+            with self._telling(_quoted(bucket.root)), \
+                    _as_owner(bucket._state, bucket.root):
                 self._check_bucket(bucket)
         with self._telling(_quoted(self._store.dir_buckets)):
             for path, has_objects in self._store.leftovers(self._now):
@@ -7621,8 +7800,8 @@ class Checker:
                                 "being made or deleted", lambda path=path:
                                 shutil.rmtree(path))
         for name in _listdir(self._store.dir_uploads):
-            with self._telling(_quoted(os.path.join(
-                    self._store.dir_uploads, name))):
+            directory = os.path.join(self._store.dir_uploads, name)
+            with self._telling(_quoted(directory)), _as_owner(directory):
                 self._check_uploads(name)
         return self.counts
 
@@ -7634,6 +7813,11 @@ class Checker:
             state = MENDED
         self.counts[state] += 1
         self._untold.append((where, fault, state))
+
+    def _tell_unseen(self, name, error):
+        with self._telling(_quoted(self._store.mapped.get(name, os.path.join(
+                self._store.dir_buckets, name)))):
+            raise error
 
     @contextlib.contextmanager
     def _telling(self, where):
@@ -7653,11 +7837,9 @@ class Checker:
     def _check_bucket(self, bucket):
         with contextlib.suppress(FileNotFoundError), \
                 open(bucket._config_path, "rb") as file:
-            try:
-                load_json(file.read())
-            except ValueError:
+            for fault in parse_settings(file.read())[1]:
                 self._found(_quoted(bucket._config_path), "is damaged: the "
-                            "bucket has lost its settings")
+                            "bucket has lost its settings: " + fault)
         for directory in (bucket._versions, bucket._odd):
             for name in _listdir(directory):
                 with self._telling(_quoted(os.path.join(directory, name))):
@@ -7675,6 +7857,8 @@ class Checker:
                 self._check_sidecar(bucket, name)
         for directory in (bucket._tmp, bucket._state):
             self._check_drafts(directory)
+        if self._mend:
+            bucket.sweep_hints()        # no fault: any of them may be wrong
         self._note_others(bucket)
 
     # names that do not tell their key
@@ -7929,18 +8113,17 @@ class Checker:
     def _check_uploads(self, name):
         """The uploads to the bucket of a name."""
         directory = os.path.join(self._store.dir_uploads, name)
-        try:
-            there = bool(usable_bucket_name(name)
-                         and self._store.bucket(name))
-        except S3Error:
-            there = False
+        bucket = None
+        with contextlib.suppress(S3Error):
+            if usable_bucket_name(name):
+                bucket = self._store.bucket(name)
         for upload_id in filter(_UPLOAD_ID.match, _listdir(directory)):
             path = os.path.join(directory, upload_id)
             with self._telling(_quoted(path)):
-                self._check_upload(path, there)
+                self._check_upload(path, bucket)
 
-    def _check_upload(self, path, there):
-        """One upload; there: its bucket is."""
+    def _check_upload(self, path, bucket):
+        """One upload, to a Bucket or, where that is None, to none."""
         self.counts["uploads"] += 1
         upload = self._store._load_upload(path)
         if _last_change(path) >= self._before:
@@ -7948,10 +8131,13 @@ class Checker:
         if upload is None:
             self._found(_quoted(path), "is no upload: its upload.json is "
                         "missing or damaged", lambda: shutil.rmtree(path))
-        elif not there:
+        elif bucket is None:
             # which may be on a disk that is not, or have a flag of its own
             self._found(_quoted(path), "is an upload to a bucket that is not "
                         "there")
+        elif not upload.is_to(bucket.config.get("created_ns")):
+            self._found(_quoted(path), "is an upload to an earlier bucket of "
+                        "that name", lambda: shutil.rmtree(path))
         else:
             self._check_parts(upload)
 
@@ -7964,6 +8150,25 @@ class Checker:
                 self._found(_quoted(path), "is a part without a record of its "
                             "content: send it again")
         self._check_drafts(upload.path)
+
+
+@contextlib.contextmanager
+def _as_owner(*paths):
+    """Be, as root, the user whose is the first of the paths that is there:
+    what is made there is for a server which may run as that user."""
+    owner = next((os.stat(path) for path in paths if _is_there(path)), None)
+    if owner is None or not hasattr(os, "seteuid") or os.geteuid() != 0 \
+            or not owner.st_uid:
+        yield
+        return
+    group = os.getegid()
+    os.setegid(owner.st_gid)
+    os.seteuid(owner.st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
 
 
 def _content_etag(fd, status, record=None):
@@ -8215,6 +8420,7 @@ MAX_GRANTS = 100
 
 ENFORCED, PREFERRED, WRITER = OWNERSHIPS = (
     "BucketOwnerEnforced", "BucketOwnerPreferred", "ObjectWriter")
+CONFIG_SHAPES["ownership"] = (OWNERSHIPS + (None,)).__contains__
 
 # userguide/acl-overview.html#specifying-grantee: who writes unsigned
 ANONYMOUS_ID = "65a011a29cdf8ec533ec3d1ccaae921c"
@@ -8606,6 +8812,9 @@ def dump_acl(grants, owner_id):
     return ["%s %s" % (permission, "" if grantee == owner_id else
                        _GROUP_NAMES.get(grantee, grantee))
             for permission, grantee in grants]
+
+
+CONFIG_SHAPES["acl"] = (list, type(None))
 
 
 def load_acl(lines, owner_id):
@@ -9801,6 +10010,7 @@ _BLOCK_ELEMENTS = {
     "ignore_public_acls": "IgnorePublicAcls",
     "block_public_policy": "BlockPublicPolicy",
     "restrict_public_buckets": "RestrictPublicBuckets"}
+CONFIG_SHAPES["public_access_block"] = {"*": bool}
 
 
 def parse_public_access_block(root):
@@ -10288,6 +10498,12 @@ _CORS_ELEMENTS = (
     ("rule_id", "ID", False), ("headers", "AllowedHeader", True),
     ("methods", "AllowedMethod", True), ("origins", "AllowedOrigin", True),
     ("exposed", "ExposeHeader", True), ("max_age", "MaxAgeSeconds", False))
+_CORS_SHAPES = {
+    "rule_id": str, "max_age": int, "headers": [is_word],
+    "methods": [is_word], "origins": [is_word], "exposed": [is_word]}
+CONFIG_SHAPES["cors"] = [lambda rule: fits(rule, _CORS_SHAPES)
+                         and {"origins", "methods"} <= rule.keys()
+                         <= _CORS_SHAPES.keys()]
 
 
 def parse_cors(root):
@@ -11311,10 +11527,11 @@ def need_digest(request, message="Missing required header for this "
 class Leaf(NamedTuple):
     """How an element's text becomes a value, and back.
 
-    read(text) gives the value, or raises ValueError.
+    read(text) gives the value, or raises ValueError.  shape: the value's.
     """
     read: Callable
     write: Callable = str
+    shape: Any = str
 
 
 class Field(NamedTuple):
@@ -11351,6 +11568,10 @@ def _read_long(text):
     return int(text)
 
 
+def _is_long(value):
+    return type(value) is int and abs(value) < 1 << 63
+
+
 def _read_boolean(text):
     if text.strip() not in _BOOLEANS:
         raise ValueError(text)
@@ -11376,10 +11597,10 @@ def _read_filled(text):
 
 TEXT = Leaf(str)                    # as it is: a prefix may begin with " "
 FILLED = Leaf(_read_filled)
-INT = Leaf(_read_int)
-LONG = Leaf(_read_long)
-BOOLEAN = Leaf(_read_boolean, bool)
-DATE = Leaf(_read_date, _write_date)
+INT = Leaf(_read_int, shape=_is_long)
+LONG = Leaf(_read_long, shape=_is_long)
+BOOLEAN = Leaf(_read_boolean, bool, bool)
+DATE = Leaf(_read_date, _write_date, is_date)
 
 
 def one_of(*words):
@@ -11446,6 +11667,21 @@ def _read_kind(item, kind):
         raise S3Error("MalformedXML") from None
 
 
+def document_shape(fields, **others):
+    """The shape of what read_document() gives, and of other names that
+    have to be there; in bucket.json somebody may have changed it."""
+    shape = dict({field.tag: _kind_shape(field) for field in fields},
+                 **others)
+    needed = set(others).union(field.tag for field in fields if field.low)
+    return lambda value: fits(value, shape) and needed <= value.keys()
+
+
+def _kind_shape(field):
+    shape = field.kind.shape if isinstance(field.kind, Leaf) \
+        else document_shape(field.kind)
+    return [shape] if field.high > 1 else shape
+
+
 def document_children(value, fields):
     """The (tag, value) pairs of what read_document() gave."""
     pairs = []
@@ -11492,6 +11728,7 @@ _TAG_RULES = {
     "bucket": (MAX_BUCKET_TAGS, "Bucket tag count cannot be greater than 50",
                "System tags cannot be added/updated by requester"),
 }
+CONFIG_SHAPES["tags"] = {"*": str}
 TAGS = (many("Tag", (need("Key", TEXT), need("Value", TEXT))),)
 _TAGGING = (need("TagSet", TAGS),)
 
@@ -12167,7 +12404,8 @@ def _copy_content(request, source, draft, record):
     wanted = wanted and checksum_algorithm(wanted)
     checksums = known.get("checksums", {})
     if known.get("checksum_type") == "COMPOSITE":
-        wanted, checksums = wanted or next(iter(checksums)), {}
+        wanted = wanted or next(filter(DIGESTS.get, checksums), None)
+        checksums = {}
     if wanted and wanted not in checksums:
         checksums = {}
     is_md5 = "etag" in known and "-" not in info.etag \
@@ -12675,13 +12913,12 @@ def _part_range(request, info, text, headers):
                       ActualPartCount=len(sizes))
     start = sum(sizes[:number - 1])
     checksums = info.record.get("part_checksums")
-    if "x-amz-checksum-mode" in request.headers:
-        if runs is None:
-            headers.update(checksum_headers(info.record))
-        elif checksums:
-            name = next(iter(info.record["checksums"]))
-            headers["x-amz-checksum-" + name.lower()] = checksums[number - 1]
-            headers["x-amz-checksum-type"] = info.record["checksum_type"]
+    if "x-amz-checksum-mode" in request.headers \
+            and (runs is None or checksums):
+        told = checksum_headers(info.record)
+        if checksums and told:          # the algorithm comes first
+            told[next(iter(told))] = checksums[number - 1]
+        headers.update(told)
     if runs is not None:
         headers["x-amz-mp-parts-count"] = str(len(sizes))
     return start, start + sizes[number - 1]
@@ -13903,6 +14140,12 @@ CONFIGURATIONS = {
 }
 
 
+CONFIG_SHAPES.update(
+    (_name, {"*": document_shape(_row.fields)} if _row.mismatch
+     else document_shape(_row.fields))
+    for _name, _row in CONFIGURATIONS.items())
+
+
 def parse_configuration(name, element, config_id=None):
     """The value of the document of a subresource, as a row describes it.
 
@@ -14185,6 +14428,11 @@ _RETENTION = (Field("Mode", one_of(*LOCK_MODES)),
               Field("RetainUntilDate", DATE), Field("EventHold", TEXT),
               Field("EventHoldDuration", _DURATION))
 _LEGAL_HOLD = (need("Status", one_of(*HOLDS)),)
+CONFIG_SHAPES["object_lock"] = lambda default: default == {} or fits(
+    default, {"Mode": LOCK_MODES.__contains__,
+              "Days": range(1, MAX_LOCK_DAYS + 1).__contains__,
+              "Years": range(1, MAX_LOCK_YEARS + 1).__contains__}) \
+    and "Mode" in default and ("Days" in default) != ("Years" in default)
 
 
 def parse_object_lock(element):
@@ -14545,6 +14793,11 @@ class BucketEncryption(NamedTuple):
     kms_key_id: Optional[str] = None
     bucket_key: bool = False
     blocked: Tuple[str, ...] = ()
+
+
+CONFIG_SHAPES["encryption"] = document_shape(
+    (), algorithm=(None, SSE_S3, SSE_KMS).__contains__,
+    kms_key_id=(str, type(None)), bucket_key=bool, blocked=[str])
 
 
 def _sse_error(message, value=None):
@@ -15254,6 +15507,8 @@ _LOGGING = (Field("LoggingEnabled", (
         Field("SimplePrefix", ()),
         Field("PartitionedPrefix", (Field("PartitionDateSource", one_of(
             EVENT_TIME, DELIVERY_TIME)),)))))),)
+CONFIG_SHAPES["logging"] = document_shape(tuple(
+    field for field in _LOGGING[0].kind if field.tag != "TargetGrants"))
 
 
 def parse_logging(element, owner_id, accounts):
@@ -15800,6 +16055,17 @@ _LIFECYCLE = (many("Rule", (
 )),)
 _LIFECYCLE_ACTIONS = tuple(
     field.tag for field in _LIFECYCLE[0].kind[4:])
+
+
+def _is_lifecycle(value):
+    """True for a lifecycle as bucket.json keeps it."""
+    return document_shape(_LIFECYCLE)(value) and all(
+        "ID" in rule and all("Days" in item or "Date" in item
+                             for item in rule.get("Transition", ()))
+        for rule in value.get("Rule", ())) and "Rule" in value
+
+
+CONFIG_SHAPES["lifecycle"] = _is_lifecycle
 
 
 def new_document_id():
@@ -16513,6 +16779,16 @@ _NOTIFICATION = tuple(many(tag, (
     for tag, target in TARGETS.items())
 
 
+def _is_notification(value):
+    """True for a notification as bucket.json keeps it."""
+    return document_shape(_NOTIFICATION)(value) and all(
+        "Id" in rule and target.arn.match(rule[target.tag])
+        and all(rule["Event"]) for target, rule in _rules(value))
+
+
+CONFIG_SHAPES["notification"] = _is_notification
+
+
 def parse_notification(element, region, new_id=new_document_id):
     """The notification in a NotificationConfiguration Element.
 
@@ -16880,6 +17156,11 @@ _WEBSITE = (
             Field("HttpRedirectCode", INT))),
     ), 1),)),
 )
+
+
+CONFIG_SHAPES["website"] = lambda value: document_shape(_WEBSITE)(value) \
+    and not value.keys().isdisjoint(("RedirectAllRequestsTo",
+                                     "IndexDocument"))
 
 
 def parse_website(element):

@@ -3416,11 +3416,11 @@ class Records(unittest.TestCase):
          b'"",{"c":"CRC32 AAAAAA==","v":"' + b"7e" * 16 + b'"}'))
     MORE = (
         {"headers": dict(BINARY, Expires="0")}, {"headers": {"Expires": "0"}},
-        {"headers": {"Content-Type": ""}}, {"headers": {"Content-Type": 5}},
+        {"headers": {"Content-Type": ""}},
         dict(CRC, checksum_type="COMPOSITE"), {"checksums": {}},
         {"checksums": {"SHA1": "x"}}, {"checksum_type": "FULL_OBJECT"},
         dict(CRC, checksums={"A": "1", "B": "2"}), dict(CRC, checksums={}),
-        dict(CRC, checksums={"A": "1 2"}), dict(CRC, checksums={"A": 1}),
+        dict(CRC, checksums={"A": "1 2"}),
         {"headers": {}, "meta": {"a": "\u00e9"}, "tags": {"c": "m"},
          "key": "k", "parts": [[5, 2]], "acl": [], "lock": {"hold": "ON"}})
 
@@ -3462,6 +3462,12 @@ class DamagedRecords(StorageCase):
               b'["e",7,7,"",{"c":"A B C"}]', b'["e",7,7,"",{"m":"x"}]',
               b'["e",7,7,"",{"tags":5}]', b'["e",7,7,""]]', b'["e",7,7,"',
               b'{"key":"\\ud800"}', b'["e",7,7,"",{"key":"\\udfff"}]',
+              b'["e",7,7,{"Content-Type":5}]', b'{"tags": {"a": ["b"]}}',
+              b'{"headers": {"a": "b\\nc: d"}}', b'{"meta": {"a\\n": "b"}}',
+              b'{"checksums": {"CRC32": 5}}', b'{"version": "../x"}',
+              b'{"lock": {"mode": "GOVERNANCE"}}', b'{"owner": "\\ud800"}',
+              b'{"lock": {"mode": "x", "until": 1%s}}' % (b"0" * 30),
+              b'{"part_checksums": [5]}',
               b'["e",7,7,"",' + b'{"c":' * 70 + b"1" + b"}" * 70 + b"]")
 
     def damage(self, data):
@@ -4855,6 +4861,18 @@ class VersionCase(StorageCase):
 
 class Versions(VersionCase):
     """What becomes of them, by whatever hand and clock."""
+
+    @unittest.skipUnless(hasattr(os, "symlink"), "no symbolic links")
+    def test_a_version_that_cannot_be_opened_says_why(self):
+        old = self.put("k", b"1").version_id
+        self.put("k", b"2")
+        directory = self.bucket._version_directory("k")
+        path = os.path.join(directory, old)
+        os.unlink(path)
+        os.symlink(old, path)
+        with self.assertRaises(OSError) as caught:
+            self.bucket.open_version("k", old)
+        self.assertEqual(caught.exception.errno, errno.ELOOP)
 
     def test_order_is_that_of_writing_whatever_the_clock_says(self):
         for step in (-10 ** 15, -1, 0, 1):
@@ -6345,6 +6363,37 @@ class Sweeping(UploadCase):
             self.assertFalse(os.path.exists(path))
         self.assertEqual(self.sweep(), 0)
 
+    def test_upload_to_an_earlier_bucket_is_none_to_its_successor(self):
+        """The server was killed between a bucket's end and its uploads'."""
+        upload = self.begin()
+        self.part(upload, 1, b"1")
+        with mock.patch.object(Store, "_set_uploads_aside",
+                               side_effect=Cut), self.assertRaises(Cut):
+            self.store.delete_bucket(self.bucket)
+        self.bucket = self.store.create_bucket("box", "bob", "us-east-1")
+        fresh = self.begin()
+        self.assert_refused("NoSuchUpload", self.store.upload, self.bucket,
+                            "k", upload.upload_id)
+        self.assertEqual([u.upload_id for u in self.store.list_uploads(
+            self.bucket)], [fresh.upload_id])
+        self.sweep()
+        self.assertEqual(os.listdir(os.path.join(self.uploads, "box")),
+                         [fresh.upload_id])
+
+    def test_a_new_upload_whose_directory_goes_is_made_again(self):
+        """By whom, on a file system of several servers, swept the last
+        upload beside it."""
+        real, gone = gos3rve.write_json, []
+
+        def write_json(path, *args):
+            if len(gone) < 2:
+                gone.append(os.path.dirname(path))
+                shutil.rmtree(os.path.dirname(gone[-1]))
+            real(path, *args)
+        with mock.patch.object(gos3rve, "write_json", write_json):
+            self.part(self.begin(), 1, b"1")
+        self.assertEqual(len(gone), 2)
+
     def test_upload_goes_after_its_time_and_only_with_one(self):
         upload = self.begin()
         self.part(upload, 1, b"1")
@@ -6540,6 +6589,26 @@ class SharedContent(VersionCase):
         self.delete("a")
         self.put("b", self.content(1))
         self.assertEqual(self.shared[-1:], [True])
+
+    def test_a_hint_goes_with_the_content_that_it_tells_of(self):
+        self.bucket.save({})
+        for number, key in enumerate(("a", "b", "c", "d"), 1):
+            self.put(key, self.content(number, 5000 + number))
+        self.delete("a")
+        self.put("b", b"shorter")
+        index = self.path(gos3rve.STATE, "unique")
+        self.assertEqual(len(os.listdir(index)), 4)
+        self.assertEqual(self.bucket.sweep_hints(1), len(
+            os.listdir(index)) == 3)
+        self.sweep()
+        self.assertEqual(sorted(name[65:] for name in os.listdir(index)),
+                         ["%x" % 5003, "%x" % 5004])
+        self.delete("c")
+        checker = gos3rve.Checker(self.store, lambda *_: None, True)
+        self.assertEqual(checker.run()["fault"], 0)
+        self.assertEqual(len(os.listdir(index)), 1)
+        self.put("e", self.content(4, 5004))
+        self.assertEqual(self.shared, [True])
 
     def test_the_index_is_a_hint(self):
         self.put("a", self.content(1))
@@ -6899,8 +6968,32 @@ class Checks(UploadCase):
         self.assert_left("is encrypted")
 
     def test_damaged_settings(self):
-        by_hand(self.path(gos3rve.STATE, "bucket.json"), b"{")
-        self.assert_left("lost its settings")
+        for data in (b"{", b'{"versioning": 5}', b'{"cors": [{}]}'):
+            by_hand(self.path(gos3rve.STATE, "bucket.json"), data)
+            self.assert_left("lost its settings")
+
+    @unittest.skipUnless(hasattr(os, "symlink"), "no symbolic links")
+    def test_a_bucket_that_cannot_be_seen(self):
+        os.symlink("loop", os.path.join(self.buckets, "loop"))
+        self.assert_left("cannot be checked")
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0,
+                         "not root")
+    def test_what_root_makes_is_the_servers(self):
+        os.chmod(self.directory, 0o755)
+        self.put("a", b"1")
+        by_hand(self.path(gos3rve.STATE, "odd", "ka"), b"old")
+        os.utime(self.path(gos3rve.STATE, "odd", "ka"), (1, 1))
+        shutil.rmtree(self.path(gos3rve.STATE, "locks"))
+        for path in [self.buckets] + [os.path.join(at, name) for at, names,
+                files in os.walk(self.buckets) for name in names + files]:
+            os.chown(path, 65534, 65534)
+        self.assert_mended("hides an older")
+        self.assertEqual(os.geteuid(), 0)
+        locks = self.path(gos3rve.STATE, "locks")
+        self.assertEqual({os.stat(path).st_uid for path in [locks] + [
+            os.path.join(locks, name) for name in os.listdir(locks)]},
+            {65534})
 
     def test_what_nobody_will_finish(self):
         by_hand(self.path(gos3rve.STATE, "tmp", "t" + "0" * 24), b"draft")
@@ -6921,6 +7014,10 @@ class Checks(UploadCase):
         self.assert_left("without a record of its content")
         by_hand(os.path.join(upload.path, "upload.json"), b"{")
         self.assert_mended("missing or damaged")
+        path = self.begin().path
+        self.bucket.save({"created_ns": 5})
+        self.assert_mended("an earlier bucket")
+        self.assertFalse(os.path.exists(path))
         path = os.path.join(self.uploads, "other", "0" * 48)
         by_hand(os.path.join(path, "upload.json"),
                 b'{"key": "k", "initiated_ns": 1}')
@@ -15395,7 +15492,8 @@ class LogDelivery(LoggingCase):
             real = g.put_object
             self.service.store.update_bucket(
                 self.service.store.bucket("logs"),
-                lambda config: config.update(versioning=versioning))
+                lambda config: config.update(
+                    {"versioning": versioning} if versioning else {}))
             self.ok(self.put_logging())
             self.fill("k")
             self.s3.head("/logs")
@@ -21471,9 +21569,11 @@ class ServerEnd(EndCase):
     def signal_all(self, server, number):
         """Send a signal as a terminal and a service manager do: to the
         server and its workers, too."""
+        workers = server.workers()
         server.process.send_signal(number)
-        for pid in server.workers():
-            os.kill(pid, number)
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):   # ended already
+                os.kill(pid, number)
 
     def test_close_waits_for_a_running_request_in_bounds(self):
         server = gos3rve.serve(buckets=["box"])
@@ -22613,7 +22713,19 @@ def faults(argv):
     """Try every fault at every call of every row, or of those that argv
     names, and print what came of it: a line a call, what is the same of
     several faults once.  The process's status."""
-    rows = [row for row in FAULT_ROWS if row[0] in argv or not argv]
+    parser = argparse.ArgumentParser(
+        prog="test_gos3rve.py faults", description="Fail every call that a "
+        "request makes of the file system, one by one, with every error "
+        "that it may have: about 4 minutes for all.")
+    titles = [row[0] for row in FAULT_ROWS]
+    parser.add_argument(
+        "row", nargs="*", help="the requests to try (default: all): "
+        + ", ".join(titles))
+    chosen = parser.parse_args(argv).row
+    unknown = set(chosen).difference(titles)
+    if unknown:
+        parser.error("there is no row " + ", ".join(sorted(unknown)))
+    rows = [row for row in FAULT_ROWS if row[0] in chosen or not chosen]
     good = True
     for case in (DiskFaults, DiskFaultsWithSidecars):
         case.step, case.table, case.chosen = 1, [], rows
@@ -22630,6 +22742,261 @@ def faults(argv):
                 "%s: %s" % (", ".join(names), what)
                 for what, names in told.items()),)))
     return not good
+
+
+# --- state of wrong types ---
+
+# A bucket.json of every field, as the operations write it
+ALL_SETTINGS = {
+    "owner": None, "region": "us-east-1", "created_ns": 10 ** 18,
+    "versioning": "Enabled", "sealed": False, "locked_out": False,
+    "policy": PUBLIC.decode(), "ownership": "ObjectWriter",
+    "acl": ["FULL_CONTROL ", "READ @AllUsers"], "tags": {"a": "b"},
+    "public_access_block": {"block_public_policy": True},
+    "cors": [{"origins": ["*"], "methods": ["GET"], "headers": ["*"],
+              "exposed": ["etag"], "max_age": 5, "rule_id": "r"}],
+    "encryption": {"algorithm": None, "kms_key_id": None,
+                   "bucket_key": False, "blocked": []},
+    "object_lock": {"Mode": "GOVERNANCE", "Days": 1},
+    "logging": {"TargetBucket": "box", "TargetPrefix": "log/",
+                "TargetGrants": ["READ @AllUsers"],
+                "TargetObjectKeyFormat": {"PartitionedPrefix": {
+                    "PartitionDateSource": "EventTime"}}},
+    "lifecycle": {"minimum": "all_storage_classes_128K", "Rule": [{
+        "ID": "r", "Filter": {"And": {
+            "Prefix": "k", "Tag": [{"Key": "a", "Value": "b"}],
+            "ObjectSizeGreaterThan": 1}}, "Status": "Enabled",
+        "Expiration": {"Days": 400},
+        "Transition": [{"Date": 10 ** 9, "StorageClass": "GLACIER"}],
+        "NoncurrentVersionTransition": [{
+            "NoncurrentDays": 30, "StorageClass": "GLACIER"}],
+        "NoncurrentVersionExpiration": {
+            "NoncurrentDays": 60, "NewerNoncurrentVersions": 1},
+        "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 7}}]},
+    "notification": {"QueueConfiguration": [{
+        "Id": "r", "Queue": "arn:aws:sqs:us-east-1:000000000000:hook",
+        "Event": ["s3:ObjectCreated:*"], "Filter": {"S3Key": {
+            "FilterRule": [{"Name": "Prefix", "Value": "none"}]}}}]},
+    "website": {"IndexDocument": {"Suffix": "index.html"},
+                "ErrorDocument": {"Key": "error.html"},
+                "RoutingRules": {"RoutingRule": [{
+                    "Condition": {"KeyPrefixEquals": "none",
+                                  "HttpErrorCodeReturnedEquals": 404},
+                    "Redirect": {"HostName": "h", "Protocol": "http",
+                                 "ReplaceKeyPrefixWith": "x",
+                                 "HttpRedirectCode": 302}}]}},
+    "requestPayment": {"Payer": "BucketOwner"},
+    "replication": {"Role": "r", "Rule": [{
+        "ID": "a", "Prefix": "", "Status": "Enabled",
+        "Destination": {"Bucket": "arn:aws:s3:::b"}}]},
+    "inventory": {"one": {
+        "Destination": {"S3BucketDestination": {
+            "Bucket": "arn:aws:s3:::b", "Format": "CSV"}},
+        "IsEnabled": True, "Id": "one", "IncludedObjectVersions": "All",
+        "Schedule": {"Frequency": "Daily"}}},
+    "metadataConfiguration": {"JournalTableConfiguration": {
+        "RecordExpiration": {"Expiration": "ENABLED", "Days": 7}}},
+    "metadataTable": {"S3TablesDestination": {
+        "TableBucketArn": "arn", "TableName": "t"}}}
+# Their subresources, where these have other names
+_SETTING_NAMES = {
+    "object_lock": "object-lock", "tags": "tagging", "owner": "location",
+    "public_access_block": "publicAccessBlock",
+    "ownership": "ownershipControls", "locked_out": "policyStatus"}
+# Of an object of two parts, and of an upload that has begun; what depends
+# on the file is filled in
+_OBJECT_RECORD = {
+    "etag": "e" * 32 + "-2", "size": 0, "mtime_ns": 0, "key": "k",
+    "headers": {"Content-Type": "text/x", "Cache-Control": "none"},
+    "meta": {"a": "b"}, "class": "GLACIER", "tags": {"a": "b"},
+    "checksums": {"CRC32": "AAAAAA==-2"}, "checksum_type": "COMPOSITE",
+    "parts": [[1, 2]], "part_checksums": ["AAAAAA==", "AAAAAA=="],
+    "upload_id": "0" * 48, "version": "0" * 32, "owner": "nobody",
+    "acl": ["FULL_CONTROL @AllUsers"],
+    "lock": {"mode": "GOVERNANCE", "until": 10 ** 9, "hold": "OFF"}}
+_UPLOAD_RECORD = {
+    "key": "u", "initiated_ns": 10 ** 18, "headers": {}, "meta": {"a": "b"},
+    "initiator": None, "owner": "nobody", "algorithm": "CRC32",
+    "checksum_type": "COMPOSITE", "tags": {"a": "b"}, "class": "GLACIER"}
+_PART_RECORD = {"etag": md5_hex(b"part"), "size": 0, "mtime_ns": 0,
+                "checksums": {"CRC32": crc64(b"part")}}
+JUNK = (None, 5, -1, 10 ** 30, 1.5, True, "", "x", "a\r\nb: c", "\ud800", [],
+        [5], [[]], {}, {"x": 5}, {"x\ny": "z"}, {"a": {"b": []}})
+
+
+def places(value, path=()):
+    """The path of every value in a JSON value, itself first."""
+    yield path
+    if isinstance(value, (dict, list)):
+        for name, item in value.items() if isinstance(value, dict) \
+                else enumerate(value):
+            yield from places(item, path + (name,))
+
+
+def damaged(value, step=1):
+    """(path, junk, the same value but for junk in that place), of every
+    place or every `step`th pair."""
+    for number, (path, junk) in enumerate(itertools.product(
+            places(value), JUNK)):
+        if number % step == 0:
+            other = {"": json.loads(json.dumps(value))}
+            at, path = other, ("",) + path
+            for name in path[:-1]:
+                at = at[name]
+            at[path[-1]] = junk
+            yield path[1:], junk, other[""]
+
+
+@unittest.skipUnless(HAVE_XATTRS, "no extended attributes")
+class DamagedState(unittest.TestCase):
+    """State that is JSON, and not what it has to be: no answer is a
+    traceback.  Here some of it; with GOS3RVE_DAMAGE=1 all."""
+
+    every = int(os.environ.get("GOS3RVE_DAMAGE", "0"))
+    xattrs, sync = True, False
+
+    def setUp(self):
+        DiskFaults.setUp(self)
+        self.box = os.path.join(self.directory, "buckets", "box")
+        for path, data in (("/box", b""), ("/box/k", b"12")):
+            self.assertEqual(self.s3.put(path, data).status, 200)
+        self.upload = self.s3.post("/box/u", {"uploads": ""}).one("UploadId")
+        self.part = {"partNumber": "1", "uploadId": self.upload}
+        self.s3.put("/box/u", b"part", self.part)
+        self.reports.clear()
+
+    def settings(self, config):
+        """Put a bucket.json there."""
+        by_hand(os.path.join(self.box, gos3rve.STATE, "bucket.json"),
+                json.dumps(config).encode())
+
+    def no_traceback(self, *told):
+        """Assert that nobody was surprised by what is `told`."""
+        surprise = [line for line in self.reports if "Traceback" in line]
+        self.assertEqual(surprise, [], told)
+        self.reports.clear()
+
+    def ask_bucket(self):
+        """What looks at all settings of a bucket."""
+        s3 = self.s3
+        for name in gos3rve.CONFIG_SHAPES:
+            s3.get("/box", {_SETTING_NAMES.get(name, name): ""})
+        s3.get("/box", {"inventory": "", "id": "one"})
+        s3.get("/")
+        s3.get("/box")
+        s3.put("/box/k", b"12", headers={"origin": "http://x"})
+        s3.get("/box/k", headers={"origin": "http://x"})
+        s3.send("OPTIONS", "/box/k", headers={
+            "origin": "http://x", "access-control-request-method": "GET"})
+        s3.post("/box/u2", {"uploads": ""})
+        service, now = self.running.server.service, time.time()
+        gos3rve.run_lifecycle(service, now)
+        gos3rve.deliver_logs(service, now)
+        for key in ("", "no", "none"):
+            request = gos3rve.Request(service, "GET", "/" + key, {
+                "host": "x"}, None, now, "")
+            request.bucket_name, request.key = "box", key
+            response = gos3rve.serve_site(request)
+            if response.file is not None:
+                os.close(response.file)
+
+    def test_settings(self):
+        self.settings(ALL_SETTINGS)
+        self.ask_bucket()
+        self.no_traceback()
+        for path, junk, config in damaged(ALL_SETTINGS, self.every or 211):
+            self.settings(config)
+            self.ask_bucket()
+            self.no_traceback(path, junk)
+
+    def test_nobody_is_let_in_where_a_guard_is_damaged(self):
+        """But its owner may put a new policy, as over one that is no
+        policy."""
+        for name, junk in (("versioning", 5), ("public_access_block", []),
+                           ("encryption", {}), ("object_lock", 5),
+                           ("owner", []), ("ownership", "x"),
+                           ("locked_out", "no"), ("policy", None)):
+            self.settings({name: junk, "tags": {"a": "b"},
+                           "lifecycle": ALL_SETTINGS["lifecycle"]})
+            with self.subTest(name):
+                for ask in (self.s3.get, self.s3.put, self.s3.delete):
+                    self.assertEqual(ask("/box/k").code, "AccessDenied")
+                self.assertIn(name + " is not", "".join(self.reports))
+                self.assertNotIn("lifecycle", self.running.store.bucket(
+                    "box").config)
+                self.assertEqual(self.s3.put("/box", PUBLIC, {
+                    "policy": ""}).status, 204)
+                self.assertEqual(self.s3.get("/box/k").body, b"12")
+                self.assertEqual(self.s3.get("/box", {"tagging": ""}).one(
+                    "*/*/Value"), "b")
+        self.settings({"cors": 5, "tags": {"a": "b"}})
+        self.assertEqual(self.s3.get("/box/k").status, 200)
+        self.assertIn("cors is not", "".join(self.reports))
+
+    def ask_object(self):
+        """What looks at all of a record."""
+        s3 = self.s3
+        mode = {"x-amz-checksum-mode": "ENABLED"}
+        for query in ({}, {"partNumber": "1"}):
+            s3.get("/box/k", query, headers=mode)
+        for query in ("tagging", "acl", "retention", "legal-hold"):
+            s3.get("/box/k", {query: ""})
+        s3.get("/box/k", {"attributes": ""}, headers={
+            "x-amz-object-attributes": "ETag,Checksum,ObjectParts,"
+                                       "StorageClass"})
+        s3.get("/box", {"versions": ""})
+        s3.get("/box", {"list-type": "2", "fetch-owner": "true"})
+        s3.put("/box/c", headers={"x-amz-copy-source": "/box/k"})
+        gos3rve.run_lifecycle(self.running.server.service, time.time())
+
+    def test_records(self):
+        self.settings(ALL_SETTINGS)
+        path = os.path.join(self.box, "k")
+        status = os.stat(path)
+        record = dict(_OBJECT_RECORD, size=2, mtime_ns=status.st_mtime_ns)
+        fewer = [(name, "none", {other: value for other, value
+                                 in record.items() if other != name})
+                 for name in record]
+        for place, junk, value in itertools.chain(fewer, damaged(
+                record, self.every or 53)):
+            self.write_record(path, value)
+            self.ask_object()
+            self.no_traceback(place, junk)
+
+    def write_record(self, path, value):
+        """Give a file its record."""
+        os.setxattr(path, gos3rve.XATTR, json.dumps(value).encode())
+
+    def ask_upload(self):
+        """What looks at an upload and its part."""
+        s3 = self.s3
+        s3.get("/box", {"uploads": ""})
+        s3.get("/box/u", {"uploadId": self.upload})
+        s3.put("/box/u", b"2", dict(self.part, partNumber="2"))
+        s3.post("/box/u", {"uploadId": self.upload}, parts_document(b"part"))
+        self.running.store.sweep(3600)
+
+    def test_uploads(self):
+        path = os.path.join(self.directory, "uploads", "box", self.upload)
+        part, document = os.path.join(path, "00001"), os.path.join(
+            path, "upload.json")
+        status = os.stat(part)
+        for record, where, step in (
+                (_UPLOAD_RECORD, document, 23),
+                (dict(_PART_RECORD, size=4, mtime_ns=status.st_mtime_ns),
+                 part, 17)):
+            for place, junk, value in damaged(record, self.every or step):
+                by_hand(document, json.dumps(_UPLOAD_RECORD).encode())
+                by_hand(part, b"part")
+                os.utime(part, ns=(status.st_mtime_ns,) * 2)
+                self.write_record(part, dict(
+                    _PART_RECORD, size=4, mtime_ns=status.st_mtime_ns))
+                if where == document:
+                    by_hand(document, json.dumps(value).encode())
+                else:
+                    self.write_record(part, value)
+                self.ask_upload()
+                self.no_traceback(place, junk)
 
 
 class ServerLog(HttpCase):
@@ -24007,20 +24374,28 @@ def run_hosts(victim):
 
 
 def hosts(argv):
-    """The command: ROUNDS rounds, a and b being killed in turn."""
-    if argv[:1] == ["--inside"]:
+    """The command: some rounds, a and b being killed in turn."""
+    parser = argparse.ArgumentParser(
+        prog="test_gos3rve.py hosts", description="Two machines, as network "
+        "namespaces, serve a GlusterFS volume; one is killed and comes "
+        "back.")
+    parser.add_argument("rounds", nargs="?", type=int, default=1)
+    parser.add_argument("--inside", type=int, metavar="VICTIM",
+                        help="what a round runs in the namespaces")
+    options = parser.parse_args(argv)
+    if options.inside is not None:
         def end_with_parent():
             sys.stdin.buffer.read()
             os._exit(1)
         threading.Thread(target=end_with_parent, daemon=True).start()
-        print(json.dumps(hosts_inside(int(argv[1]))), flush=True)
+        print(json.dumps(hosts_inside(options.inside)), flush=True)
         os._exit(0)
     obstacle = hosts_obstacle()
     if obstacle:
         print("two machines: skipped: it " + obstacle)
         return 0
     bad = 0
-    for number in range(int(argv[0]) if argv else 1):
+    for number in range(options.rounds):
         found = run_hosts(number % 2)
         print(found)
         bad += bool(found["faults"])
@@ -29691,8 +30066,27 @@ class SoakRuns(unittest.TestCase):
         self.assertGreater(len(report["history"]), 2)
 
 
+COMMANDS = bench, flood, soak, faults, hosts
+
+
+class Commands(unittest.TestCase):
+
+    def test_each_tells_how_it_is_used_and_refuses_what_it_has_not(self):
+        for command in COMMANDS:
+            for argv, status, text in ((["--help"], 0, "usage: "),
+                                       (["--nonesuch"], 2, "error: ")):
+                said = io.StringIO()
+                with self.subTest(command.__name__, argv=argv), \
+                        contextlib.redirect_stdout(said), \
+                        contextlib.redirect_stderr(said), \
+                        self.assertRaises(SystemExit) as caught:
+                    command(argv)
+                self.assertEqual(caught.exception.code, status)
+                self.assertIn(text, said.getvalue())
+
+
 if __name__ == "__main__":
-    for command in (bench, flood, soak, faults, hosts):
+    for command in COMMANDS:
         if sys.argv[1:2] == [command.__name__]:
             sys.exit(command(sys.argv[2:]))
     unittest.main()
