@@ -3307,6 +3307,9 @@ def storage_error(error):
     if isinstance(error, LeadsOut):
         return S3Error("AccessDenied", "The key leads out of the bucket "
                        "through a symbolic link")
+    if code == errno.EXDEV:             # by a mount, or a link that leads out
+        return S3Error("AccessDenied", "The key lies on another file system "
+                       "than its bucket, where none can be put")
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return S3Error("InsufficientStorage")
     if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP):
@@ -5597,7 +5600,7 @@ def _is_like(path, status):
 
 # ENOENT: an open file whose name went by hand can still be copied
 _NO_LINK = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP,
-            errno.ENOSYS, errno.EMLINK, errno.ENOENT)
+            errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.ENOENT)
 
 
 def _change_mode(fd, mode):

@@ -3575,6 +3575,18 @@ class DamagedSidecars(DamagedRecords):
 
 # --- what is no file of the bucket ---
 
+def other_disk(real, inode):
+    """os.replace() or os.link(), where the directory of that inode lies on
+    another file system than all others."""
+    def call(source, target, *, src_dir_fd=None, dst_dir_fd=None, **named):
+        if len({fd is not None and os.fstat(fd).st_ino == inode
+                for fd in (src_dir_fd, dst_dir_fd)}) > 1:
+            raise OSError(errno.EXDEV, "Invalid cross-device link", source)
+        return real(source, target, src_dir_fd=src_dir_fd,
+                    dst_dir_fd=dst_dir_fd, **named)
+    return call
+
+
 @unittest.skipIf(os.name == "nt", "needs symlinks, FIFOs and sockets")
 class Strangers(StorageCase):
     """Symlinks, FIFOs, sockets and names that are no UTF-8."""
@@ -3647,6 +3659,32 @@ class Strangers(StorageCase):
         self.sweep()
         self.assertEqual(self.read("out/new")[0].etag, md5_hex(b"2"))
         self.assertEqual(files_below(self.outside), ["new", "secret"])
+
+    def test_other_file_system_is_read_and_deleted_and_not_written(self):
+        """A link leads there, which the test stands in for."""
+        self.link(self.outside, "out")
+        self.restart(follow_symlinks=True)
+        with contextlib.ExitStack() as stack:
+            for name in ("replace", "link"):
+                stack.enter_context(mock.patch.object(os, name, other_disk(
+                    getattr(os, name), os.stat(self.outside).st_ino)))
+            for act in (bound(self.put, "out/new", b"1"),
+                        bound(self.put, "out/secret", b"1"),
+                        bound(self.put, "out/secret/x", b"1"),
+                        bound(self.rename, "real/x", "out/x"),
+                        bound(self.rename, "out/secret", "real/y")):
+                with self.assertRaises(OSError) as caught:
+                    act()
+                self.assertEqual(gos3rve.storage_error(
+                    caught.exception).code, "AccessDenied")
+            self.assertEqual(self.keys(), ["out/secret", "real/x"])
+            self.assertEqual(self.read("out/secret")[1], b"secret")
+            self.bucket.save({"versioning": "Enabled"})
+            self.delete("out/secret")
+        self.assertEqual(self.keys(), ["real/x"])
+        fd = self.bucket.open_version("out/secret", "null")[1]
+        with os.fdopen(fd, "rb") as file:
+            self.assertEqual(file.read(), b"secret")
 
     def test_loop_of_links_ends(self):
         self.link(".", "self")
