@@ -4454,9 +4454,16 @@ class Bucket:
                     return self._open_path(candidate) + (candidate,)
                 except _ABSENT:
                     continue
-            if path is None or began - _modified_ns(self._odd) > TICK_NS:
+            if path is None or self._odd_stood_still(began):
                 return None
         return None
+
+    def _odd_stood_still(self, began_ns):
+        """True when nothing has come to odd/ or left it since then."""
+        try:
+            return _settled(os.stat(self._odd), began_ns)
+        except OSError:
+            return True
 
     def _look(self, key):
         """(Info, fd) of an object, or None.

@@ -3039,6 +3039,28 @@ class Keys(StorageCase):
         self.assertEqual(outside, [])
         self.assertEqual(self.bucket.owner, "alice")
 
+    def test_file_that_moves_out_of_odd_is_found_where_seconds_are_whole(
+            self):
+        self.put("a/b", b"1")
+        self.put("a", b"2")
+        self.delete("a/b")
+        stat, look = os.stat, self.bucket._open_path
+        second = 10 ** 9
+        coarse = mock.Mock(st_mtime_ns=time.time_ns() // second * second,
+                           st_ctime_ns=second)
+
+        def move_first(path):
+            if path == self.bucket._odd_path("a"):
+                self.bucket._open_path = look
+                self.put("a", b"3")
+            return look(path)
+        self.bucket._open_path = move_first
+        with mock.patch.object(os, "stat", lambda path, *args, **named: (
+                coarse if path == self.bucket._odd
+                else stat(path, *args, **named))), mock.patch.object(
+                    time, "time_ns", lambda: coarse.st_mtime_ns + second):
+            self.assertEqual(self.read("a")[1], b"3")
+
     @unittest.skipUnless(hasattr(os, "copy_file_range"), "not here")
     def test_copy_goes_on_where_the_kernel_copies_no_more(self):
         """overlayfs says so with 0, others with an errno."""
