@@ -6224,19 +6224,18 @@ def collect_page(keys_after, look, prefix, delimiter, after, limit, skip=""):
         key = next(keys, None)
         if key is None:
             return Page(entries, False)
-        entry = None
         cut = key.find(delimiter, len(prefix)) if delimiter else -1
-        if cut >= 0:
-            common = key[:cut + len(delimiter)]
-            if common != last:
-                entry = CommonPrefix(common)
-        else:
+        if cut < 0:
             entry = look(key)
-        if entry is not None and len(entries) == limit:
+        else:
+            common = key[:cut + len(delimiter)]
+            entry = CommonPrefix(common) if common != last else None
+        if entry is None:
+            continue
+        if len(entries) == limit:
             return Page(entries, True)
-        if entry is not None:
-            entries.append(entry)
-        if cut >= 0 and entry is not None:
+        entries.append(entry)
+        if cut >= 0:
             # never descend below what is rolled up: go on behind it
             last = common
             keys = keys_after(common + "\U0010ffff")
