@@ -6522,6 +6522,8 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             names.update(filter(usable_bucket_name,
                                 os.listdir(self.dir_buckets)))
+        for name in set(self._buckets).difference(names):
+            self._buckets.pop(name, None)       # deleted, by whatever hand
         found = []
         for name in sorted(names):
             try:

@@ -5986,6 +5986,14 @@ class Buckets(StorageCase):
             self.put("k", b"1")
         self.assertEqual((self.keys(), times), (["k"], [0]))
 
+    def test_sweep_forgets_the_buckets_that_are_gone(self):
+        other = Store(self.buckets, self.uploads, xattrs=self.xattrs)
+        for number in range(20):
+            bucket = self.store.create_bucket("b%d" % number, "bob", "x")
+            (self.store, other)[number % 2].delete_bucket(bucket)
+        self.sweep()
+        self.assertEqual(list(self.store._buckets), ["box"])
+
     def test_settings_that_go_while_they_are_looked_at_are_none(self):
         def vanishing(path, *_):
             raise FileNotFoundError(errno.ENOENT, "gone", path)
