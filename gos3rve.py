@@ -3261,6 +3261,7 @@ TICK_NS, COARSE_TICK_NS = 50000000, 2500000000
 SWEEP_GRACE_SECONDS = 60            # between making a file and locking it
 # Of a bucket's, and how often: 40 us each
 MAX_SWEPT_HINTS, HINTS_SECONDS = 10000, 3600
+FULL_SWEEP_SECONDS = 24 * 3600      # from one look at all sidecars to the next
 # Of a bucket's access log, while it cannot be delivered
 MAX_SPOOLED_BYTES = 256 * MIB
 
@@ -4206,6 +4207,7 @@ class Bucket:
         self._config, self._no_config = (None, {}), {}
         self.hints_due = 0              # when a sweep looks at unique/
         self.derived = (None, None)     # room 8's: (config, what follows)
+        self._swept = (0, 0)    # sidecars: before when, and all of them when
         self.listed = {}        # ListedCache's: show -> (stamp, key -> Listed)
 
     @functools.cached_property
@@ -5025,10 +5027,19 @@ class Bucket:
 
     def sweep_sidecars(self, before):
         """Remove the sidecars, unchanged since `before`, that no longer
-        describe their key's file; how many."""
-        count = 0
-        for name in _listdir(self._meta):
+        describe their key's file; how many.
+
+        A look at one takes 60 us: at first and once a day all of them have
+        it, else those that have come or changed since the last time.
+        """
+        count, since, first = 0, *self._swept
+        if not 0 <= before - first < FULL_SWEEP_SECONDS:
+            since, first = 0, before
+        for name in _listdir(self._meta) \
+                if _modified(self._meta) >= since else ():
             path = os.path.join(self._meta, name)
+            if _modified(path) < since:
+                continue
             try:
                 with open(path, "rb") as file:
                     record = load_record(file.read())
@@ -5041,6 +5052,7 @@ class Bucket:
                     if not self._describes(key, name) \
                             and not self.fitting(key, record):
                         count += _unlink(path)
+        self._swept = before, first
         return count
 
     def fitting(self, key, record):

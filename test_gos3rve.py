@@ -6618,6 +6618,34 @@ class SweepingWithSidecars(Sweeping):
 
     xattrs = False
 
+    def looked_at(self, later):
+        """The keys of the sidecars that a sweep reads."""
+        real, keys = gos3rve.load_record, []
+
+        def load(data):
+            keys.append(real(data)["key"])
+            return real(data)
+        with mock.patch.object(gos3rve, "load_record", load):
+            self.sweep(later=later, grace=60)
+        return sorted(keys)
+
+    def test_records_are_looked_at_once_a_day_or_when_they_are_new(self):
+        meta, now = self.path(gos3rve.STATE, "meta"), time.time()
+        for key in "a", "b":
+            self.put(key, b"1")
+        os.unlink(self.path("a"))
+        self.assertEqual(self.looked_at(100), ["a", "b"])
+        self.assertEqual(self.looked_at(200), [])
+        self.put("c", b"1")
+        for path in (self.bucket._sidecar("c", os.stat(
+                self.path("c")).st_ino), meta):
+            os.utime(path, (now + 150, now + 150))
+        self.assertEqual(self.looked_at(300), ["c"])
+        self.assertEqual(self.looked_at(400), [])
+        day = gos3rve.FULL_SWEEP_SECONDS
+        self.assertEqual(self.looked_at(day + 200), ["b", "c"])
+        self.assertEqual(self.looked_at(0), ["b", "c"])     # a clock set back
+
 
 # --- content that is there already ---
 
