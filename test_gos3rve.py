@@ -4136,6 +4136,7 @@ class Listing(StorageCase):
                 ({"after": "c0"}, ["."]),
                 ({"prefix": "d"}, ["."])):
             with self.subTest(query=query):
+                self.restart()          # which has read none yet
                 self.assertEqual(self.opened(**query), needed)
 
     def test_page_after_a_common_prefix_does_not_walk_through_it(self):
