@@ -1552,6 +1552,15 @@ class SigV4Refusals(Signing):
                 with self.subTest(name=name):
                     error = self.refused("AccessDenied", self.who, request)
                     self.assertEqual(error.fields["HeadersNotSigned"], name)
+        request = self.presigned()
+        for value, code in (
+                (gos3rve.UNSIGNED, None), (gos3rve.EMPTY_SHA256, None),
+                (gos3rve.STREAMING_UNSIGNED, "AccessDenied")):
+            request.headers["x-amz-content-sha256"] = value
+            if code:
+                self.refused(code, self.who, request)
+            else:                       # it says nothing in a URL's request
+                self.assertEqual(self.who(request), self.client.key_id)
         request = self.signed()
         text = request.headers["authorization"]
         request.headers["authorization"] = text.replace("host;", "")
@@ -9770,6 +9779,10 @@ class BucketRequests(OperationCase):
         self.ok(self.s3.put("/twice-east/k", b"kept"))
         self.create("twice-east")
         self.assertEqual(self.s3.get("/twice-east/k").body, b"kept")
+        self.error(self.s3.put("/twice-east", b"<CreateBucketConfiguration>"
+                               b"<Tags><Tag><Key>a</Key><Value>b</Value>"
+                               b"</Tag></Tags></CreateBucketConfiguration>"),
+                   "BucketAlreadyOwnedByYou", 409)
         self.create("twice-west", "us-west-2")
         self.error(self.create("twice-west", "us-west-2", 409),
                    "BucketAlreadyOwnedByYou", 409)
@@ -9865,6 +9878,11 @@ class ListBucketsRequests(OperationCase):
         self.assertEqual(names, self.NAMES)
         for date in answer.all("Buckets/Bucket/CreationDate"):
             self.assertRegex(date, r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+        for arns in (answer.all("Buckets/Bucket/BucketArn"), [
+                self.s3.head("/" + name).headers["x-amz-bucket-arn"]
+                for name in self.NAMES]):
+            self.assertEqual(arns, ["arn:aws:s3:::" + name
+                                    for name in self.NAMES])
         self.assertTrue(answer.one("Owner/ID"))
         self.assertIsNone(answer.one("ContinuationToken"))
 
@@ -10066,6 +10084,8 @@ class ListingRequests(OperationCase):
         second = self.s3.get("/box", {
             "list-type": "2", "start-after": "b", "continuation-token":
             first.one("NextContinuationToken")})
+        self.assertEqual([page.one("StartAfter") for page in (
+            first, second)], ["b", None])
         found = first.all("Contents/Key") + second.all("Contents/Key")
         self.assertEqual(found, [k for k in sorted(
             self.KEYS, key=str.encode) if k > "b"])
@@ -10089,8 +10109,10 @@ class ListingRequests(OperationCase):
     def test_bad_parameters_are_InvalidArgument(self):
         for query in ({"max-keys": "-1"}, {"max-keys": "x"},
                       {"max-keys": "1.5"}, {"encoding-type": "xml"},
+                      {"encoding-type": ""},
                       {"list-type": "3"}, {"list-type": "2",
                                            "continuation-token": "no!"},
+                      {"list-type": "2", "continuation-token": ""},
                       {"versions": "", "version-id-marker": "null"},
                       {"max-keys": "99999999999999999999999"}):
             with self.subTest(query=query):
@@ -10851,12 +10873,15 @@ class ChecksumRequests(OperationCase):
                                      "FULL_OBJECT")
                     self.assertNotIn(header, read("/box/k").headers)
 
-    def test_a_range_never_carries_the_whole_checksum(self):
+    def test_a_range_carries_the_checksum_when_it_is_all(self):
         self.ok(self.put("CRC32", crc64(self.DATA)))
-        answer = self.s3.get("/box/k", headers={
-            "range": "bytes=1-3", "x-amz-checksum-mode": "ENABLED"})
-        self.assertEqual(answer.status, 206)
-        self.assertNotIn("x-amz-checksum-crc32", answer.headers)
+        for asked, value in (("bytes=1-3", None), ("bytes=1-", None),
+                             ("bytes=0-", crc64(self.DATA))):
+            answer = self.s3.get("/box/k", headers={
+                "range": asked, "x-amz-checksum-mode": "ENABLED"})
+            self.assertEqual(answer.status, 206)
+            self.assertEqual(answer.headers.get("x-amz-checksum-crc32"),
+                             value)
 
     def test_wrong_checksums_store_nothing(self):
         for name in SUMS:
@@ -11168,6 +11193,10 @@ class CopyRequests(OperationCase):
 
     def test_onto_itself_something_must_change(self):
         self.error(self.copy(target="/box/source"), "InvalidRequest", 400)
+        self.error(self.copy(target="/box/source", if_none_match="*"),
+                   "PreconditionFailed", 412)
+        self.ok(self.copy(target="/box/source",
+                          x_amz_storage_class="STANDARD"))
         self.ok(self.copy(target="/box/source", x_amz_meta_n="1",
                           x_amz_metadata_directive="REPLACE"))
         answer = self.s3.get("/box/source")
@@ -11180,6 +11209,16 @@ class CopyRequests(OperationCase):
         self.assertEqual(answer.headers["x-amz-storage-class"],
                          "STANDARD_IA")
         self.assertEqual(answer.headers["x-amz-meta-n"], "1")
+
+    def test_the_version_of_a_copy(self):
+        for status, version in ((None, None), ("Suspended", "null")):
+            if status:
+                self.ok(self.s3.put("/box", ("<VersioningConfiguration>"
+                                             "<Status>%s</Status></Versioning"
+                                             "Configuration>" % status
+                                             ).encode(), {"versioning": ""}))
+            self.assertEqual(self.ok(self.copy()).headers.get(
+                "x-amz-version-id"), version)
 
     def test_the_storage_class_is_the_request_s(self):
         self.ok(self.s3.put("/box/cold", b"x", headers={
@@ -11637,7 +11676,14 @@ class MultipartRequests(MultipartCase):
         self.ok(self.s3.put("/box/k", b"old"))
         upload = self.start()
         etag = self.ok(self.part(upload, 1, b"new")).etag
-        answer = self.ok(self.s3.delete("/box/k", {"uploadId": upload}), 204)
+        wrong, right = "Thu, 01 Jan 2015 00:00:00 GMT", self.s3.get(
+            "/box", {"uploads": ""}).one("Upload/Initiated")
+        for time_text, status in (wrong, 412), (
+                gos3rve.http_date(gos3rve.parse_iso_date(
+                    right[:19] + "Z")), 204):
+            answer = self.s3.delete("/box/k", {"uploadId": upload}, headers={
+                "x-amz-if-match-initiated-time": time_text})
+            self.assertEqual(answer.status, status, answer.body)
         self.assertEqual(answer.body, b"")
         self.body("k", b"old")
         for answer in (self.part(upload, 2, b"x"),
@@ -11720,8 +11766,10 @@ class MultipartRequests(MultipartCase):
         upload = self.start()
         etag = self.ok(self.part(upload, 1, b"part")).etag
         query = {"uploadId": upload}
+        self.error(self.s3.post("/box/k", query,
+                                b"<CompleteMultipartUpload/>"),
+                   "InvalidRequest", 400)
         for body in (b"<a/>", b"<Complete", b"x",
-                     b"<CompleteMultipartUpload/>",
                      b"<CompleteMultipartUpload><Part><ETag>%s</ETag></Part>"
                      b"</CompleteMultipartUpload>" % etag.encode(),
                      b"<CompleteMultipartUpload><Part><PartNumber>x"
@@ -11960,8 +12008,16 @@ class MultipartChecksumRequests(MultipartCase):
         self.assertEqual(head["x-amz-checksum-type"], kind)
         answer = self.s3.get("/box/k", {"partNumber": "2"}, headers={
             "x-amz-checksum-mode": "ENABLED"})
-        self.assertEqual(answer.headers["x-amz-checksum-" + name.lower()],
-                         checksum64(name, self.DATAS[1]))
+        self.assertEqual(
+            answer.headers.get("x-amz-checksum-" + name.lower()),
+            checksum64(name, self.DATAS[1]) if kind == "COMPOSITE" else None)
+        answer = self.ok(self.s3.get("/box/k", {"attributes": ""}, headers={
+            "x-amz-object-attributes": "Checksum,ObjectParts"}))
+        self.assertEqual(answer.one("Checksum/Checksum" + name),
+                         value.partition("-")[0])
+        self.assertEqual(answer.one("ObjectParts/PartsCount"), "3")
+        self.assertEqual(len(answer.all("ObjectParts/Part")),
+                         3 if kind == "COMPOSITE" else 0)
 
     def test_composite_and_full_object(self):
         whole = b"".join(self.DATAS)
@@ -12001,8 +12057,13 @@ class MultipartChecksumRequests(MultipartCase):
         for name in ("CRC32", "CRC64NVME"):
             header = "x_amz_checksum_" + name.lower()
             upload, parts = self.summed(name, "FULL_OBJECT")
-            self.error(self.complete(upload, parts, **{
-                header: checksum64(name, b"other")}), "BadDigest", 400)
+            for header_of, value in (
+                    (name, checksum64(name, b"other")),
+                    (name, checksum64(name, whole) + "-3"),
+                    ("SHA256", checksum64("SHA256", whole))):
+                self.error(self.complete(upload, parts, **{
+                    "x_amz_checksum_" + header_of.lower(): value}),
+                    "BadDigest", 400)
             self.error(self.s3.get("/box/k"), "NoSuchKey")
             self.check(name, "FULL_OBJECT", checksum64(name, whole),
                        **{header: checksum64(name, whole),
@@ -12103,6 +12164,11 @@ class UploadListingRequests(MultipartCase):
                     break
                 marker = answer.one("NextPartNumberMarker")
             self.assertEqual(list(map(int, found)), numbers)
+        for query in {"max-parts": "0"}, {"part-number-marker": "10000"}:
+            answer = self.ok(self.s3.get("/box/k", dict(query,
+                                                        uploadId=upload)))
+            self.assertEqual((answer.one("IsTruncated"), answer.one(
+                "NextPartNumberMarker")), ("false", "0"))
 
     def test_what_list_parts_tells(self):
         upload = self.start()
@@ -13513,7 +13579,8 @@ class KeptDocumentRequests(OperationCase):
                     query["id"] = "one"
                     self.error(self.s3.get("/box", query),
                                "NoSuchConfiguration")
-                self.ok(self.s3.put("/box", document.encode(), query))
+                self.ok(self.s3.put("/box", document.encode(), query),
+                        204 if name in self.MANY else 200)
                 answer = self.ok(self.s3.get("/box", query))
                 self.assertEqual(self.plain(answer.body).decode(), document)
 
@@ -13524,7 +13591,7 @@ class KeptDocumentRequests(OperationCase):
                     document = self.DOCUMENTS[name].replace(
                         "<Id>one<", "<Id>%s<" % number)
                     self.ok(self.s3.put("/box", document.encode(), {
-                        name: "", "id": number}))
+                        name: "", "id": number}), 204)
                 answer = self.ok(self.s3.get("/box", {name: ""}))
                 self.assertEqual(answer.all("*/Id"), ["one", "two"])
                 self.assertEqual(answer.one("IsTruncated"), "false")
@@ -13575,10 +13642,12 @@ class KeptDocumentRequests(OperationCase):
                           b"Requester</Payer></RequestPaymentConfiguration>",
                           {"requestPayment": ""}))
         self.error(bob.get("/box/k"), "AccessDenied")
-        self.ok(bob.get("/box/k", headers={
-            "x-amz-request-payer": "requester"}))
+        self.assertEqual(self.ok(bob.get("/box/k", headers={
+            "x-amz-request-payer": "requester"})).headers[
+            "x-amz-request-charged"], "requester")
         self.error(bob.send("GET", "/box/k"), "AccessDenied")
-        self.ok(alice.get("/box/k"))
+        self.assertNotIn("x-amz-request-charged",
+                         self.ok(alice.get("/box/k")).headers)
 
 
 # --- tags and cross-origin requests ---
@@ -14298,6 +14367,14 @@ class VersionRequests(OperationCase):
         answer = self.error(self.s3.get("/box/d/k", {
             "versionId": marker}), "MethodNotAllowed")
         self.assertEqual(answer.headers["allow"], "DELETE")
+        tags = b"<Tagging><TagSet></TagSet></Tagging>"
+        for query in {}, {"versionId": marker}:
+            for answer in (
+                    self.s3.put("/box/d/k", tags, dict(query, tagging="")),
+                    self.s3.put("/box/d/k", b"", dict(query, acl=""))):
+                self.error(answer, "MethodNotAllowed")
+                self.assertEqual(answer.one("Method"), "PUT")
+                self.assertEqual(answer.one("ResourceType"), "DeleteMarker")
         self.assertEqual(self.s3.keys("box"), [])
         self.assertEqual(self.listed(), [("d/k", marker, True, True),
                                          ("d/k", version, False, False)])
@@ -14408,7 +14485,7 @@ class VersionRequests(OperationCase):
         self.put_version("k", b"1")
         self.error(self.s3.put("/box/l", query={"renameObject": ""},
                                headers={"x-amz-rename-source": "k"}),
-                   "InvalidRequest")
+                   "NotImplemented")
         self.assertEqual(self.s3.keys("box"), ["k"])
 
     def test_sixteen_writers_lose_no_version(self):
@@ -14801,6 +14878,21 @@ class ObjectLockRequests(LockCase):
             "us-east-1:111122223333:alias/aws/s3</KMSKeyArn></SSE-KMS>",
             "ObjectEncryption",
             {"x-amz-bypass-governance-retention": "true"})
+
+    def test_without_it_nothing_can_be_bypassed(self):
+        self.ok(self.s3.put("/free"))
+        for answer in (
+                self.s3.delete("/free/k", headers={
+                    "x-amz-bypass-governance-retention": "false"}),
+                self.s3.post("/free", {"delete": ""}, b"<Delete><Object><Key>"
+                             b"k</Key></Object></Delete>", headers={
+                                 "content-md5": digest64(
+                                     "md5", b"<Delete><Object><Key>k</Key>"
+                                     b"</Object></Delete>"),
+                                 "x-amz-bypass-governance-retention": "true",
+                             })):
+            self.error(answer, "InvalidArgument", 400)
+        self.ok(self.s3.delete("/free"), 204)
 
     def test_without_it_nothing_can_be_locked(self):
         self.unlock_tree()
@@ -17136,6 +17228,14 @@ class SiteRequests(OperationCase):
                              b"index.html")
 
     def test_a_folder_without_its_slash_is_sent_there(self):
+        self.ok(self.s3.delete("/box", {"policy": ""}), 204)
+        self.assertEqual(self.site("/dir").status, 403)
+        self.ok(self.s3.put("/box", b"<OwnershipControls><Rule>"
+                            b"<ObjectOwnership>ObjectWriter</ObjectOwnership>"
+                            b"</Rule></OwnershipControls>",
+                            {"ownershipControls": ""}))
+        self.ok(self.s3.put("/box/dir/index.html", b"x", headers={
+            "x-amz-acl": "public-read"}))
         answer = self.site("/dir")
         self.assertEqual((answer.status, answer.headers["location"]), (
             302, "http://box.s3-website.localhost/dir/"))
@@ -19517,11 +19617,16 @@ class PresignedRequests(OperationCase):
         return self.s3.send(method, "%s?%s" % (parts.path, parts.query),
                             body, headers)
 
-    def v2(self, method, path, expires, query=""):
+    def v2(self, method, path, expires, query="", content_type="", meta=()):
         """A URL presigned with SigV2 (RESTAuthentication.html)."""
         path = quote(path, "/-_.~")
-        text = "%s\n\n\n%d\n%s%s" % (method, expires, path,
-                                     query and "?" + query)
+        text = "%s\n\n%s\n%d\n%s%s%s" % (
+            method, content_type, expires,
+            "".join("%s:%s\n" % pair for pair in meta), path,
+            query and "?" + query)
+        query = "&".join(filter(None, [query] + [
+            "%s=%s" % (name, quote(value)) for name, value in list(meta) + [
+                ("Content-Type", content_type)] * bool(content_type)]))
         signature = base64.b64encode(hmac.new(
             self.s3.secret.encode(), text.encode(), hashlib.sha1).digest())
         return "%s%s?%sAWSAccessKeyId=%s&Expires=%d&Signature=%s" % (
@@ -19554,6 +19659,35 @@ class PresignedRequests(OperationCase):
         url = self.s3.presign("GET", "/box", [("list-type", "2"),
                                               ("prefix", "k")])
         self.assertEqual(self.fetch(url).all("Contents/Key"), ["k"])
+
+    def test_headers_may_be_in_the_url(self):
+        """As SDKs presign Metadata, Tagging and IfNoneMatch."""
+        meta = [("x-amz-meta-b", "\u00e9 2"), ("x-amz-storage-class",
+                                               "ONEZONE_IA")]
+        more = [("x-amz-checksum-crc32", "AAAAAA=="),
+                ("x-amz-sdk-checksum-algorithm", "CRC32"),
+                ("x-amz-tagging", "a=b")]
+        v4 = self.s3.presign("PUT", "/box/k", meta + more + [
+            ("If-None-Match", "*")])
+        v2 = self.v2("PUT", "/box/k2", int(time.time()) + 60,
+                     content_type="text/odd", meta=[
+                         ("x-amz-meta-b", "2"), meta[1]])
+        for url in (v4, v2):
+            self.ok(self.fetch(url, "PUT", b"data"))
+            url = url.replace("ONEZONE_IA", "GLACIER")
+            self.error(self.fetch(url, "PUT", b"data"),
+                       "SignatureDoesNotMatch", 403)
+        self.error(self.fetch(v4, "PUT", b"data"), "PreconditionFailed", 412)
+        for key, values in (
+                ("k", {"x-amz-meta-b": "=?UTF-8?B?w6kgMg==?=",
+                       "x-amz-tagging-count": "1"}),
+                ("k2", {"x-amz-meta-b": "2", "content-type": "text/odd"})):
+            answer = self.s3.get("/box/" + key)
+            for name, value in dict(
+                    values, **{"x-amz-storage-class": "ONEZONE_IA"}).items():
+                self.assertEqual(answer.headers.get(name), value, name)
+        self.error(self.fetch(self.s3.presign("PUT", "/box/k", [
+            ("x-amz-meta-b", "1\r\n2")]), "PUT", b""), "InvalidArgument")
 
     def test_a_range_needs_no_signature(self):
         self.ok(self.s3.put("/box/k", b"0123456789"))
