@@ -1260,6 +1260,12 @@ class SigV4Examples(Signing):
             with self.subTest(step=step):
                 self.assertEqual(self.trailed(step), b"a" * 66560)
 
+    def test_an_empty_line_before_the_trailer_s_signature(self):
+        # as minio-go 7 sends it; its functional tests over plain HTTP
+        for old, new in ((b"==\r\n", b"==\n\r\n"), (b"==\r", b"==\r\n\r")):
+            self.assertEqual(self.trailed(100000, lambda wire: wire.replace(
+                old, new)), b"a" * 66560)
+
     def test_trailer_is_under_its_signature(self):
         for old, new, code in (
                 (b"sOO8/Q==", b"sOO8/A==", "SignatureDoesNotMatch"),
