@@ -807,6 +807,49 @@ def record(world, data):
     world.reset()
 
 
+@target(b'\0{"owner":"a","created_ns":1,"versioning":"Enabled","cors":[{"meth'
+        b'ods":["GET"],"origins":["*"]}],"policy":"{}","acl":["a"]}',
+        b'\0{"object_ownership":"ObjectWriter","tags":{"a":"b"},"region":7}',
+        b'\1{"object_lock":{"Mode":"GOVERNANCE","Days":1},"lock":true}',
+        b'\2{"key":"key","initiated_ns":1,"headers":{"Content-Type":"a"},'
+        b'"meta":{},"checksum":"CRC32","owner":"a"}', b"\2[]", b"\0", b"\1{",
+        b'\3["00000000000000000000000000000000",7,1,"a/b",{"m":{"a":"b"}}]')
+def state(world, data):
+    """What stands beside the objects: of a bucket, an upload, a sidecar."""
+    if not data:
+        return
+    key = os.path.join(world.root, "key")
+    bucket = world.server.service.store.bucket("box")
+    path = (world.state_path("box"), world.state_path("vault"), os.path.join(
+        world.server.service.store.dir_uploads, "box", world.upload,
+        "upload.json"), bucket._sidecar("key", os.stat(key).st_ino))[
+            data[0] % 4]
+    before = open_and_read(path) if os.path.exists(path) else None
+    if data[0] % 4 == 3:
+        os.removexattr(key, gos3rve.XATTR)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data[1:])
+    place = "/vault" if data[0] % 4 == 1 else "/box"
+    for query in ("", "?list-type=2", "?uploads", "?versions") + tuple(
+            "?" + row[3] for row in DOCUMENTS
+            if row[2] == gos3rve.BUCKET and row[3]):
+        world.signed("GET", place + query, {}, b"")
+    world.signed("PUT", place + "/key", {}, b"content")
+    for query in ("", "?acl", "?tagging", "?retention", "?attributes",
+                  "?uploadId=" + world.upload):
+        world.signed("GET", place + "/key" + query, {
+            "x-amz-object-attributes": "ETag"}, b"")
+    world.signed("PUT", "/box/key?partNumber=1&uploadId=" + world.upload,
+                 {}, b"part")
+    world.talk(("GET %s/key HTTP/1.1\r\nHost: a\r\nOrigin: http://c\r\n\r\n"
+                % place).encode())
+    if before is not None:
+        with open(path, "wb") as file:
+            file.write(before)
+    world.reset()
+
+
 @target(b"<root><Port>1</Port><Bucket>a=b</Bucket><User><AccessKeyId>a"
         b"</AccessKeyId><SecretAccessKey>b</SecretAccessKey></User></root>")
 def config_xml(world, data):
