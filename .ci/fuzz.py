@@ -1026,24 +1026,26 @@ def with_bombs(names, options):
     """A MiB of something in the midst of a seed or at its end, until all
     have been tried or some seconds have gone."""
     name, = names
-    bombs = [(seed, piece) for seed in TARGETS[name][1] for piece in BOMBS]
-    random.Random(0).shuffle(bombs)
-    world, ended = World(), time.monotonic() + options.seconds
-    tried, most = 0, (0, b"", b"")
     # no more comes to the parsers of headers
     size = gos3rve.MAX_HEAD_BYTES if name == "values" else gos3rve.MIB
+    pairs = [(seed, piece) for seed in TARGETS[name][1] for piece in BOMBS]
+    random.Random(0).shuffle(pairs)
+    world, ended = World(), time.monotonic() + options.seconds
+    made, tried, most = {}, 0, (0, b"", b"")
     with world.running:
-        for tried, (seed, piece) in enumerate(bombs, 1):
+        for tried, (seed, piece) in enumerate(pairs, 1):
             at = len(seed) // (1 + tried % 2)
-            bomb = b"".join(piece.replace(b"%d", b"%d" % number)
-                            for number in range(size // len(piece)))
+            bomb = made.get(piece) or b"".join(
+                piece.replace(b"%d", b"%d" % number)
+                for number in range(size // len(piece)))
+            made[piece] = bomb
             began = time.process_time()
             run_one(world, name, seed[:at] + bomb + seed[at:])
             most = max(most, (time.process_time() - began, piece, seed[:40]))
             if time.monotonic() >= ended:
                 break
     print("%s: %d of %d bombs, no finding; at most %.2f s, with %r in %r"
-          % ((name, tried, len(bombs)) + most), flush=True)
+          % ((name, tried, len(pairs)) + most), flush=True)
 
 
 ENGINES = {"hypothesis": with_hypothesis, "atheris": with_atheris,
