@@ -344,16 +344,19 @@ def document(world, data):
     world.forget()
 
 
+ASSUME = b"Action=AssumeRole&Version=2011-06-15&RoleSessionName=name&RoleArn" \
+    b"=arn:aws:iam::%s:role/a&" % USER.encode()
+
+
 @target(b"Action=GetSessionToken&Version=2011-06-15&DurationSeconds=900",
-        b"Action=AssumeRole&Version=2011-06-15&RoleArn=arn:aws:iam::1:role/a"
-        b"&RoleSessionName=bc&Policy=%7B%22Statement%22%3A%5B%7B%7D%5D%7D&Tags.member"
-        b".1.Key=a&Tags.member.1.Value=b",
         b"Action=GetCallerIdentity&Version=2011-06-15",
-        b"Action=AssumeRole&Version=2011-06-15&RoleArn=arn:aws:iam::1:role/a"
-        b"&RoleSessionName=bc&" + b"&".join(
+        ASSUME + b"Tags.member.1.Key=a&Tags.member.1.Value=b&Policy="
+        + urllib.parse.quote(EVERYBODY.replace(
+            b'"Principal": "*", ', b"")).encode(),
+        ASSUME + b"&".join(
             b"Tags.member.%d.Key=%d&Tags.member.%d.Value=%s" % (
-                n, n, n, os.urandom(120).hex().encode())
-            for n in range(1, 51)))
+                n, n, n, hashlib.shake_256(b"%d" % n).hexdigest(
+                    128).encode()) for n in range(1, 51)))
 def token(world, data):
     """What is asked of STS."""
     world.signed("POST", "/", {
@@ -645,7 +648,7 @@ def framing(world, data):
             body.want("MD5", body.checksum)
             if step == 1:
                 body.read_all(1500)
-            for block in body.blocks(7):
+            for block in body.blocks(7 if len(wire) < 4096 else 7000):
                 assert block
             body.digest("MD5")
 
