@@ -614,9 +614,9 @@ def framed():
             b"x-amz-content-sha256:" + b"0" * 64, b"x-amz-content-sha256:"
             + hashlib.sha256(b"0123456789").hexdigest().encode()):
         yield head + b"\n\n0123456789"
-    yield b"\n"
+    yield b"\n\n"
     yield b"x-amz-decoded-content-length:x\n" + aws[:29] + b"\n0"
-    yield b"\n" + b"0123456789" * 200
+    yield b"\n\n" + b"0123456789" * 200
 
 
 PAYLOADS = gos3rve.STREAMING_SIGNED + (
