@@ -437,12 +437,12 @@ def values(world, data):
                 calls.append(
                     lambda prefix=prefix, name=name, mtime=mtime:
                     gos3rve.check_read_conditions(
-                        {prefix + name: text}, "a", mtime, prefix))
+                        {prefix + name: text}, "a", mtime, 1 << 40, prefix))
     for row in ((), (text,), (None, True), (None, False, 1),
                 (None, False, None, 1)):
         for info in (None, types.SimpleNamespace(etag="a", size=2, mtime=2)):
             calls.append(lambda row=row, info=info: gos3rve.WriteConditions(
-                *row).check(info))
+                *row).check(info, "key"))
     for call in calls:
         with contextlib.suppress(gos3rve.S3Error, ValueError):
             call()
