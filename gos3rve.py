@@ -18105,6 +18105,19 @@ class Wire:
         self.received += end
         return line
 
+    def drain(self, size):
+        """Read so many bytes of a body away, or RequestTimeout: all of them
+        have the time that the next one has otherwise."""
+        deadline = time.monotonic() + self._limits.body_seconds
+        left = size - len(self._buffer)
+        self._buffer = self._buffer[size:]
+        while left > 0:
+            data = self._receive_until(deadline, None, left, self._flags)
+            if not data:
+                raise S3Error("IncompleteBody")
+            left -= len(data)
+        self.received += size
+
     def _first_bytes(self):
         """The first bytes of a head; b"" when none come in time, nobody
         waits for them any more, or the client has gone."""
@@ -18380,8 +18393,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if not (self.wire.before_body or frame.left is None
                     or frame.left > MAX_DRAIN_BYTES):
-                while frame.read(BLOCK_BYTES):
-                    pass
+                self.wire.drain(frame.left)
                 return
         except S3Error:
             pass
@@ -19540,7 +19552,7 @@ OPTIONS = (
            "access log on stderr: text, json or none"),
     Option("workers", _workers, None, "Workers",
            "processes that serve (default: on Linux one a core, at most 4; "
-           "elsewhere 1)"),
+           "elsewhere 1), no more than `-max_conns`"),
     Option("max_conns", _connections, LIMITS.connections,
            "MaxConnections",
            "connections at once, in all processes, each with a thread; "
@@ -20199,7 +20211,8 @@ def raise_file_limit(connections):
 def run(config):
     """Serve until a signal comes; the exit status."""
     values = config.values
-    workers = values["workers"] or default_workers()
+    workers = min(values["workers"] or default_workers(),
+                  values["max_conns"])  # each has a connection, at least
     raise_file_limit(values["max_conns"])
     try:
         if values["ready_file"]:        # a kill may have left it

@@ -21302,12 +21302,24 @@ class HttpConnections(HttpCase):
     def test_half_a_head_is_not_waited_for_beyond_its_time(self):
         for idle in (60, 0.1):
             peer = self.waiting(head_seconds=0.2, idle_seconds=idle)
-            peer.send(GET)
-            start = time.monotonic()    # bytes that drip do not prolong it
-            while not select.select([peer.sock], [], [], 0.001)[0]:
-                self.assertLess(time.monotonic(), start + 5)
-                peer.send(b"a")
+            self.drip(peer.send(GET))
             self.error(peer.answer(), "RequestTimeout")
+
+    def drip(self, peer):
+        """Send bytes one at a time, which does not prolong what has a time
+        for all of them: until an answer has come."""
+        start = time.monotonic()
+        while not select.select([peer.sock], [], [], 0.001)[0]:
+            self.assertLess(time.monotonic(), start + 3)
+            peer.send(b"a")
+
+    def test_the_body_of_a_refused_upload_has_a_time_for_all_of_it(self):
+        for idle in (60, 0.1):
+            peer = self.waiting(body_seconds=0.2, idle_seconds=idle)
+            self.drip(peer.send(PUT + b"Content-Length: 99999\r\n\r\n"))
+            self.error(peer.answer(), "AccessDenied")
+            peer.sock.shutdown(socket.SHUT_WR)
+            self.closed(peer)
 
     def test_the_next_request_is_not_waited_for_beyond_its_time(self):
         for idle, body in ((0.1, 60), (0.1, 0.05), (0.1, 0.1)):
@@ -23421,6 +23433,18 @@ class ServerTls(HttpCase):
     def test_a_client_that_delays_its_hello_stops_nobody(self):
         with Peer(self.server.port), Peer(self.server.port):
             self.ok(self.s3.get("/box"))
+
+    def test_a_hello_that_drips_is_not_waited_for_beyond_its_time(self):
+        limits = self.server.server.limits._replace(head_seconds=0.2)
+        with mock.patch.object(self.server.server, "limits", limits), \
+                Peer(self.server.port) as peer:
+            peer.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+            start = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while not select.select([peer.sock], [], [], 0.01)[0]:
+                    self.assertLess(time.monotonic(), start + 3)
+                    peer.send(b"x")
+            self.assertGreater(time.monotonic(), start + 0.15)
 
     def test_a_client_without_a_hello_does_not_delay_the_end(self):
         server = gos3rve.serve(**self.options)
