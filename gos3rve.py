@@ -17921,6 +17921,9 @@ for _name in ("AssumeRoleWithSAML", "AssumeRoleWithWebIdentity",
 
 LINGER_SECONDS = 5                  # for a body that nobody wants
 MAX_EMPTY_LINES = 8                 # before a request line
+# Of a head, and of a body as long as that much has not come: who waits in
+# recv(2) holds a buffer of that size.
+FIRST_READ_BYTES = 16 * KIB
 MAX_DRAIN_BYTES = 256 * KIB         # read away to keep the connection
 MAX_LINGER_BYTES = 64 * MIB
 MAX_INLINE_BYTES = 64 * KIB         # file bytes sent along with the head
@@ -18089,6 +18092,8 @@ class Wire:
             self._buffer = data[size:]
             data = data[:size]
         else:
+            if self.received < FIRST_READ_BYTES:
+                size = min(size, FIRST_READ_BYTES)
             data = self._receive_body(size, self._flags)
         self.received += len(data)
         return data
@@ -18124,9 +18129,9 @@ class Wire:
         idle = self._limits.idle_seconds
         try:
             if self._wanted is None and idle == self._patience:
-                return self._receive(MAX_HEAD_BYTES)
+                return self._receive(FIRST_READ_BYTES)
             return self._receive_until(time.monotonic() + idle,
-                                       self._wanted, MAX_HEAD_BYTES)
+                                       self._wanted, FIRST_READ_BYTES)
         except (S3Error, Disconnected):
             return b""
 
@@ -18154,7 +18159,7 @@ class Wire:
             if len(data) > MAX_HEAD_BYTES:
                 raise S3Error("RequestHeaderSectionTooLarge")
             more = self._receive_until(deadline, self._wanted,
-                                       MAX_HEAD_BYTES)
+                                       FIRST_READ_BYTES)
             if not more:
                 raise S3Error("BadRequest", "The request head is incomplete")
             data += more
@@ -18607,6 +18612,8 @@ THREAD_STACK_BYTES = 512 * KIB      # address space: 2,000 of them in 1 GB
 MAX_WORKERS = 64
 MAX_DEFAULT_WORKERS = 4
 GONE = (1 << 31) - 1                # the load of a worker that takes nothing
+TRIM_SECONDS = 10
+M_ARENA_MAX = -8                    # of glibc's malloc.h
 ACCEPT_PAUSES = (0.0002, 0.0005, 0.001, 0.003, 0.006, 0.02)     # seconds
 WEBHOOK_SECONDS = 10        # to connect, and for each step of an answer
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1, 60
@@ -18828,7 +18835,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     idle: connection -> since when it waits for a request, and whether it
     can be shut down for that to end.  crowded_since: the time.monotonic()
-    from which somebody waited for a slot, else None.
+    from which somebody waited for a slot, else None.  trims: whether the
+    process is this server's alone, and so its memory to be kept in order.
     """
 
     daemon_threads = True
@@ -18842,6 +18850,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.report = report or (lambda line: None)
         self.limits, self.idle = limits, {}
         self.stopping, self.crowded_since = False, None
+        self.trims, self._trim_due = False, 0
         self._shares = [(limits.connections + number) // workers
                         for number in reversed(range(workers))]
         self._slots = threading.BoundedSemaphore(self._shares[0])
@@ -18883,6 +18892,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._worker = worker
         self._slots = threading.BoundedSemaphore(self._shares[worker])
         self.loads[worker] = 0
+        self._trim_due = time.monotonic() + 0.2     # not amid a start
         threading.Thread(target=self.serve_forever, args=(0.1,),
                          name="accept", daemon=True).start()
         if self.service.readonly:
@@ -18917,7 +18927,11 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(pause)
 
     def service_actions(self):
-        """See whether the queue is empty; called after every look at it."""
+        """See whether the queue is empty; called after every look at it,
+        and ten times a second."""
+        if self.trims and time.monotonic() >= self._trim_due:
+            self._trim_due = time.monotonic() + TRIM_SECONDS
+            trim_memory()
         if self.crowded_since:
             with _POLL() as poll:
                 poll.register(self.socket, selectors.EVENT_READ)
@@ -19098,6 +19112,34 @@ def _has_dual_stack():
         return socket.has_dualstack_ipv6()
     except AttributeError:
         return False
+
+
+def trim_memory():
+    """Give the memory that is free between pieces in use back to the
+    system, where the C library is glibc; 1 ms.
+
+    It lets threads have eight arenas a core, each of which keeps what was
+    ever freed in it: beside 300 slow connections a worker had 67 MiB after
+    two minutes, and grew.  With this, and one arena, which suffices where
+    threads take turns anyway, it has 35, and stands still.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.lru_cache(maxsize=None)
+def _malloc_trim():
+    """malloc_trim(3), or None.  Not looked for at the start: see
+    libcrypto()."""
+    try:
+        import ctypes
+        library = ctypes.CDLL(None)
+        if _takes_turns():
+            library.mallopt(M_ARENA_MAX, 1)
+        return library.malloc_trim
+    except (ImportError, AttributeError, OSError, TypeError):
+        return None                     # TypeError: Windows
 
 
 # --- workers ---
@@ -20241,6 +20283,7 @@ def _serve_alone(config):
         signal.signal(getattr(signal, name), end)
     with Running(config, access_writer(config.values["log"]),
                  operator_log) as running:
+        running.server.trims = True
         if hasattr(signal, "SIGHUP"):
             signal.signal(signal.SIGHUP, lambda *_: _reload(running))
         _announce(running, config)
@@ -20255,9 +20298,11 @@ def _serve_with_workers(config, workers):
     with Supervisor(workers, operator_log) as supervisor:
         running = Running(config, access_writer(config.values["log"]),
                           operator_log, workers)
+        running.server.trims = True
         with running.server.socket:
             supervisor.start(running.server, lambda: _reload(running))
             _announce(running, config)
+            trim_memory()               # of what compiling this file left
             supervisor.wait()
 
 

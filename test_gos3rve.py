@@ -21346,6 +21346,23 @@ class HttpConnections(HttpCase):
             peer.send(b"x")
         self.ok(peer.answer())
 
+    def test_who_waits_for_bytes_holds_little(self):
+        sizes, real = [], gos3rve.Wire._receive
+
+        def receive(wire, size, flags=0):
+            sizes.append(size)
+            return real(wire, size, flags)
+        data = self.put_bytes("/box/k", b"x" * 300000)
+        with mock.patch.object(gos3rve.Wire, "_receive", receive):
+            peer = self.peer()
+            for piece in (data[:9], data[9:-299999], data[-299999:]):
+                self.assertTrue(wait_for(lambda: sizes))
+                self.assertLessEqual(max(sizes), 16 * KIB)
+                del sizes[:]
+                peer.send(piece)
+            self.ok(peer.answer())
+            self.assertGreater(max(sizes), 200000)  # no more small ones
+
     def test_a_reader_that_stands_still_is_not_waited_for(self):
         self.s3.put("/box/k", b"x" * (8 << 20))
         log = Lines()
@@ -22205,6 +22222,25 @@ class ServerWorkers(EndCase):
             peer.send(b"hello")         # refused, and idle from then on
         fifth.sock.settimeout(20)
         self.assertEqual(fifth.sock.recv(12), b"HTTP/1.1 200")
+
+    def test_every_process_gives_its_free_memory_back(self):
+        if gos3rve._malloc_trim() is None:
+            self.skipTest("this is not glibc")
+        server = self.start(patch=(
+            "gos3rve.TRIM_SECONDS, trim = 0.01, gos3rve._malloc_trim()\n"
+            "def trimming(pad):\n    done = trim(pad)\n"
+            "    gos3rve.operator_log('trimmed %d' % gos3rve.os.getpid())\n"
+            "    return done\n"
+            "gos3rve._malloc_trim = lambda: trimming"))
+        for pid in [server.process.pid] + 2 * server.workers():
+            self.assertTrue(wait_for(lambda: server.stderr().count(
+                "trimmed %d" % pid) > (pid != server.process.pid)), pid)
+
+    def test_no_worker_serves_without_a_connection_of_its_own(self):
+        server = self.start("-max_conns", "1")
+        self.ok(self.begin(server, HEALTH).answer())
+        self.assertEqual(server.workers(), [])  # the first process serves
+        self.assertEqual(server.end(), 0)
 
 
 class ServerConnections(HttpCase):
