@@ -27890,6 +27890,41 @@ class Bench:
         random.Random(4).shuffle(asks)
         return self.requests(asks, self.options.seconds)
 
+    def everything(self):
+        """Small requests of many kinds, each of which can come at any time
+        beside the others."""
+        gets, large = self.gets(), self.large()
+        paths = [ask.path.replace("/get/", "/every/") for ask in gets]
+        asks = gets + self.puts("mixed", len(gets) // 4)
+        for number, ask in enumerate(gets[::4]):
+            delete = ("<Delete><Quiet>true</Quiet><Object><Key>every/%d"
+                      "</Key></Object></Delete>" % number).encode()
+            asks += [
+                ask._replace(method="HEAD", content=None),
+                ask._replace(headers=(("range", "bytes=-99"),), status=206,
+                             length=99, content=ask.content[-99:]),
+                ask._replace(headers=(("if-match", '"0"'),), status=412,
+                             length=None, content=None),
+                Ask("GET", paths[number] + "-not", status=404),
+                Ask("PUT", paths[number], headers=(
+                    ("x-amz-copy-source", ask.path),)),
+                Ask("DELETE", paths[number], status=204),
+                Ask("POST", "/" + self.bucket, (("delete", ""),), (
+                    ("content-md5", digest64("md5", delete)),), delete)]
+        for number in range(4):
+            start = number % self.options.large * MIB
+            asks += [
+                Ask("GET", "/" + self.bucket, (
+                    ("list-type", "2"), ("prefix", "get/")),
+                    keys=min(LIST_PAGE, len(gets))),
+                Ask("GET", large, headers=(("range", "bytes=%d-%d" % (
+                    start, start + MIB - 1)),), status=206, length=MIB,
+                    content=content(start, MIB)),
+                Ask("PUT", "%s-%d" % (paths[-1], number),
+                    body=content(start, MIB))]
+        random.Random(4).shuffle(asks)
+        return self.requests(asks, self.options.seconds)
+
     def delete(self):
         """Of as many new objects as are written in the time of a round;
         after that they are not there."""
@@ -28376,31 +28411,33 @@ def bench(argv):
 #
 # `python3 test_gos3rve.py flood`: what is left of the rate of some
 # connections beside many slow ones, and what the server takes for all of
-# them.  In a run of half an hour its rows have to be alike.
+# them.  With --everything there are requests of all kinds, large bodies and
+# connections that break; what the server takes has to stay what it is.
 
 SLOW_PUT_BYTES = MIB                # which no slow upload lives to send
 FLOOD_ROUND_SECONDS = 20            # at most
+BREAK_SHARE = 1 / 30                # of a Burden's turns, where any break
 
 
 class Burden:
     """A connection that asks for little and stays: one of KINDS, which are
     what it does with its head, or once that was sent.  turn() whenever some
-    time has passed."""
+    time has passed; breaks: in some of which it is cut off and made anew.
+    """
 
     KINDS = ("head", "idle", "get", "put")
 
-    def __init__(self, client, number, large):
-        self._client, self._large = client, large
+    def __init__(self, client, number, large, breaks):
+        self._client, self._large, self._breaks = client, large, breaks
         self._kind = self.KINDS[number % len(self.KINDS)]
         self._path = "/%s/slow-%d" % (large.split("/")[1], number)
         address = urllib.parse.urlsplit(client.url)
         self._address = address.hostname, address.port
-        self.ended, self.socket = -1, None
+        self.ended, self.socket = 0, None
         self._connect()
 
     def _connect(self):
-        """Connect, again where the server ended it; send a head."""
-        self.ended += 1
+        """Connect, again where it is to break or has ended; send a head."""
         self.close()
         self.socket = socket.socket()
         if self._kind == "get":         # no buffer takes it all
@@ -28420,11 +28457,13 @@ class Burden:
     def turn(self):
         """Take a little, send a little."""
         try:
-            if not self.socket.recv(KIB):
-                self._connect()
+            ended = not self.socket.recv(KIB)
         except BlockingIOError:
-            pass
+            ended = False
         except ConnectionError:
+            ended = True
+        self.ended += ended
+        if ended or self._breaks and random.random() < BREAK_SHARE:
             self._connect()
         with contextlib.suppress(OSError):      # seen in the next turn
             if self._kind in ("head", "put"):
@@ -28473,10 +28512,10 @@ class Flood:
     second, in a thread, until the end of a with block; which raises what
     ended the upload, or BenchError."""
 
-    def __init__(self, endpoint, count, large):
+    def __init__(self, endpoint, count, large, breaks=False):
         client = Client(*endpoint)
         self._upload, self._fault = Upload(endpoint, large + "-upload"), None
-        self._burdens = [Burden(client, number, large)
+        self._burdens = [Burden(client, number, large, breaks)
                          for number in range(count)]
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -28510,37 +28549,68 @@ class Flood:
 
 
 class Usage(NamedTuple):
-    """What a server takes: resident MiB of its largest process, and of all
-    where what they share counts once; descriptors, threads, temporary files
-    and parts."""
-    largest: float
+    """What a server takes: of each process resident MiB, descriptors and
+    threads; the MiB of all where what they share counts once; temporary
+    files and parts."""
+    resident: list
     memory: float
-    descriptors: int
-    threads: int
+    descriptors: list
+    threads: list
     files: int
+
+    def sums(self):
+        """Figures to compare, by name."""
+        return {"largest process, MiB": max(self.resident),
+                "MiB": self.memory, "descriptors": sum(self.descriptors),
+                "threads": sum(self.threads), "temporaries": self.files}
+
+
+# How much more the last third of a flood's rounds may take than the second
+# one, at the median: what comes and goes between two trims of the memory, and
+# with 1 % of the connections, which are about to end or to be made anew
+ALLOWED_GROWTH = {"largest process, MiB": 4, "MiB": 8, "descriptors": 20,
+                  "threads": 20, "temporaries": 8}
 
 
 def usage(pid, place):
     """The Usage of a family of processes with some data (Linux)."""
-    memory, shares, threads, descriptors = [], [], 0, 0
+    resident, shares, descriptors, threads = [], [], [], []
     for one in family(pid):
         status = read_text("/proc/%d/status" % one)
-        memory.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / KIB)
+        resident.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / KIB)
         shares.append(int(re.search(r"Pss:\s+(\d+)", read_text(
             "/proc/%d/smaps_rollup" % one))[1]) / KIB)
-        threads += int(re.search(r"Threads:\s+(\d+)", status)[1])
-        descriptors += len(os.listdir("/proc/%d/fd" % one))
+        threads.append(int(re.search(r"Threads:\s+(\d+)", status)[1]))
+        descriptors.append(len(os.listdir("/proc/%d/fd" % one)))
     files = sum(
         len(names) for path, _, names in os.walk(place)
         if "/%s/tmp" % gos3rve.STATE in path or "/uploads/" in path)
-    return Usage(max(memory), sum(shares), descriptors, threads, files)
+    return Usage(resident, sum(shares), descriptors, threads, files)
+
+
+def growth_of(rows):
+    """What the last third of some Usages takes more than the second one,
+    by more than is allowed: texts."""
+    third, found = len(rows) // 3, []
+    for name, allowed in ALLOWED_GROWTH.items():
+        before, after = (statistics.median(
+            row.sums()[name] for row in part)
+            for part in (rows[-2 * third:-third], rows[-third:]))
+        if after > before + allowed:
+            found.append("%s: %s, then %s" % (
+                name, number(before), number(after)))
+    return found
 
 
 def settle(pid, place):
-    """Wait until the server has taken what it takes of many connections."""
+    """Wait until the server has taken what it takes of many connections;
+    some seconds where they come and go."""
     before = None
-    while before != usage(pid, place).threads:
-        before = usage(pid, place).threads
+    for _ in range(20):
+        threads = usage(pid, place).threads
+        if threads == before:
+            return
+        before = threads
         time.sleep(0.3)
 
 
@@ -28557,6 +28627,9 @@ def flood_options(argv):
         "objects of 1 KiB (%(default)s)")
     add("--seconds", type=float, default=30, help="of the flood "
         "(%(default)s)")
+    add("--everything", action="store_true", help="requests of all kinds, "
+        "large bodies and uploads in parts, and slow connections that break; "
+        "a failure where what the server takes grows: with --seconds 1800")
     add("--processes", type=int, default=2, help="that send requests")
     add("--objects", type=int, default=1000)
     add("--large", type=int, default=64, help="size of what is read slowly, "
@@ -28564,62 +28637,120 @@ def flood_options(argv):
     add("--server", default="", help="more options for the server, as one "
         "word: \"-max_conns 500\"")
     add("--python", default=sys.executable, help="interpreter for it")
-    options = vars(parser.parse_args(argv))
-    seconds = options.pop("seconds")
-    rounds = math.ceil(seconds / FLOOD_ROUND_SECONDS)
-    return argparse.Namespace(
-        connections=options["fast"], endpoint=[], bucket=None,
-        rounds=rounds, seconds=seconds / rounds, **options)
+    options = parser.parse_args(argv)
+    options.rounds = math.ceil(options.seconds / FLOOD_ROUND_SECONDS)
+    if options.everything:
+        options.rounds = max(3, math.ceil(options.seconds / 60))
+    options.seconds /= options.rounds
+    options.connections, options.endpoint = options.fast, []
+    options.bucket = None
+    return options
 
 
 def flood_row(title, figures, used):
     """A line of the report."""
     rate = ["", ""] if figures is None else [
         number(figures["rate"]), number(figures["p99_ms"])]
-    return ("%-12s %10s %8s " % (title, *rate)
-            + "%8.1f %8.1f %11d %8d %11d" % used)
+    return "%-12s %10s %8s %14s %6.1f %14s %14s %11d" % (
+        title, *rate, "/".join("%.0f" % size for size in used.resident),
+        used.memory, "/".join(map(str, used.descriptors)),
+        "/".join(map(str, used.threads)), used.files)
+
+
+@contextlib.contextmanager
+def large_bodies(bench, seconds):
+    """Large bodies, one case after the other, beside what is done meanwhile;
+    at the end what failed is raised."""
+    until = time.monotonic() + seconds
+
+    def run():
+        for case in itertools.cycle((bench.put_large_4, bench.get_large_4,
+                                     bench.multipart)):
+            if time.monotonic() > until:
+                return
+            case()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        yield
+        running.result()
+
+
+class FloodRun:
+    """The rounds of a flood, each with its line.  crew: for large bodies
+    beside all else, or None."""
+
+    def __init__(self, bench, crew, pid):
+        self._bench, self._pid, self._rows = bench, pid, []
+        self._beside = Bench(bench.endpoint, crew, bench.options,
+                             bench.place) if crew else None
+
+    def say(self, title, figures=None):
+        """Print a line; the rate."""
+        self._rows.append(usage(self._pid, self._bench.place))
+        print(flood_row(title, figures, self._rows[-1]), flush=True)
+        return figures and figures["rate"]
+
+    def _round(self):
+        """The figures of a round; the server is at rest then, but for the
+        flood."""
+        bench = self._bench
+        if self._beside is None:
+            return bench.mixed()
+        with large_bodies(self._beside, bench.options.seconds):
+            figures = bench.everything()
+        settle(self._pid, bench.place)
+        return figures
+
+    def run(self):
+        """Print all lines, and what came of them; the exit status."""
+        bench, options = self._bench, self._bench.options
+        path = bench.large()
+        alone = self.say("alone", self._round())
+        with Flood(bench.endpoint, options.slow, path,
+                   self._beside is not None) as many:
+            settle(self._pid, bench.place)
+            del self._rows[:]
+            rates = [self.say("round %d" % (turn + 1), self._round())
+                     for turn in range(options.rounds)]
+            grown = growth_of(self._rows) if self._beside else None
+        settle(self._pid, bench.place)
+        self.say("afterwards")
+        print("\nthe rate beside them: %.0f to %.0f %% of that alone; %d "
+              "times the server ended one; the upload went on\npeak memory, "
+              "MiB a process: %s"
+              % (100 * min(rates) / alone, 100 * max(rates) / alone,
+                 many.ended(), ", ".join(map(number, peak_memory(
+                     self._pid)))))
+        if grown is not None:
+            print("the last third of the rounds beside the second: "
+                  + ("; ".join(grown) or "no more"))
+        return bool(grown)
 
 
 def flood(argv):
     """The command: print a line for each round; the exit status, 1 where
-    a request or the upload failed."""
+    a request or the upload failed, or what the server takes grew."""
     options = flood_options(argv)
     gos3rve.raise_file_limit(options.slow)
     print(machine())
     print("%d connections of %d processes, %d slow ones, rounds of %g s\n"
           % (options.fast, options.processes, options.slow, options.seconds))
-    print("%-12s %10s %8s %17s %11s %8s %11s" % (
-        "", "requests/s", "p99 ms", "MiB: one, all", "descriptors",
+    print("%-12s %10s %8s %14s %6s %14s %14s %11s" % (
+        "", "requests/s", "p99 ms", "MiB: each", "all", "descriptors",
         "threads", "temporaries"))
     with contextlib.ExitStack() as stack:
         crew = stack.enter_context(Crew(options.processes))
+        beside = stack.enter_context(Crew(1)) if options.everything \
+            else None
         endpoint, pid, place, _ = stack.enter_context(
             measured_server(options))
         bench = Bench(endpoint, crew, options, place)
         stack.callback(bench.client.close)
-
-        def say(title, figures=None):
-            print(flood_row(title, figures, usage(pid, place)), flush=True)
-            return figures and figures["rate"]
         try:
-            path = bench.large()
-            alone = say("alone", bench.mixed())
-            rates = []
-            with Flood(endpoint, options.slow, path) as many:
-                settle(pid, place)
-                for turn in range(options.rounds):
-                    rates.append(say("round %d" % (turn + 1),
-                                     bench.mixed()))
-            settle(pid, place)
-            say("afterwards")
+            return FloodRun(bench, beside, pid).run()
         except BENCH_ERRORS as error:
             print("failed: %s" % error)
             return 1
-    print("\nthe rate beside them: %.0f to %.0f %% of that alone; %d times "
-          "the server ended one; the upload went on"
-          % (100 * min(rates) / alone, 100 * max(rates) / alone,
-             many.ended()))
-    return 0
 
 
 # --- tests of it ---
@@ -28774,23 +28905,49 @@ class BenchLoads(unittest.TestCase):
 @unittest.skipUnless(sys.platform == "linux", "what it takes is in /proc")
 class FloodRuns(unittest.TestCase):
 
-    def test_slow_connections_take_a_thread_each_and_nothing_stays(self):
+    def run_flood(self, *words):
+        """The exit status, what it printed, and by the titles of its lines
+        the numbers of descriptors, threads and temporaries."""
         done = subprocess.run(
-            [sys.executable, os.path.abspath(__file__), "flood", "--slow",
-             "80", "--fast", "4", "--seconds", "0.5", "--objects", "40",
-             "--large", "4", "--processes", "1"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, os.path.abspath(__file__), "flood", "--fast",
+             "4", "--objects", "40", "--large", "4", "--processes", "1"]
+            + list(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             universal_newlines=True, env=clean_environment(), timeout=200)
-        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
-        rows = {match[1]: list(map(int, match[2].split())) for match in
-                re.finditer(r"(?m)^(alone|round 1|afterwards) .*? "
-                            r"((?: +\d+){3})$", done.stdout)}
+        self.assertEqual(done.stderr, "", done.stdout)
+        return done.returncode, done.stdout, {
+            match[1]: [sum(map(int, text.split("/")))
+                       for text in match[2].split()] for match in re.finditer(
+                r"(?m)^(alone|round \d|afterwards) .*? "
+                r"((?: +[\d/]+){3})$", done.stdout)}
+
+    def test_slow_connections_take_a_thread_each_and_nothing_stays(self):
+        status, text, rows = self.run_flood("--slow", "80", "--seconds",
+                                            "0.5")
+        self.assertEqual(status, 0, text)
         self.assertEqual(list(rows), ["alone", "round 1", "afterwards"])
         before, during, after = rows.values()
         self.assertLessEqual(before[0] + 80, during[0])
         self.assertEqual(before[1] + 81, during[1])     # one is the upload
         self.assertEqual(after, before)
-        self.assertIn("0 times the server ended one", done.stdout)
+        self.assertIn("0 times the server ended one", text)
+
+    def test_with_everything_it_says_whether_what_it_takes_grows(self):
+        status, text, rows = self.run_flood("--slow", "8", "--seconds",
+                                            "0.6", "--everything")
+        self.assertEqual(list(rows), ["alone", "round 1", "round 2",
+                                      "round 3", "afterwards"], text)
+        grown = re.search(r"(?m)^the last third .*: (.+)$", text)[1]
+        self.assertEqual(status, grown != "no more", text)
+
+    def test_growth_is_what_more_the_last_third_takes_than_the_second(self):
+        def used(resident, threads):
+            return Usage([20, resident], 40, [3], [1, threads], 0)
+        flat = [used(30, 9)] * 3 + [used(50, 9), used(50, 99), used(50, 9)]
+        for last, found in ((used(53, 9), []),
+                            (used(55, 9), ["largest process, MiB: 50, then "
+                                           "55"]),
+                            (used(50, 39), ["threads: 10, then 40"])):
+            self.assertEqual(growth_of(flat + [last] * 3), found)
 
 
 @once
