@@ -407,7 +407,9 @@ def values(world, data):
     text = data.decode("latin-1")
     conditions = dict.fromkeys(gos3rve.CONDITIONS, text)
     meta = {"x-amz-meta-a": text, "x-amz-storage-class": text}
-    meta.update(dict.fromkeys(("content-type", "content-encoding"), text))
+    meta.update(dict.fromkeys((
+        "content-type", "content-encoding"), text))
+    redirect = {"x-amz-website-redirect-location": text}
     calls = [lambda call=call: call(text) for call in (
         gos3rve.parse_http_date, gos3rve.parse_iso_date,
         gos3rve.parse_amz_date, gos3rve.parse_copy_source,
@@ -425,6 +427,7 @@ def values(world, data):
         lambda: gos3rve.parse_json(data, parse_int=str),
         lambda: gos3rve.host_bucket(text, ("s3.test",)),
         lambda: gos3rve.kept_headers(meta),
+        lambda: gos3rve.kept_headers(redirect),
         lambda: gos3rve.user_metadata(meta),
         lambda: gos3rve.storage_class(meta),
         lambda: gos3rve.write_conditions({"if-none-match": text}),
@@ -534,6 +537,7 @@ DAMAGE = (
     (b"/box/key", b"/box?uploads&acl=a"), (b"/box/key", b"/box/%C3%A9"),
     (b"Signature=", b"Signature=a, "),
     (b"SignedHeaders=", b"SignedHeaders=" + b";" * 200),
+    (b"SignedHeaders=", b"SignedHeaders=" + b"a" * 9000),
     (b"AWS ALICEKEY:", b"AWS x"), (b"AWS ASIA", b"AWS ASIAA"),
     (b"authorization:AWS ", b"authorization:AWS x\nb:"),
     (b"authorization:AWS ", b"x-amz-content-sha256:STREAMING-AWS4-HMAC-"
@@ -610,7 +614,9 @@ def framed():
             b"x-amz-checksum-sha256:x", b"x-amz-checksum-crc32:puEbZg==",
             b"x-amz-checksum-crc32:AAAAAA==", b"x-amz-checksum-xxhash3:a",
             b"x-amz-checksum-crc32:a\nx-amz-checksum-sha1:b",
-            b"x-amz-sdk-checksum-algorithm:CRC32C", b"x-amz-checksum-type:a",
+            b"x-amz-sdk-checksum-algorithm:CRC32C",
+            b"x-amz-sdk-checksum-algorithm:SHA1\nx-amz-checksum-crc32:puEbZg==",
+            b"x-amz-checksum-type:a",
             b"x-amz-content-sha256:" + b"0" * 64, b"x-amz-content-sha256:"
             + hashlib.sha256(b"0123456789").hexdigest().encode()):
         yield head + b"\n\n0123456789"
