@@ -12986,6 +12986,13 @@ def _range_holds(request, info):
     return parse_http_date(value) == info.mtime
 
 
+def _are_parts_summed(record):
+    """True when the parts have their checksums, of which the whole's is
+    made."""
+    return record.get("checksum_type") == "COMPOSITE" and bool(
+        record.get("checksums") and record.get("part_checksums"))
+
+
 def _part_range(request, info, text, headers):
     """The range of one part, its headers set.
 
@@ -13008,13 +13015,12 @@ def _part_range(request, info, text, headers):
     start = sum(sizes[:number - 1])
     if "x-amz-checksum-mode" in request.headers:
         told = checksum_headers(info.record)
-        checksums = info.record.get("part_checksums")
         if runs is None:
             headers.update(told)
-        elif told and checksums \
-                and info.record.get("checksum_type") == "COMPOSITE":
-            told[next(iter(told))] = checksums[number - 1]
-            headers.update(told)        # the algorithm comes first
+        elif _are_parts_summed(info.record):
+            checksum = info.record["part_checksums"][number - 1]
+            told[next(iter(told))] = checksum   # the algorithm comes first
+            headers.update(told)
     if runs is not None:
         headers["x-amz-mp-parts-count"] = str(len(sizes))
     return start, start + sizes[number - 1]
@@ -13087,7 +13093,7 @@ def _object_parts(request, record):
         "x-amz-part-number-marker") or "0", 0)
     limit = parse_int("x-amz-max-parts", request.headers.get(
         "x-amz-max-parts") or "1000", 0, 1000)
-    if record.get("checksum_type") != "COMPOSITE":
+    if not _are_parts_summed(record):
         return [("PartsCount", len(sizes))]
     name, checksums = next(iter(record["checksums"])), record["part_checksums"]
     numbers = range(marker + 1, len(sizes) + 1)[:limit]
