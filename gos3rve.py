@@ -516,15 +516,17 @@ def http_date(seconds):
     return email.utils.formatdate(seconds, usegmt=True)
 
 
-def iso_date(time_ns):
-    """The ISO 8601 form, with milliseconds and Z, that S3's XML uses."""
-    return "%s.%03dZ" % (_iso_seconds(time_ns // 1000000000),
-                         time_ns // 1000000 % 1000)
-
-
 @functools.lru_cache(maxsize=4096)
-def _iso_seconds(seconds):
-    return "%d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(seconds)[:6]
+def iso_date(seconds):
+    """The ISO 8601 form of S3's XML: with milliseconds, which are 0 as in
+    Last-Modified, so that a listing and a HEAD tell the same time."""
+    return "%d-%02d-%02dT%02d:%02d:%02d.000Z" % time.gmtime(seconds)[:6]
+
+
+def iso_time(time_ns):
+    """The same with the milliseconds that there are."""
+    return "%s%03dZ" % (iso_date(time_ns // 1000000000)[:-4],
+                        time_ns // 1000000 % 1000)
 
 
 def parse_amz_date(text):
@@ -1488,7 +1490,7 @@ def _check_scope(scope, amz_date, region, service, code, prefix):
 def _check_skew(then, now, text):
     if abs(now - then) > MAX_SKEW_SECONDS:
         raise S3Error("RequestTimeTooSkewed", RequestTime=text,
-                      ServerTime=iso_date(int(now) * 1000000000),
+                      ServerTime=iso_date(int(now)),
                       MaxAllowedSkewMilliseconds=MAX_SKEW_SECONDS * 1000)
 
 
@@ -1609,7 +1611,7 @@ def _check_expiry(expires, then, now, code):
                       "less than 604800 seconds")
     if then - now > MAX_SKEW_SECONDS:
         raise S3Error("AccessDenied", "Request is not valid yet",
-                      ServerTime=iso_date(int(now) * 1000000000))
+                      ServerTime=iso_date(int(now)))
     _check_expired(then + seconds, now, expires)
 
 
@@ -1617,8 +1619,8 @@ def _check_expired(end, now, expires):
     if now > end:
         raise S3Error("AccessDenied", "Request has expired",
                       **{"X-Amz-Expires": expires,
-                         "Expires": iso_date(end * 1000000000),
-                         "ServerTime": iso_date(int(now) * 1000000000)})
+                         "Expires": iso_date(end),
+                         "ServerTime": iso_date(int(now))})
 
 
 # --- SigV2 ---
@@ -11665,7 +11667,7 @@ def _read_date(text):
 
 
 def _write_date(seconds):
-    return iso_date(seconds * 1000000000)
+    return iso_date(seconds)
 
 
 def _read_filled(text):
@@ -11927,7 +11929,7 @@ def list_buckets(request):
         owner_element(request, request.account.user_id),
         ("Buckets", [("Bucket", [
             ("Name", bucket.name),
-            ("CreationDate", iso_date(bucket.created_ns)),
+            ("CreationDate", iso_date(bucket.created_ns // 1000000000)),
             ("BucketRegion", bucket.region),
             ("BucketArn", resource_arn(bucket.name))]) for bucket in shown]),
         ("ContinuationToken", token),
@@ -12182,7 +12184,7 @@ def _shown(info):
     checksums = record.get("checksums")
     return ("<LastModified>%s</LastModified><ETag>&quot;%s&quot;</ETag>"
             "<Size>%d</Size><StorageClass>%s</StorageClass>%s" % (
-                iso_date(info.mtime_ns),
+                iso_date(info.mtime),
                 etag if etag.isalnum() else xml_escape(etag), info.size,
                 xml_escape(record["class"]) if "class" in record
                 else "STANDARD",
@@ -12378,7 +12380,7 @@ def copy_object(request):
     headers.update(expiration_headers(request, info))
     headers.update(source.headers)
     return Response(200, headers, xml_document("CopyObjectResult", [
-        ("LastModified", iso_date(info.mtime_ns)),
+        ("LastModified", iso_date(info.mtime)),
         ("ETag", quoted(info.etag))] + checksum_children(record)))
 
 
@@ -13237,7 +13239,7 @@ def upload_part_copy(request):
     headers.update(source.headers)
     headers.update(upload_encryption(request, upload))
     return Response(200, headers, xml_document("CopyPartResult", [
-        ("LastModified", iso_date(record["mtime_ns"])),
+        ("LastModified", iso_date(record["mtime_ns"] // 1000000000)),
         ("ETag", quoted(record["etag"]))] + checksum_children(record)))
 
 
@@ -13505,7 +13507,7 @@ def list_parts(request):
         ("MaxParts", limit), ("IsTruncated", len(parts) > limit > 0),
         ("EncodingType", encoding)] + [("Part", [
             ("PartNumber", part.number),
-            ("LastModified", iso_date(part.mtime_ns)),
+            ("LastModified", iso_date(part.mtime_ns // 1000000000)),
             ("ETag", quoted(part.etag)), ("Size", part.size)]
             + checksum_children({"checksums": part.checksums}))
             for part in shown] + [
@@ -13584,7 +13586,7 @@ def _upload_entry(request, upload, encode):
             owner_element(request, initiator, "Initiator"),
             owner_element(request, owner),
             ("StorageClass", record.get("class", "STANDARD")),
-            ("Initiated", iso_date(upload.initiated_ns)),
+            ("Initiated", iso_date(upload.initiated_ns // 1000000000)),
             ("ChecksumAlgorithm", record.get("algorithm")),
             ("ChecksumType", record.get("checksum_type"))]
 
@@ -17132,7 +17134,7 @@ class Recorder:
         with self._bucket.lock(""):
             self._keep(webhook, "", self._bucket.next_number(""), {
                 "Service": "Amazon S3", "Event": "s3:TestEvent",
-                "Time": iso_date(time.time_ns()),
+                "Time": iso_time(time.time_ns()),
                 "Bucket": self._bucket.name,
                 "RequestId": self._cause.request_id,
                 "HostId": self._cause.request_id})
@@ -17160,7 +17162,7 @@ class Recorder:
         return {
             "eventVersion": EVENT_VERSION, "eventSource": "aws:s3",
             "awsRegion": bucket.region,
-            "eventTime": iso_date(time.time_ns()), "eventName": event,
+            "eventTime": iso_time(time.time_ns()), "eventName": event,
             "userIdentity": {"principalId": cause.principal},
             "requestParameters": {"sourceIPAddress": cause.address},
             "responseElements": {"x-amz-request-id": cause.request_id,
@@ -17825,7 +17827,7 @@ def _credentials_children(request, session, account):
     return [("Credentials", [
         ("AccessKeyId", issued.key_id), ("SecretAccessKey", issued.secret),
         ("SessionToken", token),
-        ("Expiration", iso_date(session.expires * 1000000000))])], percent
+        ("Expiration", iso_date(session.expires))])], percent
 
 
 @operation("POST", STS)
@@ -18514,7 +18516,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             resource = urllib.parse.quote(self.head.target.partition("?")[0],
                                           _VISIBLE, "latin-1")
         self.server.access_log({
-            "time": iso_date(int(self.now * 1e9)),
+            "time": iso_time(int(self.now * 1e9)),
             "client": self.client_address[0],
             "account": account.key_id if account else "-",
             "operation": asked.operation.name
