@@ -141,7 +141,7 @@ EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 # S3's code -> (HTTP status, message).  Codes and messages are those of
 # docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html where AWS
-# has the code.
+# has the code, or as S3 sends them (LocalStack's snapshots).
 ERRORS = {
     "AccessForbidden": (
         403, "CORSResponse: This CORS request is not allowed. This is "
@@ -171,11 +171,10 @@ ERRORS = {
     "CrossLocationLoggingProhibitted": (        # so spelled by S3
         403, "Cross S3 location logging not allowed."),
     "EntityTooLarge": (
-        400, "Your proposed upload exceeds the maximum allowed object "
-             "size."),
+        400, "Your proposed upload exceeds the maximum allowed size"),
     "EntityTooSmall": (
         400, "Your proposed upload is smaller than the minimum allowed "
-             "object size."),
+             "size"),
     "ExpiredToken": (400, "The provided token has expired."),
     "IllegalLocationConstraintException": (
         400, "The specified location constraint is incompatible with the "
@@ -209,15 +208,15 @@ ERRORS = {
         400, "The Encryption request you specified is not valid. Supported "
              "value: AES256."),
     "InvalidLocationConstraint": (
-        400, "The specified location (Region) constraint is not valid."),
+        400, "The specified location-constraint is not valid"),
     "InvalidAction": (
         400, "Could not find operation for the version requested"),
     "InvalidParameterValue": (
         400, "A value that you provided is out of its range."),
     "InvalidPart": (
-        400, "One or more of the specified parts could not be found. The "
-             "part might not have been uploaded, or the specified entity "
-             "tag might not have matched the part's entity tag."),
+        400, "One or more of the specified parts could not be found.  The "
+             "part may not have been uploaded, or the specified entity tag "
+             "may not match the part's entity tag."),
     "InvalidPartNumber": (
         416, "The requested partnumber is not satisfiable"),
     "InvalidPartOrder": (
@@ -233,7 +232,7 @@ ERRORS = {
     "InvalidRequest": (400, "Invalid Request"),
     "InvalidS3DestinationBucket": (400, "Invalid bucket ARN."),
     "InvalidStorageClass": (
-        400, "The storage class you specified is not valid."),
+        400, "The storage class you specified is not valid"),
     "InvalidTag": (
         400, "The tag provided was not a valid tag. This error can occur if "
              "the tag did not pass input validation."),
@@ -340,7 +339,7 @@ ERRORS = {
     "TooManyConfigurations": (
         400, "You are attempting to create a new configuration but have "
              "already reached the 1,000-configuration limit."),
-    "UnexpectedContent": (400, "This request does not support content."),
+    "UnexpectedContent": (400, "This request does not support content"),
     "UnresolvableGrantByEmailAddress": (
         400, "The email address you provided does not match any account on "
              "record."),
@@ -495,9 +494,11 @@ def host_bucket(host, domains):
 
 
 def parse_copy_source(value):
-    """The (bucket, key, version_id or None) of x-amz-copy-source."""
+    """The (bucket, key, version_id or None) of x-amz-copy-source, in which
+    a space may be a + (LocalStack's test_copy_object_special_character_plus_
+    for_space, recorded on AWS)."""
     raw, _, version = value.partition("?versionId=")
-    path = uri_decode(raw)
+    path = uri_decode(raw.replace("+", " "))
     bucket, _, key = path[path.startswith("/"):].partition("/")
     if not bucket or not key:
         raise S3Error(
@@ -849,7 +850,7 @@ def storage_class(headers):
     if name is None or name == "STANDARD":
         return None
     if name not in STORAGE_CLASSES:
-        raise S3Error("InvalidStorageClass")
+        raise S3Error("InvalidStorageClass", StorageClassRequested=name)
     return name
 
 
@@ -2472,7 +2473,7 @@ def body_claims(headers, payload, with_checksum=True):
         expected = decode_digest(md5, 16)
         if expected is None:
             raise S3Error("InvalidDigest", "The Content-MD5 you specified "
-                          "was invalid.")
+                          "was invalid.", **{"Content-MD5": md5})
         claims.append(Claim("MD5", expected, "content-md5"))
     claim = _checksum_claim(headers) if with_checksum else None
     if claim:
@@ -2832,14 +2833,10 @@ class SizedReader:
         data = self._reader.read(size)
         self._received += len(data)
         if self._high is not None and self._received > self._high:
-            raise S3Error("EntityTooLarge", "Your proposed upload exceeds "
-                          "the maximum allowed size",
-                          ProposedSize=self._received,
+            raise S3Error("EntityTooLarge", ProposedSize=self._received,
                           MaxSizeAllowed=self._high)
         if not data and self._received < self._low:
-            raise S3Error("EntityTooSmall", "Your proposed upload is smaller "
-                          "than the minimum allowed size",
-                          ProposedSize=self._received,
+            raise S3Error("EntityTooSmall", ProposedSize=self._received,
                           MinSizeAllowed=self._low)
         return data
 
@@ -6639,7 +6636,11 @@ class Store:
         path = os.path.join(self.dir_buckets, aside)
         with bucket.lock_all():
             if not bucket.is_empty():
-                raise S3Error("BucketNotEmpty", BucketName=bucket.name)
+                raise S3Error("BucketNotEmpty", "The bucket you tried to "
+                              "delete is not empty. You must delete all "
+                              "versions in the bucket."
+                              if bucket.versioning else None,
+                              BucketName=bucket.name)
             os.rename(bucket.root, path)
             if not Bucket(bucket.name, path, self, None).is_empty():
                 os.rename(path, bucket.root)    # somebody put a file there
@@ -11543,7 +11544,8 @@ def version_header(request, info):
 def open_asked(request):
     """(Info, fd) of the version that a request reads."""
     return open_readable(request.bucket, request.key, asked_version(request),
-                         request.method not in ("GET", "HEAD"))
+                         request.method not in ("GET", "HEAD")
+                         or request.operation.subresource == "tagging")
 
 
 def find_asked(request):
@@ -11993,8 +11995,8 @@ def _new_bucket_config(request, asked):
     ownership = request.headers.get("x-amz-object-ownership")
     if ownership is not None:
         if ownership not in OWNERSHIPS:
-            raise S3Error("InvalidArgument",
-                          ArgumentName="x-amz-object-ownership")
+            raise bad_argument("Invalid x-amz-object-ownership header: "
+                               + ownership, "x-amz-object-ownership")
         config["ownership"] = ownership
     acl = headers_acl(request.headers, owner, request.service.accounts)
     if acl is not None:
@@ -12092,12 +12094,12 @@ def list_objects(request):
     next_marker = None
     if page.truncated and delimiter:
         next_marker = encode(page.entries[-1].key)
-    return _listing(request, "ListBucketResult", [
+    return _bucket_listing(request, [
         ("Name", request.bucket_name), ("Prefix", encode(prefix)),
         ("Marker", encode(marker)), ("NextMarker", next_marker),
         ("MaxKeys", limit), ("Delimiter", encode(delimiter) or None),
         ("EncodingType", encoding), ("IsTruncated", page.truncated)],
-        page, encode, _contents)
+        page, encode)
 
 
 def _rolled_up(marker, prefix, delimiter):
@@ -12131,7 +12133,7 @@ def list_objects_v2(request):
         request.bucket, _shown, prefix, delimiter, after, limit, skip)
     owner = query.get("fetch-owner", "").lower() == "true"
     token = make_token(page.entries[-1].key) if page.truncated else None
-    return _listing(request, "ListBucketResult", [
+    return _bucket_listing(request, [
         ("Name", request.bucket_name), ("Prefix", encode(prefix)),
         ("ContinuationToken", query.get("continuation-token")),
         ("NextContinuationToken", token),
@@ -12140,7 +12142,14 @@ def list_objects_v2(request):
         ("KeyCount", len(page.entries)), ("MaxKeys", limit),
         ("Delimiter", encode(delimiter) or None),
         ("EncodingType", encoding), ("IsTruncated", page.truncated)],
-        page, encode, _contents, owner)
+        page, encode, owner)
+
+
+def _bucket_listing(request, head, page, encode, with_owner=True):
+    return Response(200, {"Content-Type": "application/xml",
+                          "x-amz-bucket-region": request.bucket.region},
+                    _listing(request, "ListBucketResult", head, page, encode,
+                             _contents, with_owner))
 
 
 def _listing(request, root, head, page, encode, element, with_owner=True):
@@ -12899,7 +12908,7 @@ def object_response(request, info):
     if "lock" in info.record:
         headers.update(shown_lock(request, info.record["lock"]))
     headers.update(shown_encryption(request, info))
-    if "lifecycle" in config:
+    if "lifecycle" in config and "versionId" not in request.query:
         headers.update(expiration_headers(request, info))
     request_headers = request.headers
     if not CONDITIONS.isdisjoint(request_headers):
@@ -13256,6 +13265,9 @@ def _copy_range_asked(request, size):
                       "last bytes to copy",
                       ArgumentName="x-amz-copy-source-range",
                       ArgumentValue=text)
+    if int(match[1]) >= size:
+        raise S3Error("InvalidRequest", "The specified copy range is invalid "
+                      "for the source object size")
     if int(match[2]) >= size:
         raise S3Error("InvalidArgument", "Range specified is not valid for "
                       "source object of size: %d" % size,
@@ -14337,9 +14349,9 @@ def _keep_one(subresource, name, none, deletable):
     row = CONFIGURATIONS[subresource]
 
     def put(request):
-        value = parse_configuration(subresource, request.xml(row.root))
         if subresource == "accelerate":
             check_accelerated_name(request.bucket_name)
+        value = parse_configuration(subresource, request.xml(row.root))
         if subresource == "replication":
             check_replication_bucket(request.bucket.versioning)
         request.store.update_bucket(request.bucket, lambda config:
@@ -17415,7 +17427,7 @@ def website_error_page(website, key, status, scheme, host, has_index=False):
     if page is not None:
         return page
     if has_index and status in (403, 404) and key and key[-1] != "/":
-        return SitePage(302, None, _location({}, key + "/", scheme, host))
+        return SitePage(302, None, "/" + uri_encode(key + "/", "/-_.~"))
     if "ErrorDocument" in website and 400 <= status <= 499:
         return SitePage(status, website["ErrorDocument"]["Key"])
     return SitePage(status)
