@@ -12581,7 +12581,6 @@ def delete_object(request):
         headers.get("if-match"), headers.get("x-amz-if-match-size"),
         headers.get("x-amz-if-match-last-modified-time"))
     version_id = asked_version(request)
-    check_bypass(request)
     removed = request.store.delete_object(
         request.bucket, request.key, conditions, version_id,
         lock_guard(request, request.key),
@@ -12601,7 +12600,6 @@ BATCH_DELETE = "BATCH.DELETE.OBJECT"    # in access logs
 def delete_objects(request):
     """API_DeleteObjects: up to 1,000 keys, each with its own result."""
     need_digest(request)
-    check_bypass(request)
     document = request.xml("Delete")
     objects = document.findall("Object")
     if not 1 <= len(objects) <= MAX_DELETE_KEYS:
@@ -14762,16 +14760,6 @@ def give_lock(request, record):
         lock = dict(lock, **default_lock(default, time.time()))
     if lock:
         record["lock"] = lock
-
-
-def check_bypass(request):
-    """InvalidArgument for a delete that would bypass what its bucket does
-    not have: LocalStack's test_delete_object_with_no_locking, recorded on
-    AWS."""
-    name = "x-amz-bypass-governance-retention"
-    if name in request.headers and request.setting("object_lock") is None:
-        raise bad_argument(name + " is only applicable to Object Lock "
-                           "enabled buckets.", name)
 
 
 def may_bypass(request, key):
