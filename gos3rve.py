@@ -5180,8 +5180,9 @@ class Bucket:
                 raise S3Error("NoSuchVersion", Key=key,
                               VersionId=version_id)
         name = version_id and self._version_name(key, version_id)
-        if name:                        # it may tell of itself what it is
-            os.stat(os.path.join(self._version_directory(key), name))
+        path = name and os.path.join(self._version_directory(key), name)
+        if path and _is_link(path) and not _is_surely_there(path):
+            raise S3Error("NoSuchVersion", Key=key, VersionId=version_id)
         raise S3Error("SlowDown")
 
     def _seek_version(self, key, version_id):

@@ -4951,6 +4951,10 @@ class Versions(VersionCase):
         with self.assertRaises(OSError) as caught:
             self.bucket.open_version("k", old)
         self.assertEqual(caught.exception.errno, errno.ELOOP)
+        os.unlink(path)
+        os.symlink("nowhere", path)
+        self.assert_refused("NoSuchVersion", self.bucket.open_version, "k",
+                            old)
 
     def test_order_is_that_of_writing_whatever_the_clock_says(self):
         for step in (-10 ** 15, -1, 0, 1):
