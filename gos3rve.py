@@ -6572,11 +6572,11 @@ class Store:
     def list_buckets(self, unseen=None):
         """Every Bucket, by name.  unseen(name, error): what is done about
         one that cannot be seen; it is reported where that is None."""
-        names = set(self.mapped)
+        known, names = set(self._buckets), set(self.mapped)
         with contextlib.suppress(FileNotFoundError):
             names.update(filter(usable_bucket_name,
                                 os.listdir(self.dir_buckets)))
-        for name in set(self._buckets).difference(names):
+        for name in known.difference(names):
             self._buckets.pop(name, None)       # deleted, by whatever hand
         found = []
         for name in sorted(names):

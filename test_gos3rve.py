@@ -6016,6 +6016,17 @@ class Buckets(StorageCase):
         self.sweep()
         self.assertEqual(list(self.store._buckets), ["box"])
 
+    def test_a_bucket_that_is_made_while_they_are_listed_is_not_forgotten(
+            self):
+        def listdir(path, listdir=os.listdir):
+            names = listdir(path)
+            made.append(self.store.create_bucket("new", "bob", "x"))
+            return names
+        made = []
+        with mock.patch.object(os, "listdir", listdir):
+            self.store.list_buckets()
+        self.assertIs(self.store.bucket("new"), made[0])
+
     def test_settings_that_go_while_they_are_looked_at_are_none(self):
         def vanishing(path, *_):
             raise FileNotFoundError(errno.ENOENT, "gone", path)
