@@ -7099,7 +7099,7 @@ class Store:
 
         Drafts that no live process holds, uploads without activity for
         `upload_ttl_seconds` (0: never), half-made and half-removed buckets
-        and uploads, sidecars without their file.
+        and uploads, sidecars without their file, hints to what is gone.
         """
         now = time.time() if now is None else now
         count = 0
@@ -7112,10 +7112,11 @@ class Store:
                 if now >= bucket.hints_due:
                     bucket.hints_due = now + HINTS_SECONDS
                     count += bucket.sweep_hints(MAX_SWEPT_HINTS)
-        for path, has_objects in self.leftovers(now, grace_seconds):
-            if not has_objects:
-                _remove_tree(path)
-                count += 1
+        with self._sweeping(self.dir_buckets):
+            for path, has_objects in self.leftovers(now, grace_seconds):
+                if not has_objects:
+                    _remove_tree(path)
+                    count += 1
         # on a disk of its own there is a lost+found beside them
         for name in filter(usable_bucket_name, _listdir(self.dir_uploads)):
             with self._sweeping(os.path.join(self.dir_uploads, name)):

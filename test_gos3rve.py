@@ -6585,8 +6585,11 @@ class Sweeping(UploadCase):
             self.abandoned(os.path.join(self.buckets, name,
                                         gos3rve.STATE, "tmp"))
             os.makedirs(os.path.join(self.uploads, name, "0" * 48))
+        events = os.path.join(self.buckets, ".gos3rve-old-0",
+                              gos3rve.STATE, "events")
+        os.makedirs(events)
         real, bad = os.listdir, (self.path(gos3rve.STATE, "tmp"), os.path.join(
-            self.uploads, "box"))
+            self.uploads, "box"), events)
 
         def listdir(path="."):
             if path in bad:
@@ -6594,7 +6597,7 @@ class Sweeping(UploadCase):
             return real(path)
         with mock.patch.object(os, "listdir", listdir):
             self.assertEqual(self.sweep(), 4)
-        self.assertEqual(len(self.reports), 2)
+        self.assertEqual(len(self.reports), 3)
         self.assertEqual(sorted(os.listdir(self.uploads)),
                          ["box", "lost+found"])
 
