@@ -4281,7 +4281,7 @@ class Bucket:
                 return self._no_config
             config, faults = parse_settings(data)
             for fault in faults:
-                self._report("%s is damaged and taken as absent: %s"
+                self._report("what is damaged of %s counts as absent: %s"
                              % (path, fault))
             if settled:
                 self._config = stamp, config

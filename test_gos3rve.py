@@ -3587,7 +3587,8 @@ class DamagedRecords(StorageCase):
                 self.assertIsNone(self.bucket.owner)
                 self.assertEqual(self.bucket.region, "us-east-1")
                 self.assertGreater(self.bucket.created_ns, 0)
-                self.assertIn("bucket.json", "".join(self.reports))
+                self.assertIn("damaged of %s counts as absent" % path,
+                              "".join(self.reports))
                 self.assertEqual(self.read("k")[1], b"content")
         self.assertEqual([b.name for b in self.store.list_buckets()],
                          ["box"])
