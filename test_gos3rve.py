@@ -12137,6 +12137,19 @@ class MultipartChecksumRequests(MultipartCase):
             "x_amz_checksum_sha1": checksum64("SHA1", b"x")}),
             "InvalidRequest", 400)
 
+    def test_complete_states_it_in_vain_where_the_upload_has_none(self):
+        for name, value in (("crc32", crc64(b"data")), ("sha256", "-2"),
+                            ("crc64nvme", checksum64("CRC64NVME", b"data"))):
+            upload = self.start()
+            part = self.ok(self.part(upload, 1, b"data"))
+            self.ok(self.complete(upload, [(1, part.etag)], **{
+                "x_amz_checksum_" + name: value}))
+        upload = self.start()
+        part = self.ok(self.part(upload, 1, b"data"))
+        self.assertIn("null checksum mode", self.error(self.complete(
+            upload, [(1, part.etag)], x_amz_checksum_type="FULL_OBJECT"),
+            "InvalidRequest", 400).one("Message"))
+
     def test_a_part_without_a_checksum_gets_one_of_a_whole_object(self):
         upload = self.start(x_amz_checksum_algorithm="CRC32",
                             x_amz_checksum_type="FULL_OBJECT")
