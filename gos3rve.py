@@ -11293,8 +11293,9 @@ def find_operation(request):
         raise S3Error("NotImplemented", "Only buckets have tags here")
     subresource = _selected(query, method, level) if query else None
     for row in _ROUTES.get((method, level, subresource), ()):
-        if row.when is None or row.when in query \
-                or row.when[:2] == "x-" and row.when in request.headers:
+        if row.when is None or row.when in query or row.when[:2] == "x-" \
+                and (row.when in request.headers or row.when in map(
+                    str.lower, query)):     # see url_headers()
             return row
     if subresource:
         raise S3Error("NotImplemented", "%s ?%s is not implemented"

@@ -19753,6 +19753,13 @@ class PresignedRequests(OperationCase):
         self.error(self.fetch(self.s3.presign("PUT", "/box/k", [
             ("x-amz-meta-b", "1\r\n2")]), "PUT", b""), "InvalidArgument")
 
+    def test_a_copy_s_source_may_be_in_the_url_in_any_case(self):
+        self.ok(self.s3.put("/box/k", b"data"))
+        for name in ("x-amz-copy-source", "X-Amz-Copy-Source"):
+            self.ok(self.fetch(self.s3.presign("PUT", "/box/" + name, [
+                (name, "/box/k")]), "PUT"))
+            self.assertEqual(self.s3.get("/box/" + name).body, b"data")
+
     def test_a_range_needs_no_signature(self):
         self.ok(self.s3.put("/box/k", b"0123456789"))
         answer = self.fetch(self.s3.presign("GET", "/box/k"),
