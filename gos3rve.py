@@ -514,14 +514,20 @@ def parse_copy_source(value):
 @functools.lru_cache(maxsize=1024)
 def http_date(seconds):
     """The RFC 9110 form of a time in whole seconds since the epoch."""
-    return email.utils.formatdate(seconds, usegmt=True)
+    return email.utils.formatdate(_dated(seconds), usegmt=True)
 
 
 @functools.lru_cache(maxsize=4096)
 def iso_date(seconds):
     """The ISO 8601 form of S3's XML: with milliseconds, which are 0 as in
     Last-Modified, so that a listing and a HEAD tell the same time."""
-    return "%d-%02d-%02dT%02d:%02d:%02d.000Z" % time.gmtime(seconds)[:6]
+    return "%04d-%02d-%02dT%02d:%02d:%02d.000Z" % time.gmtime(
+        _dated(seconds))[:6]
+
+
+def _dated(seconds):
+    """The nearest time in the years 1 to 9999; a file may bear any."""
+    return max(FIRST_DATE, min(seconds, LAST_DATE))
 
 
 def iso_time(time_ns):
@@ -554,8 +560,8 @@ def _timegm(year, month, day, hour, minute, second):
     return calendar.timegm((year, month, day, hour, minute, second))
 
 
-# 9999-12-31: a date beyond it has no HTTP form
-LAST_DATE = 253402214400
+# 0001-01-01 and 9999-12-31: a date beyond them has no HTTP form
+FIRST_DATE, LAST_DATE = -62135596800, 253402214400
 _ISO_DATE = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,9}))?)?"
     r"(?:Z|([+-])(\d\d):?(\d\d))?)?\Z", re.ASCII)

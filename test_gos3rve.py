@@ -690,6 +690,9 @@ class Dates(unittest.TestCase):
                 (1709210096007000001, "2024-02-29T12:34:56.007Z")):
             with self.subTest(time_ns=time_ns):
                 self.assertEqual(gos3rve.iso_time(time_ns), expected)
+        for seconds, year in ((10**17, "9999"), (-10**17, "0001")):
+            self.assertEqual(gos3rve.iso_date(seconds)[:4], year)
+            self.assertIn(" %s " % year, gos3rve.http_date(seconds))
 
     def test_http_dates_in_the_three_forms_and_iso_8601(self):
         for text in ("Sun, 06 Nov 1994 08:49:37 GMT",
