@@ -6924,9 +6924,9 @@ class Store:
                 write_json(os.path.join(path, "upload.json"), record,
                            self.sync)
                 return upload_id
-            except FileNotFoundError:   # the last upload beside it ended
-                continue
-        raise S3Error("OperationAborted")
+            except FileNotFoundError:   # the last upload beside it ended;
+                continue                # a network may tell us a second later
+        raise S3Error("SlowDown")
 
     def upload(self, bucket, key, upload_id):
         """The Upload, or NoSuchUpload."""
@@ -12131,15 +12131,12 @@ def list_objects_v2(request):
     start_after = query.get("start-after")
     limit = page_size(request, "max-keys")
     encode, encoding = encode_type(request)
-    after, skip = start_after or "", ""
-    if "continuation-token" in query:
-        after, start_after = read_token(request), None
-        if not after:
-            raise bad_argument("The continuation token provided is "
-                               "incorrect", "continuation-token")
+    after, skip = read_token(request), ""
+    if after:
         skip = _rolled_up(after, prefix, delimiter)
     page = request.store.list_objects(
-        request.bucket, _shown, prefix, delimiter, after, limit, skip)
+        request.bucket, _shown, prefix, delimiter,
+        after or start_after or "", limit, skip)
     owner = query.get("fetch-owner", "").lower() == "true"
     token = make_token(page.entries[-1].key) if page.truncated else None
     return _bucket_listing(request, [
