@@ -29878,11 +29878,12 @@ class Tormentor:
     # sleep
 
     def _freeze(self, pids):
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        self._pause()
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in pids:            # one may be dying of the last act
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            if number == signal.SIGSTOP:
+                self._pause()
 
     def freeze(self, number):
         self._freeze(family(self.servers[number].process.pid))
