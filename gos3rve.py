@@ -525,15 +525,15 @@ def iso_date(seconds):
         _dated(seconds))[:6]
 
 
-def _dated(seconds):
-    """The nearest time in the years 1 to 9999; a file may bear any."""
-    return max(FIRST_DATE, min(seconds, LAST_DATE))
-
-
 def iso_time(time_ns):
     """The same with the milliseconds that there are."""
     return "%s%03dZ" % (iso_date(time_ns // 1000000000)[:-4],
                         time_ns // 1000000 % 1000)
+
+
+def _dated(seconds):
+    """The nearest time in the years 1 to 9999; a file may bear any."""
+    return max(FIRST_DATE, min(seconds, LAST_DATE))
 
 
 def parse_amz_date(text):
@@ -11677,10 +11677,6 @@ def _read_date(text):
     return seconds
 
 
-def _write_date(seconds):
-    return iso_date(seconds)
-
-
 def _read_filled(text):
     if not text.strip():
         raise ValueError(text)
@@ -11692,7 +11688,7 @@ FILLED = Leaf(_read_filled)
 INT = Leaf(_read_int, shape=_is_long)
 LONG = Leaf(_read_long, shape=_is_long)
 BOOLEAN = Leaf(_read_boolean, bool, bool)
-DATE = Leaf(_read_date, _write_date, is_date)
+DATE = Leaf(_read_date, iso_date, is_date)
 
 
 def one_of(*words):
@@ -12131,12 +12127,11 @@ def list_objects_v2(request):
     start_after = query.get("start-after")
     limit = page_size(request, "max-keys")
     encode, encoding = encode_type(request)
-    after, skip = read_token(request), ""
-    if after:
-        skip = _rolled_up(after, prefix, delimiter)
+    after = read_token(request)
     page = request.store.list_objects(
         request.bucket, _shown, prefix, delimiter,
-        after or start_after or "", limit, skip)
+        after or start_after or "", limit,
+        _rolled_up(after, prefix, delimiter))
     owner = query.get("fetch-owner", "").lower() == "true"
     token = make_token(page.entries[-1].key) if page.truncated else None
     return _bucket_listing(request, [
@@ -14621,7 +14616,7 @@ def parse_retention(element, now):
     if len(value) < 2:
         raise S3Error("MalformedXML")
     _check_future(value["RetainUntilDate"], now, "RetainUntilDate",
-                  _write_date(value["RetainUntilDate"]))
+                  iso_date(value["RetainUntilDate"]))
     return {"mode": value["Mode"], "until": value["RetainUntilDate"]}
 
 
@@ -14637,7 +14632,7 @@ def retention_children(lock):
     if "mode" not in lock:
         raise S3Error("NoSuchObjectLockConfiguration")
     return [("Mode", lock["mode"]),
-            ("RetainUntilDate", _write_date(lock["until"]))]
+            ("RetainUntilDate", iso_date(lock["until"]))]
 
 
 def parse_legal_hold(element):
@@ -14700,7 +14695,7 @@ def lock_headers(lock):
     headers = {}
     if "mode" in lock:
         headers[LOCK_HEADER + "mode"] = lock["mode"]
-        headers[LOCK_HEADER + "retain-until-date"] = _write_date(lock["until"])
+        headers[LOCK_HEADER + "retain-until-date"] = iso_date(lock["until"])
     if "hold" in lock:
         headers[LOCK_HEADER + "legal-hold"] = lock["hold"]
     return headers
@@ -14841,7 +14836,7 @@ def put_object_retention(request):
     until = retention.get("until")
     request.allow_change({
         "s3:object-lock-mode": retention.get("mode"),
-        "s3:object-lock-retain-until-date": until and _write_date(until)})
+        "s3:object-lock-retain-until-date": until and iso_date(until)})
     need_object_lock(request)
     bypass = may_bypass(request, request.key)
 
@@ -16329,7 +16324,7 @@ def _check_positive(rule, action, name):
 def _check_midnight(value):
     if value.get("Date", 0) % DAY_SECONDS:
         raise bad_argument("'Date' must be at midnight GMT", "Date",
-                           _write_date(value["Date"]))
+                           iso_date(value["Date"]))
 
 
 def _check_expiration(rule):
