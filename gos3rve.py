@@ -4252,9 +4252,9 @@ class Bucket:
         self._locks = os.path.join(self._state, "locks", "")
         self._threads = [threading.Lock() for _ in range(LOCK_STRIPES)]
         self._config, self._no_config = (None, {}), {}
-        self.hints_due = 0              # when a sweep looks at unique/
-        self.derived = (None, None)     # room 8's: (config, what follows)
+        self._hints_due = 0             # when a sweep looks at unique/
         self._swept = (0, 0)    # sidecars: before when, and all of them when
+        self.derived = (None, None)     # room 8's: (config, what follows)
         self.listed = {}        # ListedCache's: show -> (stamp, key -> Listed)
 
     @functools.cached_property
@@ -5072,7 +5072,18 @@ class Bucket:
                     self.demote(obstacle.key)
         raise S3Error("OperationAborted")
 
-    def sweep_sidecars(self, before):
+    def sweep(self, now, before):
+        """Remove drafts and sidecars, unchanged since `before`, that serve
+        nobody any more, and now and then hints; how many."""
+        count = (_sweep_drafts(self._tmp, before)
+                 + _sweep_drafts(self._state, before)
+                 + self._sweep_sidecars(before))
+        if now >= self._hints_due:
+            self._hints_due = now + HINTS_SECONDS
+            count += self.sweep_hints(MAX_SWEPT_HINTS)
+        return count
+
+    def _sweep_sidecars(self, before):
         """Remove the sidecars, unchanged since `before`, that no longer
         describe their key's file; how many.
 
@@ -5187,6 +5198,7 @@ class Bucket:
                               VersionId=version_id)
         name = version_id and self._version_name(key, version_id)
         path = name and os.path.join(self._version_directory(key), name)
+        # a link to nothing, put there by hand; one to itself says ELOOP
         if path and _is_link(path) and not _is_surely_there(path):
             raise S3Error("NoSuchVersion", Key=key, VersionId=version_id)
         raise S3Error("SlowDown")
@@ -6208,7 +6220,7 @@ class Walker:
         with self._bucket.scan(path, stamp) as found:
             for entry in found:
                 name = entry.name
-                if not name.isascii() and not _is_utf8(name):
+                if not name.isascii() and not is_utf8(name):
                     continue
                 if is_reserved(name):
                     continue
@@ -6241,9 +6253,10 @@ def _same_file(path, status):
         status.st_ino, status.st_mtime_ns, status.st_size)
 
 
-def _is_utf8(name):
+def is_utf8(text):
+    """True for a text that UTF-8 has bytes for."""
     try:
-        name.encode()
+        text.encode()
         return True
     except UnicodeError:
         return False
@@ -7112,12 +7125,7 @@ class Store:
         before = now - grace_seconds
         for bucket in self.list_buckets():
             with self._sweeping(bucket.root):
-                count += _sweep_drafts(bucket._tmp, before)
-                count += _sweep_drafts(bucket._state, before)
-                count += bucket.sweep_sidecars(before)
-                if now >= bucket.hints_due:
-                    bucket.hints_due = now + HINTS_SECONDS
-                    count += bucket.sweep_hints(MAX_SWEPT_HINTS)
+                count += bucket.sweep(now, before)
         with self._sweeping(self.dir_buckets):
             for path, has_objects in self.leftovers(now, grace_seconds):
                 if not has_objects:
@@ -8170,7 +8178,7 @@ class Checker:
     def _no_object(bucket, path):
         """Why a file is no object, or None."""
         name = os.path.relpath(path, bucket.root)
-        if not _is_utf8(name):
+        if not is_utf8(name):
             return "is no object: its name is not UTF-8"
         if not is_natural(name.replace(os.sep, "/")):
             return "is no object: its name is reserved, or none for a key"
@@ -19726,7 +19734,7 @@ def _check_keys(key_id, key_val):
     if not re.match(r"[!-+\--~]+\Z", key_id):
         raise ConfigError("the access key id %r is not of visible ASCII "
                           "characters other than the comma" % key_id)
-    if not _is_utf8(key_val):
+    if not is_utf8(key_val):
         raise ConfigError("the secret access key of %s is not UTF-8"
                           % key_id)
 

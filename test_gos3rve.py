@@ -27217,6 +27217,10 @@ class HouseTables(unittest.TestCase):
                      textwrap.indent(HOSTS_HAPROXY.strip(), "    ")):
             self.assertIn(text, read_text(README))
 
+    def test_the_README_has_nothing_of_a_merge(self):
+        self.rows()                     # or skip
+        self.assertNotRegex(read_text(README), r"(?m)^([<=>])\1{6}( |$)")
+
     def test_the_README_has_each_operation_with_its_state(self):
         rows, listed = self.rows(), {}
         for row in rows:
@@ -29878,12 +29882,15 @@ class Tormentor:
     # sleep
 
     def _freeze(self, pids):
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            for pid in pids:            # one may be dying of the last act
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            if number == signal.SIGSTOP:
-                self._pause()
+        self._signal(pids, signal.SIGSTOP)
+        self._pause()
+        self._signal(pids, signal.SIGCONT)
+
+    @staticmethod
+    def _signal(pids, number):
+        for pid in pids:                # one may be dying of the last act
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def freeze(self, number):
         self._freeze(family(self.servers[number].process.pid))
