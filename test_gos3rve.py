@@ -22282,17 +22282,14 @@ class ServerWorkers(EndCase):
 
     def test_the_cap_of_connections_is_that_of_all_workers(self):
         server = self.start("-max_conns", "4")
-        peers = [self.begin(server, HEALTH) for _ in range(4)]
-        for peer in peers:              # busy until their bodies have come
-            self.ok(peer.answer())
-            peer.send(b"PUT /box/k HTTP/1.1\r\nHost: x\r\n"
-                      b"Content-Length: 5\r\n\r\n")
+        client = server.client()
+        peers = [self.upload(server, client) for _ in range(4)]
         fifth = self.begin(server, HEALTH)
         fifth.sock.settimeout(0.5)
         with self.assertRaises(socket.timeout):
             fifth.sock.recv(1)
         for peer in peers:
-            peer.send(b"hello")         # refused, and idle from then on
+            peer.send(b"world")         # stored, and idle from then on
         fifth.sock.settimeout(20)
         self.assertEqual(fifth.sock.recv(12), b"HTTP/1.1 200")
 
