@@ -3363,6 +3363,9 @@ def storage_error(error):
     if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP):
         return S3Error("AccessDenied", "The server may not do this to its "
                        "files")
+    if code in (errno.EEXIST, errno.EISDIR, errno.ENOTDIR):
+        return S3Error("AccessDenied", "Something that is none of the "
+                       "server's files stands in their place")
     if code in _PASSING_ERRNO:
         return S3Error("SlowDown")
     return S3Error("InternalError")
@@ -4341,13 +4344,21 @@ class Bucket:
         it may just have been deleted."""
         for path in (self._state, os.path.join(self._state, name)):
             try:
-                os.mkdir(path, 0o700)
-                self._sync_directory(os.path.dirname(path))
-            except FileExistsError:
-                continue
+                self._make_directory(path, 0o700)
             except FileNotFoundError:
                 raise S3Error("NoSuchBucket",
                               BucketName=self.name) from None
+
+    def _make_directory(self, path, mode=0o777):
+        """Make a directory where it is missing.  FileExistsError when
+        something else stands in its place."""
+        try:
+            os.mkdir(path, mode)
+            self._sync_directory(os.path.dirname(path))
+        except FileExistsError:
+            if not _is_surely_there(os.path.join(path, "")) \
+                    and os.path.lexists(path):
+                raise
 
     def _open_state(self, name, path, flags):
         """A descriptor of a file in a directory of the bucket's state,
@@ -5198,8 +5209,8 @@ class Bucket:
                               VersionId=version_id)
         name = version_id and self._version_name(key, version_id)
         path = name and os.path.join(self._version_directory(key), name)
-        # a link to nothing, put there by hand; one to itself says ELOOP
-        if path and _is_link(path) and not _is_surely_there(path):
+        # put there by hand
+        if path and (os.path.islink(path) or not os.path.isfile(path)):
             raise S3Error("NoSuchVersion", Key=key, VersionId=version_id)
         raise S3Error("SlowDown")
 
@@ -5360,12 +5371,9 @@ class Bucket:
         """The directory for a key's versions, made; it stays as long as
         the key has any version, for the sake of listings."""
         directory = self._version_directory(key)
-        self._make_state("versions")
-        try:
-            os.mkdir(directory)
-            self._sync_directory(self._versions)
-        except FileExistsError:
-            pass
+        if not _leads_to_directory(directory):
+            self._make_state("versions")
+            self._make_directory(directory)
         if _is_hashed(key) and not os.path.exists(
                 os.path.join(directory, KEY_FILE)):
             self.write_key_file(key)
@@ -5444,23 +5452,33 @@ class Bucket:
         else:
             if name:                    # its twin, after a crash
                 self.drop_version(key, name)
-            names = self.version_names(key)
-            if names and not self._is_marker(key, names[0]):
-                self.promote(key, names[0])
+            heir = self._heir(key, self.version_names(key))
+            if heir:
+                self.promote(key, heir)
             else:
                 self.remove(key)
         self._prune_versions(key)
 
+    def _heir(self, key, names):
+        """The file name of the newest version among `names`, unless that
+        is a marker; or None.  What is no file was put there by hand."""
+        for name in names:
+            found = self._load_version(key, name)
+            if found:
+                close_fd(found[1])
+                return None if found[0].marker else name
+        return None
+
     def _uncover(self, key, marker):
         """Remove the latest version, a marker: it is out of force when the
         one before it has become the key's file."""
-        names = self.version_names(key)[1:]
-        if names and not self._is_marker(key, names[0]):
+        heir = self._heir(key, self.version_names(key)[1:])
+        if heir:
             directory = self._version_directory(key)
             os.replace(os.path.join(directory, marker),
                        os.path.join(directory, marker + PENDING))
             self._sync_directory(directory)
-            self.promote(key, names[0])
+            self.promote(key, heir)
             marker += PENDING
         self.drop_version(key, marker)
 

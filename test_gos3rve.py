@@ -3860,10 +3860,28 @@ class Strangers(StorageCase):
         self.assert_refused("BucketNotEmpty", self.store.delete_bucket,
                             self.bucket)
 
-    def test_link_to_nowhere_in_the_place_of_the_drafts_is_no_hang(self):
-        shutil.rmtree(self.path(gos3rve.STATE, "tmp"))
-        self.link("nowhere", gos3rve.STATE, "tmp")
-        self.assert_refused("SlowDown", self.put, "k", b"2")
+    def test_what_stands_in_the_place_of_the_state_is_told(self):
+        self.bucket.save({"versioning": "Enabled"})
+        for name, key in (("tmp", "k"), ("locks", "k"), ("odd", "odd//"),
+                          ("odd/kodd%2F%2F", "odd//"), ("versions", "k"),
+                          ("versions/kk", "k")):
+            for make in (os.mkfifo, by_hand, functools.partial(
+                    os.symlink, "nowhere")):
+                path = self.path(gos3rve.STATE, *name.split("/"))
+                self.put(key, b"1")
+                os.rename(path, path + "-aside")
+                if os.path.isdir(path + "-aside"):
+                    make(path)
+                else:
+                    os.mkdir(path)
+                with self.subTest(name=name, make=make):
+                    with self.assertRaises(OSError) as caught:
+                        self.put(key, b"2")
+                    self.assertEqual(gos3rve.storage_error(
+                        caught.exception).code, "AccessDenied")
+                (os.rmdir if os.path.isdir(path) else os.unlink)(path)
+                os.rename(path + "-aside", path)
+                self.assertEqual(self.read(key)[1], b"1")
 
     def test_file_whose_path_is_too_long_for_a_key_is_not_listed(self):
         path = os.path.join(*["d" * 200] * 5)
@@ -4944,21 +4962,29 @@ class VersionCase(StorageCase):
 class Versions(VersionCase):
     """What becomes of them, by whatever hand and clock."""
 
-    @unittest.skipUnless(hasattr(os, "symlink"), "no symbolic links")
-    def test_a_version_that_cannot_be_opened_says_why(self):
-        old = self.put("k", b"1").version_id
-        self.put("k", b"2")
-        directory = self.bucket._version_directory("k")
-        path = os.path.join(directory, old)
-        os.unlink(path)
-        os.symlink(old, path)
-        with self.assertRaises(OSError) as caught:
-            self.bucket.open_version("k", old)
-        self.assertEqual(caught.exception.errno, errno.ELOOP)
-        os.unlink(path)
-        os.symlink("nowhere", path)
-        self.assert_refused("NoSuchVersion", self.bucket.open_version, "k",
-                            old)
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "needs links and FIFOs")
+    def test_what_is_no_file_is_no_version(self):
+        def link(target):
+            return lambda path: os.symlink(target, path)
+        for number, make in enumerate((
+                link("nowhere"), link("."), link(__file__), os.mkfifo,
+                os.mkdir, lambda path: os.symlink(path, path))):
+            key = "k%d" % number
+            ids = [self.put(key, b"%d" % n).version_id for n in range(4)]
+            path = os.path.join(self.bucket._version_directory(key), ids[1])
+            os.unlink(path)
+            make(path)
+            marker = self.store.delete_object(self.bucket, key).version_id
+            with self.subTest(make=make):
+                self.assert_refused("NoSuchVersion",
+                                    self.bucket.open_version, key, ids[1])
+                for gone, data in ((marker, b"3"), (ids[3], b"2"),
+                                   (ids[1], b"2"), (ids[2], b"0")):
+                    self.store.delete_object(self.bucket, key,
+                                             version_id=gone)
+                    self.assertEqual(self.read(key)[1], data)
+                self.assertEqual(list(self.contents(key)), [ids[0]])
+                self.assertTrue(os.path.lexists(path))
 
     def test_order_is_that_of_writing_whatever_the_clock_says(self):
         for step in (-10 ** 15, -1, 0, 1):
@@ -20619,6 +20645,65 @@ class OutsideRequests(OperationCase):
         self.s3.delete("/box/dir/f")
         self.s3.delete("/box/file")
         self.assertEqual(os.listdir(outside), ["f"])
+
+    def write(self, how, key):
+        """Write `new` under a key in one of several ways: the Answer."""
+        path, source = "/box/" + key, "/box/source"
+        if how == "form":
+            return PostFormRequests.post(self, PostFormRequests.signed(
+                self, key=key), b"new")
+        if how == "complete":
+            upload = self.s3.post(path, {"uploads": ""}).one("UploadId")
+            part = self.s3.put(path, b"new", {
+                "partNumber": "1", "uploadId": upload})
+            return self.s3.post(path, {"uploadId": upload}, (
+                "<CompleteMultipartUpload><Part><PartNumber>1</PartNumber>"
+                "<ETag>%s</ETag></Part></CompleteMultipartUpload>"
+                % part.etag).encode())
+        return self.s3.put(path, **{
+            "put": {"body": b"new"},
+            "copy": {"headers": {"x-amz-copy-source": source}},
+            "rename": {"query": {"renameObject": ""},
+                       "headers": {"x-amz-rename-source": source}}}[how])
+
+    @unittest.skipIf(os.name == "nt", "needs links, FIFOs and sockets")
+    def test_what_stands_in_the_way_of_a_write(self):
+        """At its key's path it is replaced, unless keys lie behind it; at a
+        directory's it is a clear refusal, and stays."""
+        outside = temporary_directory(self)
+        inside, secret = self.path("real"), os.path.join(outside, "secret")
+        by_hand(secret, b"top secret")
+        ways = {target: functools.partial(os.symlink, target) for target in (
+            "nowhere", "no/where", secret, outside, secret + "/", "o",
+            inside + "/x", inside, "fifo")}
+        ways.update(fifo=os.mkfifo, directory=os.mkdir, device=lambda path:
+                    os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5)))
+        try:
+            ways["device"](self.path("o"))
+        except OSError:                 # for root
+            del ways["device"]
+        for (what, make), key, how in itertools.product(
+                ways.items(), ("o", "o/k", "o/d/k"),
+                ("put", "copy", "complete", "form", "rename")):
+            self.setUp()
+            self.by_hand("real/x", b"old")
+            self.ok(self.s3.put("/box/source", b"new"))
+            os.mkfifo(self.path("fifo"))
+            make(self.path("o"))
+            with self.subTest(what=what, key=key, how=how):
+                answer = self.write(how, key)
+                if key == "o" or what in ("directory", inside):
+                    self.assertIn(answer.status, (200, 204))
+                    self.body(key, b"new")
+                    self.assertIn(key, self.s3.keys("box"))
+                else:
+                    self.error(answer, "AccessDenied", 403)
+                    self.error(self.s3.get("/box/" + key), "NoSuchKey")
+                    self.assertTrue(os.path.lexists(self.path("o")))
+                    self.body("source", b"new")
+                self.body("real/x", b"old")
+                self.assertEqual(files_below(outside), ["secret"])
+                self.assertEqual(open_and_read(secret), b"top secret")
 
     @unittest.skipIf(os.name == "nt", "needs FIFOs and sockets")
     def test_what_is_no_plain_file_is_no_object_and_blocks_nothing(self):
