@@ -4213,7 +4213,7 @@ def parse_settings(data):
     try:
         config = load_json(data)
     except ValueError as error:
-        return {}, [str(error)]
+        return {"policy": False}, ["%s; nobody is let in" % error]
     wrong = [name for name, shape in CONFIG_SHAPES.items()
              if name in config and not fits(config[name], shape)]
     for name in wrong:
@@ -6936,9 +6936,17 @@ class Store:
         """Change bucket.json: change(config) is given a copy of it."""
         with bucket.lock_all():
             config = json.loads(json.dumps(bucket.config))
-            config.setdefault("created_ns", bucket.created_ns)
+            if "created_ns" not in config:
+                config["created_ns"] = self._created_ns(bucket)
             change(config)
             bucket.save(config)
+
+    def _created_ns(self, bucket):
+        """When a bucket whose record does not tell, or was lost, was
+        created: the uploads to it know, and stay uploads to it."""
+        dates = [upload.record.get("bucket")
+                 for upload in self.list_uploads(bucket)]
+        return max(filter(None, dates), default=bucket.created_ns)
 
     # uploads
 
@@ -7198,7 +7206,10 @@ class Store:
             except OSError:
                 continue                # not now: it may well be whole
             idle = now - _last_change(path)
-            if idle > grace and not (upload and upload.is_to(created_ns)):
+            damaged = upload is None and _is_there(
+                os.path.join(path, "upload.json"))
+            if idle > grace and not (damaged and not 0 < ttl < idle
+                                     or upload and upload.is_to(created_ns)):
                 _remove_tree(path)
                 count += 1
             elif upload is not None and ttl and idle > ttl:
@@ -8230,9 +8241,12 @@ class Checker:
         upload = self._store._load_upload(path)
         if _last_change(path) >= self._before:
             return                      # somebody is at it
-        if upload is None:
+        if upload is None and _is_there(os.path.join(path, "upload.json")):
+            self._found(_quoted(path), "is an upload whose upload.json is "
+                        "damaged")
+        elif upload is None:
             self._found(_quoted(path), "is no upload: its upload.json is "
-                        "missing or damaged", lambda: shutil.rmtree(path))
+                        "missing", lambda: shutil.rmtree(path))
         elif bucket is None:
             # which may be on a disk that is not, or have a flag of its own
             self._found(_quoted(path), "is an upload to a bucket that is not "

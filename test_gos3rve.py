@@ -3587,7 +3587,7 @@ class DamagedRecords(StorageCase):
                 by_hand(path + "-", data)
                 os.replace(path + "-", path)
                 del self.reports[:]
-                self.assertIsNone(self.bucket.owner)
+                self.assertEqual(self.bucket.config, {"policy": False})
                 self.assertEqual(self.bucket.region, "us-east-1")
                 self.assertGreater(self.bucket.created_ns, 0)
                 self.assertIn("damaged of %s counts as absent" % path,
@@ -6574,6 +6574,46 @@ class Sweeping(UploadCase):
         self.assertIs(os.open, real)
         self.assertEqual(self.parts(upload), {1: b"1"})
 
+    def test_uploads_outlast_the_record_of_their_bucket(self):
+        upload = self.begin()
+        self.part(upload, 1, b"1")
+        path, created = self.path(gos3rve.STATE, "bucket.json"), \
+            self.bucket.created_ns
+        for data in (None, b"", b"{", b'{"created_ns": "x"}',
+                     b'{"owner": "alice", "created_ns": 1.5}'):
+            if data is None:
+                os.unlink(path)
+            else:
+                by_hand(path, data)
+            for _ in range(2):
+                with self.subTest(data=data):
+                    self.assertEqual(self.sweep(), 0)
+                    self.assertEqual(self.parts(self.store.upload(
+                        self.bucket, "k", upload.upload_id)), {1: b"1"})
+                self.store.update_bucket(
+                    self.bucket, lambda config: config.pop("policy", None))
+            self.assertEqual(self.bucket.created_ns, created)
+        earlier = self.begin("earlier")
+        self.bucket.save({"created_ns": created + 1})
+        self.begin("later")
+        os.unlink(path)
+        self.store.update_bucket(self.bucket, dict)
+        self.assertEqual([upload.key for upload in self.store.list_uploads(
+            self.bucket)], ["later"])
+        self.assertEqual(self.sweep(), 2)
+        self.assertFalse(os.path.exists(earlier.path))
+
+    def test_upload_whose_record_is_damaged_has_its_time(self):
+        upload = self.begin()
+        self.part(upload, 1, b"1")
+        by_hand(os.path.join(upload.path, "upload.json"), b"{")
+        for ttl in (0, 20000):
+            self.assertEqual(self.sweep(ttl=ttl, later=10000), 0)
+            self.assertTrue(os.path.exists(os.path.join(
+                upload.path, "00001")))
+        self.assertEqual(self.sweep(ttl=20000, later=30000), 1)
+        self.assertEqual(files_below(self.uploads), [])
+
     def test_half_made_things_go(self):
         upload = self.begin()
         self.part(upload, 1, b"1")
@@ -7175,7 +7215,9 @@ class Checks(UploadCase):
         os.utime(os.path.join(upload.path, "00001"), (1, 1))
         self.assert_left("without a record of its content")
         by_hand(os.path.join(upload.path, "upload.json"), b"{")
-        self.assert_mended("missing or damaged")
+        self.assert_left("json is damaged")
+        os.unlink(os.path.join(upload.path, "upload.json"))
+        self.assert_mended("json is missing")
         path = self.begin().path
         self.bucket.save({"created_ns": 5})
         self.assert_mended("an earlier bucket")
@@ -23372,6 +23414,13 @@ class DamagedState(unittest.TestCase):
         self.settings({"cors": 5, "tags": {"a": "b"}})
         self.assertEqual(self.s3.get("/box/k").status, 200)
         self.assertIn("cors is not", "".join(self.reports))
+        by_hand(os.path.join(self.box, gos3rve.STATE, "bucket.json"), b"{")
+        self.assertEqual(self.s3.put("/box/k").code, "AccessDenied")
+        self.s3.put("/box", PUBLIC, {"policy": ""})
+        self.running.store.sweep(0, time.time() + 10 ** 6)
+        self.assertEqual(self.s3.get("/box/u", {
+            "uploadId": self.upload}).all("Part/PartNumber"), ["1"])
+        self.assertEqual(self.s3.get("/box/k").body, b"12")
 
     def ask_object(self):
         """What looks at all of a record."""
