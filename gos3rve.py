@@ -8271,16 +8271,22 @@ class Checker:
 @contextlib.contextmanager
 def _as_owner(*paths):
     """Be, as root, the user whose is the first of the paths that is there:
-    what is made there is for a server which may run as that user."""
+    what is made there is for a server which may run as that user.  OSError
+    where root may not, in a container, say."""
     owner = next((os.stat(path) for path in paths if _is_there(path)), None)
     if owner is None or not hasattr(os, "seteuid") or os.geteuid() != 0 \
             or not owner.st_uid:
         yield
         return
     group = os.getegid()
-    os.setegid(owner.st_gid)
-    os.seteuid(owner.st_uid)
     try:
+        try:
+            os.setegid(owner.st_gid)
+            os.seteuid(owner.st_uid)
+        except OSError as error:
+            raise OSError(error.errno, "root may not act as its owner here, "
+                          "user %d: run it as that user"
+                          % owner.st_uid) from None
         yield
     finally:
         os.seteuid(0)

@@ -7197,6 +7197,25 @@ class Checks(UploadCase):
             os.path.join(locks, name) for name in os.listdir(locks)]},
             {65534})
 
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0,
+                         "not root")
+    def test_root_that_may_not_be_another_says_so_and_stays_itself(self):
+        for path in (self.path(), self.path(gos3rve.STATE)):
+            os.chown(path, 65534, 65533)
+        self.store.create_bucket("other", "bob", "x")
+        me = os.geteuid(), os.getegid()
+        for name in ("seteuid", "setegid"):
+            real = getattr(os, name)
+
+            def refuse(number, real=real):
+                if number:
+                    raising(errno.EPERM)()
+                real(number)
+            with mock.patch.object(os, name, refuse):
+                self.assert_left("mended: root may not act as its owner "
+                                 "here, user 65534: run it as that user")
+            self.assertEqual((os.geteuid(), os.getegid()), me)
+
     def test_what_nobody_will_finish(self):
         by_hand(self.path(gos3rve.STATE, "tmp", "t" + "0" * 24), b"draft")
         self.assert_mended("nobody writes")
