@@ -4054,6 +4054,15 @@ def _is_there(path):
     return os.access(path, os.F_OK)
 
 
+def _is_open(path, fd):
+    """True while a path still names an open file, whatever its times:
+    where it lies on several machines, these may differ."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except _ABSENT:
+        return False
+
+
 def _is_surely_there(path, dir_fd=None):
     """The same, where an error must not pass for a no."""
     try:
@@ -4728,16 +4737,16 @@ class Bucket:
 
         The file is opened every time: one kept open would go on locking
         what was removed or moved away, while others lock its successor.
-        Who had to wait may hold the lock of a bucket that was deleted
-        meanwhile, and made anew.
+        So may one that was opened just before its bucket was deleted, and
+        made anew.
         """
+        path = self._locks + "%02d" % stripe
         while True:
             fd = self._open_stripe(stripe)
             try:
-                if try_flock(fd):
-                    return fd
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                if _same_file(self._locks + "%02d" % stripe, os.fstat(fd)):
+                if not try_flock(fd):
+                    fcntl.flock(fd, fcntl.LOCK_EX)
+                if not fcntl or _is_open(path, fd):
                     return fd
             except BaseException:
                 close_fd(fd)
