@@ -10859,6 +10859,47 @@ class ConditionalWriteRequests(OperationCase):
             "/box/" + key, headers=dict(headers, **{
                 "x-amz-copy-source": "/box/source"})))
 
+    def test_what_others_did_while_a_body_was_on_its_way(self):
+        put, delete, change = (
+            bound(self.s3.put, "/box/new", b"other"),
+            bound(self.s3.delete, "/box/new"),
+            bound(self.s3.put, "/box/new", b"another"))
+        etag = '"%s"' % md5_hex(b"other")
+        for name, value, before, during, status in (
+                ("if-none-match", "*", delete, (put, delete), 200),
+                ("if-none-match", "*", delete, (put,), 412),
+                ("if-match", etag, put, (delete, put), 200),
+                ("if-match", etag, put, (change, put), 200),
+                ("if-match", etag, put, (change,), 412),
+                ("if-match", etag, put, (delete,), 404)):
+            before()
+            headers = self.s3.sign("PUT", "/box/new", [], {
+                name: value, "content-length": "3", "expect": "100-continue"},
+                hashlib.sha256(b"new").hexdigest())
+            with contextlib.closing(self.s3.connect()) as connection:
+                connection.putrequest("PUT", "/box/new", skip_host=True)
+                for pair in headers.items():
+                    connection.putheader(*pair)
+                connection.endheaders()
+                self.assertIn(b" 100 ", connection.sock.recv(99))
+                for step in during:
+                    step()
+                connection.send(b"new")
+                self.assertEqual(connection.getresponse().status, status)
+
+    def test_an_upload_that_was_refused_can_be_completed(self):
+        upload = self.s3.post("/box/k", {"uploads": ""}).one("UploadId")
+        part = self.s3.put("/box/k", b"new", {
+            "uploadId": upload, "partNumber": "1"})
+        for status in (412, 200):
+            self.ok(self.s3.post("/box/k", {"uploadId": upload}, (
+                "<CompleteMultipartUpload><Part><PartNumber>1</PartNumber>"
+                "<ETag>%s</ETag></Part></CompleteMultipartUpload>"
+                % part.etag).encode(), headers={"if-none-match": "*"}),
+                status)
+            self.body("k", (b"old", b"new")[status == 200])
+            self.s3.delete("/box/k")
+
     def test_complete(self):
         def write(key, headers):
             path = "/box/" + key
