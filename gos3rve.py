@@ -1653,6 +1653,11 @@ def _v2_header(request, accounts, now):
     return _v2_verify(request, account, date, signature)
 
 
+def is_presigned(query):
+    """True for the query of a presigned URL."""
+    return "X-Amz-Signature" in query or "Signature" in query
+
+
 def url_headers(request):
     """The headers that a presigned URL carries in its query.
 
@@ -11146,11 +11151,10 @@ def object_owner(request, info, bucket=None):
 
 def signing(request):
     """(signed by an account, with SigV4, in the query) of a request."""
-    identity, query = request.identity, request.query
+    identity = request.identity
     if identity is None or identity.account is None:
         return False, False, False
-    return (True, identity.amz_date is not None,
-            "X-Amz-Signature" in query or "Signature" in query)
+    return True, identity.amz_date is not None, is_presigned(request.query)
 
 
 def policy_context(request, bucket, key=None, facts=None):
@@ -11376,7 +11380,8 @@ def _selected(query, method, level):
         return names[0]
     if level == BUCKET and method in ("PUT", "DELETE", "POST"):
         for name in query:
-            if name not in _SIGNING_NAMES:
+            if name not in _SIGNING_NAMES and not (
+                    is_presigned(query) and name[:6].lower() == "x-amz-"):
                 raise S3Error("NotImplemented",
                               "?%s is not implemented" % name)
     return None
@@ -11412,7 +11417,7 @@ def respond(request):
         request, service.accounts.by_key_id, request.now, service.region,
         signing_hosts(request))
     request.caller = account_caller(identity.account)
-    if "Signature" in request.query or "X-Amz-Signature" in request.query:
+    if is_presigned(request.query):
         request.headers = dict(url_headers(request), **request.headers)
     _authorize_row(request, row)
     if row.function is None:

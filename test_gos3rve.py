@@ -19893,6 +19893,41 @@ class PresignedRequests(OperationCase):
         self.error(self.fetch(self.s3.presign("PUT", "/box/k", [
             ("x-amz-meta-b", "1\r\n2")]), "PUT", b""), "InvalidArgument")
 
+    def test_a_bucket_is_made_and_deleted_as_the_url_says(self):
+        meta = [("x-amz-acl", "public-read"),
+                ("x-amz-bucket-object-lock-enabled", "true"),
+                ("x-amz-object-ownership", "ObjectWriter")]
+        owner = self.s3.get("/").one("Owner/ID")
+        for number, sign in enumerate((
+                lambda path: self.s3.presign("PUT", path, [
+                    (name.title(), value) for name, value in meta]),
+                lambda path: self.v2("PUT", path, int(time.time()) + 60,
+                                     meta=meta))):
+            path = "/made%d" % number
+            url = sign(path)
+            self.error(self.fetch(url.replace("public-read", "private"),
+                                  "PUT"), "SignatureDoesNotMatch", 403)
+            self.ok(self.fetch(url, "PUT"))
+            for name, tag, value in (
+                    ("acl", "*/Grant/Permission", "READ"),
+                    ("object-lock", "ObjectLockEnabled", "Enabled"),
+                    ("ownershipControls", "*/ObjectOwnership",
+                     "ObjectWriter")):
+                self.assertIn(value, self.ok(self.s3.get(
+                    path, {name: ""})).all(tag))
+            for who, status in (("somebody", 403), (owner, 204)):
+                self.ok(self.fetch(self.s3.presign("DELETE", path, [
+                    ("x-amz-expected-bucket-owner", who)]), "DELETE"), status)
+        for answer in (
+                self.s3.put("/made", query=meta[:1]),   # no presigned URL
+                self.fetch(self.s3.presign("PUT", "/made", [("odd", "")]),
+                           "PUT"),
+                self.fetch(self.s3.presign("PUT", "/made", [
+                    ("x-amz-bucket-namespace", "odd")]), "PUT")):
+            self.error(answer, "NotImplemented", 501)
+        self.assertEqual(self.s3.get("/").all("Buckets/Bucket/Name"),
+                         ["box"])
+
     def test_a_copy_s_source_may_be_in_the_url_in_any_case(self):
         self.ok(self.s3.put("/box/k", b"data"))
         for name in ("x-amz-copy-source", "X-Amz-Copy-Source"):
