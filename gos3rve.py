@@ -31,6 +31,7 @@ import bisect
 import calendar
 import collections
 import contextlib
+import copy
 import email.utils
 import errno
 import functools
@@ -9001,12 +9002,13 @@ def resource_arn(bucket, key=None):
                               else "%s/%s" % (bucket, key))
 
 
-_STAR, _ONE = "*", "?"
-
-
 class _Wild(NamedTuple):
-    """A wildcard in a pattern: _STAR or _ONE."""
+    """A wildcard in a pattern."""
     sign: str
+
+
+_STAR, _ONE = _Wild("*"), _Wild("?")
+_WILDCARDS = {"*": _STAR, "?": _ONE}
 
 
 class _Variable(NamedTuple):
@@ -9020,142 +9022,231 @@ _VARIABLE_OR_WILDCARD = re.compile(r"\$\{([^}]*)\}|[*?]")
 _VARIABLE = re.compile(r"([^,\s]+)\s*(?:,\s*'([^']*)'\s*)?\Z")
 
 
-class Pattern:
-    """A text of a policy with wildcards and policy variables.
+def _union(sets):
+    """Sets of numbers, as the bits of integers, made one."""
+    return functools.reduce(operator.or_, sets, 0)
+
+
+# The condition keys that differ between the objects of one request
+OBJECT_KEYS = ("s3:versionid", "s3:existingobjecttag/")
+
+
+class Patterns:
+    """Lists of texts of a policy with wildcards and policy variables.
 
     What a variable stands for is compared literally, wildcards in it
     included.  IAM reference_policies_variables.html
+
+    All are matched at once, so that a text takes time in the product of
+    its length and that of all of them over a machine word's, never more:
+    one request may ask a policy about a thousand keys.
     """
 
-    __slots__ = ("items", "_fold", "_program", "_literal", "_prefix")
+    __slots__ = ("of_object", "_fold", "_count", "_literals", "_prefixes",
+                 "_walked", "_loose", "_variable", "_program")
 
-    def __init__(self, items, fold=False):
-        if fold:
-            items = [item.lower() if type(item) is str else item
-                     for item in items]
-        self.items, self._fold = items, fold
-        self._program = self._literal = self._prefix = None
-        kinds = [type(item) for item in items]
-        if kinds in ([], [str]):
-            self._literal = "".join(items)
-        elif kinds == [str, _Wild] and items[1].sign == _STAR:
-            self._prefix = items[0]
-        elif _Variable not in kinds:
-            self._program = _compile(items)
+    def __init__(self, fold=False, lists=()):
+        """lists: to add().  fold: upper and lower case are the same."""
+        self._fold, self._count, self.of_object = fold, 0, False
+        self._literals, self._prefixes = {}, {}
+        self._walked, self._loose, self._variable = [], 0, []
+        self._program = None            # until it is needed
+        for patterns in lists:
+            self.add(patterns)
 
-    @property
-    def is_fixed(self):
-        """True when it has neither wildcard nor variable."""
-        return self._literal is not None
+    def add(self, patterns):
+        """Add a list, the items of its patterns; its bit among those of
+        find()."""
+        one = 1 << self._count
+        self._count += 1
+        for items in patterns:
+            if self._fold:
+                items = [item.lower() if type(item) is str else item
+                         for item in items]
+            *start, end = items or [""]
+            names = [item.key for item in items if type(item) is _Variable]
+            if names:
+                self._variable.append((items, one))
+                self.of_object |= any(name.startswith(OBJECT_KEYS)
+                                      for name in names)
+            elif _ONE in items or _STAR in start:
+                self._walked.append((items, one))
+                self._loose |= one
+            else:
+                table = self._literals
+                if end is _STAR:
+                    table, end = self._prefixes, ""
+                text = "".join(start) + end
+                table[text] = table.get(text, 0) | one
+        return one
 
-    def matches(self, text, context=None):
-        """True when the whole of `text` fits.
+    def find(self, text, context=None, among=-1):
+        """Which lists have a pattern that the whole of `text` fits, as the
+        bits of an integer.
 
-        A variable without a value in `context` fits nothing.  Takes time
-        in the product of both lengths over a machine word's, never more.
+        among: those that matter.  A variable without one value in
+        `context` fits nothing.
         """
         if self._fold:
             text = text.lower()
-        if self._literal is not None:
-            return text == self._literal
-        if self._prefix is not None:
-            return text.startswith(self._prefix)
-        program = self._program
-        if program is None:
-            items = self._expanded(context, len(text))
-            if items is None:
-                return False
-            program = _compile(items)
-        return bool(_reach(program, text) & program.end)
-
-    def resolvable(self, context):
-        """True when every variable has one value in `context`."""
-        return all(_value(item, context) is not None for item in self.items
-                   if type(item) is _Variable)
-
-    def levels(self, name):
-        """Which resources of bucket `name` can fit: a set of "bucket" and
-        "object".  A variable may stand for anything."""
-        program = _compile([_Wild(_STAR) if type(item) is _Variable
-                            else item for item in self.items])
-        arn, found = resource_arn(name), set()
-        if _reach(program, arn) & program.end:
-            found.add("bucket")
-        # a key has at least one character more
-        more = program.end - 1 | program.stays
-        if _reach(program, arn + "/") & more:
-            found.add("object")
+        found = self._literals.get(text, 0)
+        for prefix, one in self._prefixes.items():
+            if text.startswith(prefix):
+                found |= one
+        if self._loose & among & ~found:
+            program = self._program
+            if program is None:
+                program = self._program = _compile(self._walked)
+            state = _reach(program, text)
+            for one, ends in program.ends:
+                if state & ends:
+                    found |= one
+        if self._variable:
+            known = _Known(text, context, self._fold)
+            for items, one in self._variable:
+                if among & one & ~found and _fits(items, known):
+                    found |= one
         return found
 
-    def _expanded(self, context, most):
-        """The items with variables replaced; None when one has no value
-        or the whole is longer than `most` and so cannot fit."""
-        items, size = [], 0
-        for item in self.items:
-            if type(item) is _Variable:
-                item = _value(item, context)
-                if item is None:
-                    return None
-                item = item.lower() if self._fold else item
-            size += len(item) if type(item) is str else item.sign == _ONE
-            if size > most:
-                return None
-            items.append(item)
-        return items
+
+class _Known(dict):
+    """What patterns with variables need to know of a text: for a piece
+    where it begins, the end of the text being the lowest bit of an integer
+    and its start the highest; for a variable what it stands for."""
+
+    def __init__(self, text, context, fold):
+        super().__init__()
+        self.text, self._context, self._fold = text, context, fold
+        self._characters = {}
+
+    def __missing__(self, item):
+        if type(item) is _Variable:
+            self[item] = found = _value(item, self._context, self._fold)
+            return found
+        table = self._characters
+        if not table:
+            for at, character in enumerate(reversed(self.text), 1):
+                table[character] = table.get(character, 0) | 1 << at
+        found = (2 << len(self.text)) - 1
+        for character in reversed(item):
+            found = found << 1 & table.get(character, 0)
+            if not found:
+                break
+        if len(self) < 256:             # they are as long as the text
+            self[item] = found
+        return found
 
 
-def _value(variable, context):
+def _fits(items, known):
+    """True when the text of a _Known fits items with variables.
+
+    What a variable stands for may be longer by far than the text of a
+    policy.  So a set of positions in the text is kept, not one in the
+    patterns; what stands before the first wildcard has but one.
+    """
+    text, at, rest = known.text, 0, iter(items)
+    for item in rest:
+        if type(item) is _Wild:
+            break
+        piece = item if type(item) is str else known[item]
+        if piece is None or not text.startswith(piece, at):
+            return False
+        at += len(piece)
+    else:
+        return at == len(text)
+    state = 1 << len(text) - at
+    for piece in itertools.chain((item,), rest):
+        if piece is _STAR:
+            state = (1 << state.bit_length()) - 1
+            continue
+        if piece is _ONE:
+            state >>= 1
+        else:
+            if type(piece) is not str:
+                piece = known[piece]
+                if piece is None:
+                    return False
+            state = (state & known[piece]) >> len(piece)
+        if not state:
+            return False
+    return bool(state & 1)
+
+
+def _value(variable, context, fold=False):
     """The one text that a variable stands for, or None."""
     values = context.get(variable.key) if context is not None else None
-    if not values:
-        return variable.default
-    return values[0] if len(values) == 1 else None
+    values = values or [variable.default]
+    if len(values) > 1 or values[0] is None:
+        return None
+    return values[0].lower() if fold else values[0]
 
 
 class _Program(NamedTuple):
-    """A compiled pattern: for each character the set of positions that
-    take it, those that take any, those that stay, and the last one; sets
-    of positions are the bits of an integer."""
+    """Compiled patterns: for each character the set of positions that
+    take it, those that take any, those that stay, the first ones, and for
+    each list, by its bit, the last ones; sets of positions are the bits
+    of an integer."""
     takes: Dict[str, int]
     takes_any: int
     stays: int
-    end: int
+    starts: int
+    ends: Tuple[Tuple[int, int], ...]
 
 
-def _compile(items):
-    """The _Program of a list of texts and wildcards."""
-    takes, takes_any, stays, bit = {}, 0, 0, 1
-    for item in items:
-        if type(item) is str:
-            for character in item:
-                takes[character] = takes.get(character, 0) | bit
+def _compile(patterns):
+    """The _Program of (texts and wildcards, the bit of a list) pairs."""
+    takes, takes_any, stays, starts, bit, ends = {}, 0, 0, 0, 1, {}
+    for items, one in patterns:
+        starts |= bit
+        for item in items:
+            if type(item) is str:
+                for character in item:
+                    takes[character] = takes.get(character, 0) | bit
+                    bit <<= 1
+            elif item is _ONE:
+                takes_any |= bit
                 bit <<= 1
-        elif item.sign == _ONE:
-            takes_any |= bit
-            bit <<= 1
-        else:
-            stays |= bit
-    return _Program(takes, takes_any, stays, bit)
+            else:
+                stays |= bit
+        ends[one] = ends.get(one, 0) | bit
+        bit <<= 1                       # from which no way leads on
+    return _Program({character: those | takes_any
+                     for character, those in takes.items()},
+                    takes_any, stays, starts, tuple(ends.items()))
 
 
 def _reach(program, text):
-    """The set of positions in the pattern that `text` can lead to.
+    """The set of positions in the patterns that `text` can lead to.
 
     All ways are followed at once (the Shift-And method): no backtracking,
     so no pattern that explodes.
     """
-    takes, takes_any, stays, _ = program
-    state = 1
+    takes, takes_any, stays, state, _ = program
     for character in text:
-        state = ((state & (takes.get(character, 0) | takes_any)) << 1
+        state = ((state & takes.get(character, takes_any)) << 1
                  | state & stays)
         if not state:
             break
     return state
 
 
+def _levels(items, name):
+    """Which resources of bucket `name` can fit the items of a pattern: a
+    set of "bucket" and "object".  A variable may stand for anything."""
+    program = _compile([([_STAR if type(item) is _Variable
+                         else item for item in items], 1)])
+    arn, found = resource_arn(name), set()
+    (_, end), = program.ends
+    if _reach(program, arn) & end:
+        found.add("bucket")
+    # a key has at least one character more
+    if _reach(program, arn + "/") & (end - 1 | program.stays):
+        found.add("object")
+    return found
+
+
 def _items(text, wild, variables):
-    """The items of a Pattern.  wild: `*` and `?` are wildcards.
+    """The items of a pattern.  wild: `*` and `?` are wildcards.
     variables: `${...}` counts, which it does from 2012-10-17 on."""
     items, position = [], 0
     splitter = _VARIABLE_OR_WILDCARD if variables else _WILDCARD
@@ -9163,8 +9254,8 @@ def _items(text, wild, variables):
         if match.start() > position:
             items.append(text[position:match.start()])
         position = match.end()
-        if match[0] in (_STAR, _ONE):
-            items.append(_Wild(match[0]) if wild else match[0])
+        if match[0] in _WILDCARDS:
+            items.append(_WILDCARDS[match[0]] if wild else match[0])
         elif match[1] in ("*", "?", "$"):
             items.append(match[1])
         else:
@@ -9388,6 +9479,24 @@ class Context:
         self._now, self._caller, self._cache = now, caller, {}
         self._facts = {name.lower(): value
                        for name, value in (facts or {}).items()}
+        self._object_cache = {}         # of what differs between objects
+
+    def about(self, facts):
+        """The Context of one of many objects of this request.  facts: of
+        OBJECT_KEYS; all else is worked out once for all of them."""
+        other = copy.copy(self)
+        other._facts = dict(self._facts, **{
+            name.lower(): value for name, value in facts.items()})
+        other._object_cache = {}
+        return other
+
+    def find(self, matcher, text):
+        """What a policy's Patterns, Arns or Compared find for a text."""
+        cache = self._object_cache if matcher.of_object else self._cache
+        name = matcher, text, self.action
+        if name not in cache:
+            cache[name] = matcher.find(text, self)
+        return cache[name]
 
     def get(self, name):
         """The texts under a ConditionKey's name; None for an absent key."""
@@ -9395,9 +9504,11 @@ class Context:
         key = CONDITION_KEYS[family + slash]
         if key.actions is not None and self.action not in key.actions:
             return None
-        if name not in self._cache:
-            self._cache[name] = self._texts(key, family, slash, tag)
-        return self._cache[name]
+        cache = self._object_cache if name.startswith(OBJECT_KEYS) \
+            else self._cache
+        if name not in cache:
+            cache[name] = self._texts(key, family, slash, tag)
+        return cache[name]
 
     def _texts(self, key, family, slash, tag):
         if family in self._facts:
@@ -9508,18 +9619,22 @@ def _parse_network(text):
         return None
 
 
-def _in_network(text, network):
-    """True when a client's address is in a network; IPv4 inside IPv6
-    counts as IPv4."""
+def _parse_address(text):
+    """A client's address, or None; IPv4 inside IPv6 counts as IPv4."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
-        return False
-    return (getattr(address, "ipv4_mapped", None) or address) in network
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
-def _arn_patterns(text, variables):
-    """The six Patterns of an ARN, which are compared one by one."""
+def _in_network(address, network):
+    return address in network
+
+
+def _arn_items(text, variables):
+    """The items of the six parts of an ARN, which are compared one by
+    one."""
     parts = [[]]
     for item in _items(text, True, variables):
         if type(item) is not str:
@@ -9528,53 +9643,80 @@ def _arn_patterns(text, variables):
         first, *rest = item.split(":", 6 - len(parts))
         parts[-1].append(first)
         parts.extend([part] for part in rest)
-    if parts == [[_Wild(_STAR)]]:
+    if parts == [[_STAR]]:
         parts = parts * 6
-    return [Pattern([item for item in part if item != ""])
+    return [[item for item in part if item != ""]
             for part in parts] if len(parts) == 6 else None
 
 
-def _arn_matches(wanted, value, context):
-    parts = value.split(":", 5)
-    return len(parts) == 6 and all(
-        pattern.matches(part, context)
-        for pattern, part in zip(wanted, parts))
+class Arns:
+    """As Patterns, of ARNs: the items of the six parts of each."""
+
+    def __init__(self):
+        self._parts = [Patterns() for _ in range(6)]
+
+    @property
+    def of_object(self):
+        return any(patterns.of_object for patterns in self._parts)
+
+    def add(self, arns):
+        return _union(patterns.add([part]) for arn in arns
+                      for patterns, part in zip(self._parts, arn))
+
+    def find(self, text, context=None):
+        parts, found = text.split(":", 5), -1
+        for patterns, part in zip(self._parts, parts):
+            found &= patterns.find(part, context, found)
+        return found if len(parts) == 6 else 0
 
 
-def _exact(text, variables):
-    return Pattern(_items(text, False, variables))
+class Compared:
+    """As Patterns, of values that a parsed text compares with; there are
+    no variables in these."""
 
+    of_object = False
 
-def _exact_folded(text, variables):
-    return Pattern(_items(text, False, variables), fold=True)
+    def __init__(self, parse, compare):
+        self._parse, self._compare, self._lists = parse, compare, []
 
+    def add(self, values):
+        self._lists.append(values)
+        return 1 << len(self._lists) - 1
 
-def _wild(text, variables):
-    return Pattern(_items(text, True, variables))
+    def find(self, text, _context=None):
+        value = self._parse(text)
+        if value is None:
+            return 0
+        compare, found = functools.partial(self._compare, value), 0
+        for number, values in enumerate(self._lists):
+            if any(map(compare, values)):
+                found |= 1 << number
+        return found
 
 
 class Operator(NamedTuple):
     """A condition operator.
 
     prepare(text, variables): a policy's value made ready, None when it
-    has no such form.  match(wanted, value, context): whether a request's
-    value fits it.  negated: true where nothing fits.
+    has no such form.  make: gives the Patterns, Arns or Compared that
+    take lists of these.  negated: true where nothing fits.
     """
     prepare: Callable
-    match: Callable
+    make: Callable
     negated: bool = False
 
 
-def _comparing(parse, compare):
-    """The Operator that compares parsed values; no variables there."""
-    def match(wanted, value, _context):
-        value = parse(value)
-        return value is not None and compare(value, wanted)
-    return Operator(lambda text, variables: parse(text), match)
+def _comparing(parse, compare, prepare=None):
+    return Operator(lambda text, variables: (prepare or parse)(text),
+                    functools.partial(Compared, parse, compare))
 
 
-def _pattern_operator(prepare):
-    return Operator(prepare, Pattern.matches)
+def _exact(text, variables):
+    return _items(text, False, variables)
+
+
+def _wild(text, variables):
+    return _items(text, True, variables)
 
 
 def _make_operators():
@@ -9583,16 +9725,16 @@ def _make_operators():
     IAM reference_policies_elements_condition_operators.html
     """
     table = {
-        "StringEquals": _pattern_operator(_exact),
-        "StringEqualsIgnoreCase": _pattern_operator(_exact_folded),
-        "StringLike": _pattern_operator(_wild),
-        "ArnEquals": Operator(_arn_patterns, _arn_matches),
-        "ArnLike": Operator(_arn_patterns, _arn_matches),
+        "StringEquals": Operator(_exact, Patterns),
+        "StringEqualsIgnoreCase": Operator(
+            _exact, functools.partial(Patterns, True)),
+        "StringLike": Operator(_wild, Patterns),
+        "ArnEquals": Operator(_arn_items, Arns),
+        "ArnLike": Operator(_arn_items, Arns),
         "Bool": _comparing(_parse_bool, operator.eq),
         "BinaryEquals": _comparing(_parse_binary, operator.eq),
-        "IpAddress": Operator(
-            lambda text, variables: _parse_network(text),
-            lambda wanted, value, _: _in_network(value, wanted)),
+        "IpAddress": _comparing(_parse_address, _in_network,
+                                _parse_network),
     }
     for kind, parse in (("Numeric", _parse_number),
                         ("Date", parse_policy_date)):
@@ -9622,13 +9764,17 @@ class Condition(NamedTuple):
     """One operator on one key.
 
     operator: its name without additions.  each: "ForAllValues",
-    "ForAnyValue" or None.  wanted: prepared values, for Null one bool.
+    "ForAnyValue" or None.  wanted: prepared values, for Null bools.
+    matcher: the Patterns, Arns or Compared that its policy has for this
+    key and kind of values.  lists: the bits of its own.
     """
     operator: str
     each: Optional[str]
     if_exists: bool
     key: ConditionKey
-    wanted: Tuple
+    wanted: List
+    matcher: Any
+    lists: int
 
     def holds(self, context):
         """True when a request meets it.
@@ -9640,17 +9786,14 @@ class Condition(NamedTuple):
         """
         values = context.get(self.key.name)
         if self.operator == "Null":
-            return any((values is None) == null for null in self.wanted)
+            return (values is None) in self.wanted
         negated = _OPERATORS[self.operator].negated
         every = self.each == "ForAllValues" if self.each else negated
         if values is None:
             return self.if_exists or every
-        return (all if every else any)(
-            self._fits(value, context) != negated for value in values)
-
-    def _fits(self, value, context):
-        match = _OPERATORS[self.operator].match
-        return any(match(wanted, value, context) for wanted in self.wanted)
+        return (all if every else any)([
+            bool(context.find(self.matcher, value) & self.lists) != negated
+            for value in values])
 
 
 # --- policies: documents ---
@@ -9677,45 +9820,76 @@ class Principals(NamedTuple):
 class Statement(NamedTuple):
     """One statement of a policy; the not_ flags turn a list round.
 
-    principals: None in a session's policy, which has none.
+    principals: None in a session's policy, which has none.  actions and
+    resources: the items of patterns.  needs: the variables in a
+    NotResource; where one has no value, the statement speaks of nothing
+    (IAM reference_policies_variables.html).
     """
     sid: Optional[str]
     effect: str
     principals: Optional[Principals]
     not_principal: bool
-    actions: Tuple[Pattern, ...]
+    actions: Tuple[List, ...]
     not_action: bool
-    resources: Tuple[Pattern, ...]
+    resources: Tuple[List, ...]
     not_resource: bool
+    needs: frozenset
     conditions: Tuple[Condition, ...]
 
-    def applies(self, caller, action, resource, context):
-        """True when it speaks of this request.
+    def names(self, caller):
+        """True when it speaks of this Caller."""
+        return self.principals is None or (
+            not self.principals.spare(caller) if self.not_principal
+            else self.principals.include(caller))
 
-        A resource with a variable that has no value makes it speak of
-        nothing (IAM reference_policies_variables.html).
-        """
-        if self.principals is not None and (
-                self.principals.spare(caller) if self.not_principal
-                else not self.principals.include(caller)):
-            return False
-        if self.not_action == any(pattern.matches(action)
-                                  for pattern in self.actions):
-            return False
-        if self.not_resource and not all(pattern.resolvable(context)
-                                         for pattern in self.resources):
-            return False
-        if self.not_resource == any(pattern.matches(resource, context)
-                                    for pattern in self.resources):
-            return False
-        return all(condition.holds(context)
-                   for condition in self.conditions)
+    def holds(self, context):
+        """True when all that it asks for is so."""
+        for condition in self.conditions:
+            if not condition.holds(context):
+                return False
+        return None not in [_value(variable, context)
+                            for variable in self.needs]
 
 
 class Policy(NamedTuple):
-    """A policy that has been read and found right."""
+    """A policy that has been read and found right.
+
+    actions, resources: those of its statements, a list for each; not_
+    actions, not_resources: which lists are turned round, as Patterns has
+    lists.
+    """
     version: str
     statements: Tuple[Statement, ...]
+    actions: Patterns
+    resources: Patterns
+    not_actions: int
+    not_resources: int
+
+    def speaking(self, caller, action, resource, context):
+        """The statements that speak of a request, conditions aside."""
+        among = self.actions.find(action) ^ self.not_actions
+        one = 1
+        for statement in self.statements:
+            if among & one and not statement.names(caller):
+                among ^= one
+            one <<= 1
+        if among:
+            among &= self.not_resources ^ self.resources.find(
+                resource, context, among)
+        return [statement for number, statement
+                in enumerate(self.statements) if among >> number & 1]
+
+
+def make_policy(version, statements):
+    """The Policy of these Statements."""
+    def turned(field):
+        return sum(getattr(statement, field) << number
+                   for number, statement in enumerate(statements))
+    return Policy(
+        version, statements,
+        Patterns(True, (one.actions for one in statements)),
+        Patterns(False, (one.resources for one in statements)),
+        turned("not_action"), turned("not_resource"))
 
 
 def evaluate(policy, caller, action, resource, context):
@@ -9728,10 +9902,10 @@ def evaluate(policy, caller, action, resource, context):
     if policy is None:
         return None
     context.action = action.lower()
-    for statement in policy.statements:
+    for statement in policy.speaking(caller, context.action, resource,
+                                     context):
         if (verdict == "allow" and statement.effect == "Allow"
-                or not statement.applies(caller, action, resource,
-                                         context)):
+                or not statement.holds(context)):
             continue
         if statement.effect == "Deny":
             return "deny"
@@ -9779,9 +9953,10 @@ def stored_policy(text):
     try:
         return parse_policy(text, None, _AnyId())
     except S3Error:
-        return Policy("2012-10-17", (Statement(
+        anything = _items("*", True, False),
+        return make_policy("2012-10-17", (Statement(
             None, "Deny", Principals(True, frozenset()), False,
-            (_wild("*", False),), False, (_wild("*", False),), False, ()),))
+            anything, False, anything, False, frozenset(), ()),))
 
 
 class _AnyId:
@@ -9847,13 +10022,15 @@ def _policy(document, parse_statement):
         raise _malformed("Invalid policy syntax.")
     if not items:
         raise _malformed("Could not parse the policy: Statement is empty!")
-    statements = tuple(parse_statement(item, version == "2012-10-17")
-                       for item in items)
+    matchers = {}
+    statements = tuple(
+        parse_statement(item, version == "2012-10-17", matchers)
+        for item in items)
     sids = [statement.sid for statement in statements if statement.sid]
     if len(set(sids)) != len(sids):
         raise _malformed("Statement IDs (SID) in a single policy must be "
                          "unique.")
-    return Policy(version, statements)
+    return make_policy(version, statements)
 
 
 _STATEMENT_FIELDS = ("Sid", "Effect", "Principal", "NotPrincipal", "Action",
@@ -9878,38 +10055,41 @@ def _texts(value, message):
     return values
 
 
-def _parse_bucket_statement(item, variables, bucket, known_ids):
+def _parse_bucket_statement(item, variables, matchers, bucket, known_ids):
     """The Statement of one JSON object in a bucket's policy."""
     sid, effect = _parse_head(item)
     value, not_principal = _either(item, "Principal")
     if not_principal and effect == "Allow":
         raise _malformed("Allow with NotPrincipal is not allowed.")
     principals = _parse_principals(value, known_ids)
-    actions, not_action = _parse_actions(item)
-    resources, not_resource = _parse_resources(item, variables)
-    conditions = _parse_conditions(item.get("Condition"), variables)
+    actions, not_action, known = _parse_actions(item)
+    resources, not_resource, needs = _parse_resources(item, variables)
+    conditions = _parse_conditions(item.get("Condition"), variables,
+                                   matchers)
     if bucket is not None:
-        levels = [pattern.levels(bucket) for pattern in resources]
+        levels = [_levels(items, bucket) for items in resources]
         if not all(levels):
             raise _malformed("Policy has invalid resource")
         if not (not_action or not_resource):
-            _check_actions(actions, set().union(*levels))
+            _check_actions(len(actions), known, set().union(*levels))
     if not not_action:
-        _check_combination(actions, conditions)
+        _check_combination(known, conditions)
     return Statement(sid, effect, principals, not_principal, actions,
-                     not_action, resources, not_resource, conditions)
+                     not_action, resources, not_resource, needs,
+                     conditions)
 
 
-def _parse_session_statement(item, variables):
+def _parse_session_statement(item, variables, matchers):
     """The Statement of one JSON object in a session's policy."""
     sid, effect = _parse_head(item)
     if "Principal" in item or "NotPrincipal" in item:
         raise _malformed("Policy document should not specify a principal.")
-    actions, not_action = _parse_actions(item, others=True)
-    resources, not_resource = _parse_resources(item, variables)
+    actions, not_action, _ = _parse_actions(item, others=True)
+    resources, not_resource, needs = _parse_resources(item, variables)
     return Statement(sid, effect, None, False, actions, not_action,
-                     resources, not_resource,
-                     _parse_conditions(item.get("Condition"), variables))
+                     resources, not_resource, needs,
+                     _parse_conditions(item.get("Condition"), variables,
+                                       matchers))
 
 
 def _parse_head(item):
@@ -9980,60 +10160,61 @@ def _parse_principals(value, known_ids):
 
 
 def _parse_actions(item, others=False):
-    """The action Patterns, and whether they are excepted.
+    """The items of its actions, whether these are excepted, and what each
+    known action fits that fits any: the bits of an integer.
 
     others: actions of other services are let through."""
     value, inverted = _either(item, "Action")
-    patterns = []
-    for text in _texts(value, "Policy has invalid action"):
-        pattern = Pattern(_items(text, True, False), fold=True)
-        if not (_known_actions(pattern) or others and re.match(
+    texts = _texts(value, "Policy has invalid action")
+    actions = tuple(_items(text, True, False) for text in texts)
+    patterns = Patterns(True, ([items] for items in actions))
+    known = {name: patterns.find(name)
+             for name in BUCKET_ACTIONS | OBJECT_ACTIONS}
+    fitting = _union(known.values())
+    for number, text in enumerate(texts):
+        if not (fitting >> number & 1 or others and re.match(
                 r"(?!s3:)[a-z0-9-]+:[A-Za-z0-9*?]+\Z|s3:\w+\Z", text)):
             raise _malformed("Policy has invalid action")
-        patterns.append(pattern)
-    return tuple(patterns), inverted
-
-
-def _known_actions(pattern):
-    return [name for name in BUCKET_ACTIONS | OBJECT_ACTIONS
-            if pattern.matches(name)]
+    return actions, inverted, known
 
 
 def _parse_resources(item, variables):
-    """The resource Patterns, and whether they are excepted."""
+    """The items of its resources, whether these are excepted, and the
+    variables that must have a value then."""
     value, inverted = _either(item, "Resource")
-    patterns = []
-    for text in _texts(value, "Policy has invalid resource"):
-        if text != "*" and not text.startswith("arn:"):
-            raise _malformed("Policy has invalid resource")
-        patterns.append(_wild(text, variables))
-    return tuple(patterns), inverted
+    texts = _texts(value, "Policy has invalid resource")
+    if not all(text == "*" or text.startswith("arn:") for text in texts):
+        raise _malformed("Policy has invalid resource")
+    resources = tuple(_items(text, True, variables) for text in texts)
+    return resources, inverted, frozenset(
+        item for items in resources for item in items
+        if inverted and type(item) is _Variable)
 
 
-def _check_actions(actions, levels):
+def _check_actions(count, known, levels):
     """Every action needs a resource of its kind in the statement."""
-    for pattern in actions:
-        names = _known_actions(pattern)
-        if not ("bucket" in levels and BUCKET_ACTIONS.intersection(names)
-                or "object" in levels
-                and OBJECT_ACTIONS.intersection(names)):
-            raise _malformed("Action does not apply to any resource(s) in "
-                             "statement")
+    fitting = 0
+    for level, names in (("bucket", BUCKET_ACTIONS),
+                         ("object", OBJECT_ACTIONS)):
+        if level in levels:
+            fitting |= _union(map(known.get, names))
+    if fitting != (1 << count) - 1:
+        raise _malformed("Action does not apply to any resource(s) in "
+                         "statement")
 
 
-def _check_combination(actions, conditions):
+def _check_combination(known, conditions):
     """Every condition must go with one of the actions."""
     for condition in conditions:
         allowed = condition.key.actions
-        if allowed is not None and not any(
-                pattern.matches(name) for pattern in actions
-                for name in allowed):
+        if allowed is not None and not any(map(known.get, allowed)):
             raise _malformed("Conditions do not apply to combination of "
                              "actions and resources in statement")
 
 
-def _parse_conditions(block, variables):
-    """The Conditions of a Condition element, or of none."""
+def _parse_conditions(block, variables, matchers):
+    """The Conditions of a Condition element, or of none.  matchers: those
+    of the policy so far, by kind and key."""
     if block is None:
         return ()
     if not isinstance(block, dict):
@@ -10048,18 +10229,18 @@ def _parse_conditions(block, variables):
             raise _malformed("Invalid policy syntax.")
         for name, value in keys.items():
             conditions.append(_parse_condition(match, name, value,
-                                               variables))
+                                               variables, matchers))
     return tuple(conditions)
 
 
-def _parse_condition(match, name, value, variables):
+def _parse_condition(match, name, value, variables, matchers):
     """The Condition of one key under one operator."""
     each, operator_name, if_exists = match.groups()
     key = find_condition_key(name)
     if key is None:
         raise _malformed("Policy has an invalid condition key - %s" % name)
-    prepare = _OPERATORS[operator_name].prepare \
-        if operator_name != "Null" else lambda text, _: _parse_bool(text)
+    prepare, make, _ = _OPERATORS[
+        operator_name if operator_name != "Null" else "Bool"]
     wanted = []
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, bool):
@@ -10072,8 +10253,9 @@ def _parse_condition(match, name, value, variables):
             raise _malformed("Invalid value for condition %s on %s"
                              % (match[0], name))
         wanted.append(prepared)
-    return Condition(operator_name, each, bool(if_exists), key,
-                     tuple(wanted))
+    matcher = matchers.setdefault((make, key.name), make())
+    return Condition(operator_name, each, bool(if_exists), key, wanted,
+                     matcher, matcher.add(wanted))
 
 
 # --- what is public ---
@@ -10117,9 +10299,9 @@ def _fixes(condition):
             for network in condition.wanted)
     if condition.key.name == "aws:sourceip":
         return False
-    return all(pattern.is_fixed for wanted in condition.wanted
-               for pattern in (wanted if isinstance(wanted, list)
-                               else [wanted]))
+    return all(type(item) is str for wanted in condition.wanted
+               for item in (itertools.chain(*wanted) if condition.operator
+                            in ("ArnEquals", "ArnLike") else wanted))
 
 
 class PublicAccessBlock(NamedTuple):
@@ -10901,6 +11083,7 @@ class Request:
     tls_version = None                  # a function that gives it, over TLS
     host_bucket, is_site, is_control, is_charged = "", False, False, False
     pairs = facts = noted = ()          # the last two: for policies, for logs
+    contexts = None             # by Bucket, where it is about many objects
     query = {}
 
     def __init__(self, service, method, target, headers, frame, now,
@@ -11167,6 +11350,19 @@ def policy_context(request, bucket, key=None, facts=None):
             return None
         close_fd(fd)
         return info.record.get("tags", {})
+    known = {"s3:ExistingObjectTag": tags if key else None}
+    known.update(request.facts)
+    known.update(facts or {})
+    shared = request.contexts
+    if shared is None:
+        return _request_context(request, bucket, known)
+    if bucket not in shared:
+        shared[bucket] = _request_context(request, bucket, {})
+    return shared[bucket].about(known)
+
+
+def _request_context(request, bucket, facts):
+    """The Context of these facts and of those of the request itself."""
     query, (signed, v4, presigned) = request.query, signing(request)
 
     def asked_tags():
@@ -11192,10 +11388,8 @@ def policy_context(request, bucket, key=None, facts=None):
         and request.tls_version()[len("TLSv"):],
         "aws:RequestedRegion": lambda: bucket.region if bucket
         else request.service.region or "us-east-1",
-        "aws:ResourceAccount": owner, "s3:ResourceAccount": owner,
-        "s3:ExistingObjectTag": tags if key else None}
-    known.update(request.facts)
-    known.update(facts or {})
+        "aws:ResourceAccount": owner, "s3:ResourceAccount": owner}
+    known.update(facts)
     return Context(request.caller, request.headers, query, request.now,
                    known)
 
@@ -12666,7 +12860,7 @@ def delete_objects(request):
     if not 1 <= len(objects) <= MAX_DELETE_KEYS:
         raise S3Error("MalformedXML")
     quiet = xml_text(document, "Quiet", "").lower() == "true"
-    children = []
+    children, request.contexts = [], {}
     for element in objects:
         key = element.findtext("Key") or ""
         version = xml_text(element, "VersionId")

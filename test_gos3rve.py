@@ -8874,6 +8874,19 @@ class PolicyConditions(AccessCase):
             self.assertEqual(context.get("s3:existingobjecttag/a"), ["b"])
         self.assertEqual(asked, [1])
 
+    def test_what_objects_of_one_request_share_is_asked_for_once(self):
+        asked = []
+
+        def fact(name):
+            return lambda: asked.append(name) or {"a": "b"}
+        context = g.Context(facts={"s3:RequestObjectTag": fact("request")})
+        for _ in range(2):
+            one = context.about({"s3:ExistingObjectTag": fact("object")})
+            one.action = "s3:putobjecttagging"
+            for name in ("s3:requestobjecttag/a", "s3:existingobjecttag/a"):
+                self.assertEqual(one.get(name), ["b"])
+        self.assertEqual(asked, ["request", "object", "object"])
+
     def test_all_of_several_conditions_must_hold(self):
         def verdict(**facts):
             text = document(statement(action="*", Condition={
@@ -8969,17 +8982,41 @@ class PolicyPatterns(AccessCase):
                      aws_Referer="a" * 65536)
         self.assertLess(time.perf_counter() - started, 3)
 
+    # A piece of a pattern, and the regular expression of what it stands for
+    PIECES = (("a", "a"), ("b", "b"), ("B", "B"), ("*", ".*"), ("*", ".*"),
+              ("?", "."), ("${*}", r"\*"), ("${?}", r"\?"), ("${$}", r"\$"),
+              ("${aws:Referer}", r"a\*"), ("${aws:UserAgent}", ""),
+              ("${aws:SourceAccount, 'ab'}", "ab"),
+              ("${s3:TlsVersion, 'aBa'}", "b"), ("${aws:username}", "(?!)"))
+
     def test_agrees_with_the_regular_expression(self):
         draw = random.Random(7)
-        for _ in range(2000):
-            pattern = "".join(draw.choice("ab*?") for _ in range(
-                draw.randrange(8)))
-            text = "".join(draw.choice("ab") for _ in range(
-                draw.randrange(8)))
-            regular = re.compile("(?s)" + "".join(
-                {"*": ".*", "?": "."}.get(c, c) for c in pattern) + r"\Z")
-            self.assertEqual(g._wild(pattern, False).matches(text),
-                             bool(regular.match(text)), (pattern, text))
+        context = g.Context(facts={
+            "aws:Referer": "a*", "aws:UserAgent": "", "s3:TlsVersion": "b",
+            "aws:username": ["a", "b"]})
+        for round_number in range(600):
+            fold = round_number % 2
+            lists = [[[draw.choice(self.PIECES[:draw.choice((6, 14))])
+                       for _ in range(draw.randrange(7))]
+                      for _ in range(draw.randrange(4))]
+                     for _ in range(draw.randrange(5))]
+            patterns = g.Patterns(fold, [[
+                g._items("".join(text for text, _ in one), True, True)
+                for one in some] for some in lists])
+            regular = [[re.compile("".join(part for _, part in one) + r"\Z",
+                                   re.S | re.I * fold)
+                        for one in some] for some in lists]
+            for _ in range(8):
+                text = "".join(draw.choice("aabbB*?$")
+                               for _ in range(draw.randrange(9)))
+                fitting = [any(one.match(text) for one in some)
+                           for some in regular]
+                among = draw.choice((-1, draw.randrange(32)))
+                found = patterns.find(text, context, among)
+                self.assertEqual(
+                    found & among, among & sum(
+                        fits << number for number, fits
+                        in enumerate(fitting)), (lists, text, fold))
 
 
 class PublicPolicies(AccessCase):
@@ -14349,6 +14386,15 @@ class PolicyRequests(AclCase):
             for one in statements)).encode(), {"policy": ""})
         self.assertEqual(answer.status, 204, answer.body)
 
+    def delete(self, agent, *pairs):
+        """The body of the answer to ALICE's deletion of (key, version)."""
+        body = ("<Delete>%s</Delete>" % "".join(
+            "<Object><Key>%s</Key><VersionId>%s</VersionId></Object>" % pair
+            for pair in pairs)).encode()
+        return self.alice.post("/box", {"delete": ""}, body, headers={
+            "content-md5": digest64("md5", body),
+            "user-agent": agent}).body.decode()
+
     def copied(self, key, version):
         """The status of BOB's copy of a version."""
         return self.bob.put("/bobs/copy", headers={
@@ -14374,6 +14420,53 @@ class PolicyRequests(AclCase):
         for query, status in (({"prefix": "pub/"}, 200), ({}, 403)):
             self.assertEqual(self.bob.get("/box", query).status, status)
             self.assertEqual(self.bob.get("/box/k", query).status, 403)
+
+    # What 50 patterns that fit nothing, made of these, may be
+    MANY = {
+        "resources": lambda texts: [statement("Deny", resource=texts)],
+        "statements": lambda texts: [statement("Deny", resource=text)
+                                     for text in texts],
+        "variables": lambda texts: [statement("Deny", resource=[
+            text + "${aws:UserAgent}" for text in texts])],
+        "conditions": lambda texts: [statement("Deny", Condition={
+            each + name: {"aws:UserAgent": texts[start::9]}
+            for start in range(9) for each in ("", "ForAnyValue:")
+            for name in ("StringLike", "StringLikeIfExists")})],
+        "conditions of statements": lambda texts: [statement(
+            "Deny", Condition={"StringLike": {"aws:UserAgent": text}})
+            for text in texts],
+        "ARNs": lambda texts: [statement("Deny", Condition={
+            "ArnLike": {"aws:UserAgent": [
+                text + "*:*a" for text in texts]}})],
+        "versions": lambda texts: [statement("Deny", Condition={
+            "StringLike": {"s3:VersionId": text.replace("b", "x")}})
+            for text in texts]}
+
+    def test_many_patterns_are_one_walk_over_a_key(self):
+        pairs = [("%d" % number + "a" * 50, "%032x" % number)
+                 for number in range(5)]
+        texts = [BUCKET + "/*a*a*b%d" % number for number in range(50)]
+        for name, make in self.MANY.items():
+            self.policy(*make(texts))
+            with mock.patch.object(g, "_reach", wraps=g._reach) as walk:
+                answer = self.delete("arn:aws:s3:::" + "a" * 50, *pairs)
+            self.assertEqual(answer.count("<Deleted>"), 5, name)
+            self.assertLessEqual(walk.call_count, 6, name)
+
+    def test_what_objects_share_says_nothing_of_their_versions(self):
+        for condition in (
+                {"StringEquals": {"s3:VersionId": "%s"}},
+                {"StringNotEquals": {"aws:UserAgent": "x"},
+                 "StringLike": {"s3:VersionId": "%s"}},
+                {"StringEquals": {"aws:UserAgent": "${s3:VersionId}"}}):
+            versions = [self.put("k") for _ in range(3)]
+            self.policy(*json.loads(json.dumps([statement(
+                "Deny", Condition=condition)]).replace("%s", versions[1])))
+            answer = self.delete(versions[1], *(("k", one)
+                                                for one in versions))
+            refused = re.findall("<Error>.*?</Error>", answer)
+            self.assertEqual([one in "".join(refused) for one in versions],
+                             [False, True, False], condition)
 
     def test_the_age_of_a_signature(self):
         self.put("k")
