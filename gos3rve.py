@@ -10956,12 +10956,24 @@ def cors_headers(rules, origin, method, requested=()):
     for rule in rules:
         found = next((pattern for pattern in rule.origins
                       if _matches(pattern, origin)), None)
-        if found is not None and method in rule.methods and all(
-                any(_matches(pattern.lower(), name)
-                    for pattern in rule.headers) for name in requested):
+        if found is not None and method in rule.methods \
+                and _take_names(rule.headers, set(requested)):
             return _rule_headers(rule, "*" if found == "*" else origin,
                                  requested)
     return None
+
+
+def _take_names(patterns, names):
+    """True when AllowedHeaders take all of a set of names in lower case:
+    either may be thousands, so these are not compared one by one."""
+    patterns = {pattern.lower() for pattern in patterns}
+    if "*" in patterns or names <= patterns:
+        return True
+    program = _compile([((head, _STAR, tail), 1) for head, star, tail in (
+        pattern.partition("*") for pattern in patterns) if star])
+    return bool(program.ends) and all(
+        _reach(program, name) & program.ends[0][1]
+        for name in names - patterns)
 
 
 def _rule_headers(rule, origin, requested):
@@ -17264,10 +17276,14 @@ def _check_notification_ids(ids):
                                "IDs must be unique.", "Id", rule_id)
 
 
+# A request may delete a thousand keys, and each is held against each rule
+_unquoted = functools.lru_cache(maxsize=1024)(urllib.parse.unquote_plus)
+
+
 def key_filter(rule):
     """The (prefix, suffix) that a rule asks of a key.  In the document
     they are URL-encoded, as keys are in events."""
-    found = {item["Name"]: urllib.parse.unquote_plus(item["Value"])
+    found = {item["Name"]: _unquoted(item["Value"])
              for item in _filter_rules(rule)}
     return found.get("Prefix", ""), found.get("Suffix", "")
 

@@ -9608,6 +9608,33 @@ class CorsMatching(CorsCase):
         self.assertFalse(g.actual_cors(rules, "GET", {"origin": "ababa"}))
         self.assertTrue(g.actual_cors(rules, "GET", {"origin": "abaaba"}))
 
+    def test_headers_are_what_one_of_the_patterns_is(self):
+        draw = random.Random(5)
+
+        def some(characters, most):
+            return tuple("".join(draw.choice(characters) for _ in range(
+                draw.randrange(1, 5))) for _ in range(draw.randrange(most)))
+        for _ in range(500):
+            names = tuple(name.lower() for name in some("ab", 4))
+            patterns = tuple(one for one in some("aabB*", 5)
+                             if one.count("*") < 2)
+            rules = (g.CorsRule(("*",), ("GET",), patterns),)
+            self.assertEqual(
+                bool(g.cors_headers(rules, LOCAL, "GET", names)),
+                all(any(re.match(one.lower().replace("*", ".*") + r"\Z",
+                                 name) for one in patterns)
+                    for name in names), (patterns, names))
+
+    def test_many_headers_are_not_compared_one_by_one(self):
+        rules = (g.CorsRule(("*",), ("GET",), tuple(
+            "%d*" % number for number in range(50)) + ("*a",)),)
+        names = ",".join("b%da" % number for number in range(50))
+        with mock.patch.object(g, "_matches", wraps=g._matches) as compare:
+            self.assertTrue(g.preflight(rules, {
+                "origin": LOCAL, "access-control-request-method": "GET",
+                "access-control-request-headers": names}))
+        self.assertEqual(compare.call_count, 1)
+
     def test_an_empty_origin_pattern_matches_nothing(self):
         rules = (g.CorsRule(("",), ("GET",)),)
         self.assertEqual(g.actual_cors(rules, "GET", {"origin": ""}), {})
@@ -16952,6 +16979,15 @@ class NotificationDocuments(DocumentCase):
                 self.assertEqual(g.find_rule(value, "s3:" + event, key),
                                  found)
         self.assertEqual(g.tested_webhooks(value), ["q", "t"])
+
+    def test_a_filter_is_decoded_once_for_many_keys(self):
+        value = notification(notify(more=key_rules(("prefix", "a%25b"))))
+        with mock.patch("urllib.parse.unquote_to_bytes",
+                        wraps=urllib.parse.unquote_to_bytes) as decode:
+            for number in range(9):
+                self.assertIsNotNone(g.find_rule(
+                    value, "s3:ObjectCreated:Put", "a%%b%d" % number))
+        self.assertLessEqual(decode.call_count, 1)
 
     def test_every_webhook_must_be_there(self):
         value = notification(notify(), notify(
