@@ -23,6 +23,7 @@ import base64
 import contextlib
 import hashlib
 import hmac
+import html
 import inspect
 import io
 import itertools
@@ -341,6 +342,93 @@ def document(world, data):
         world.signed("GET", place, {}, b"")
     world.talk(b"GET /box/key HTTP/1.1\r\nHost: a\r\nReferer: b\r\n"
                b"Origin: http://c\r\n\r\n")
+    world.forget()
+
+
+# What a statement, or each of some, says of texts with wildcards
+BOX = "arn:aws:s3:::box/"
+POLICIES = (
+    lambda texts: {"Resource": [BOX + text for text in texts]},
+    lambda texts: [{"Resource": BOX + text} for text in texts],
+    lambda texts: {"Resource": [BOX + text + "${aws:UserAgent}*${aws:Referer}"
+                                for text in texts]},
+    lambda texts: {"NotResource": [BOX + text + "${s3:VersionId}"
+                                   for text in texts]},
+    lambda texts: {"Condition": {"StringLike": {"aws:UserAgent": texts}}},
+    lambda texts: [{"Condition": {"StringLike": {"aws:UserAgent": text}}}
+                   for text in texts],
+    lambda texts: {"Condition": {"ArnLike": {"aws:UserAgent": [
+        BOX + text for text in texts]}}},
+    lambda texts: [{"Condition": {
+        "StringLikeIfExists": {"s3:VersionId": text},
+        "StringNotLike": {"aws:Referer": text}}} for text in texts],
+    lambda texts: {"Action": ["s3:*%se*" % ("?*" * (at % 4))
+                              for at, _ in enumerate(texts)]})
+
+
+def repeated(text, size):
+    """Some characters of the same kind."""
+    text = text or "a"
+    return (text * (1 + size // len(text)))[:size]
+
+
+def fullest_policy(make, text):
+    """The largest policy that `make` makes of pieces of a text."""
+    texts = ["*%s*%d" % (text[at:at + 48], at)
+             for at in range(0, min(len(text), 48 * 400), 48)]
+    while True:
+        made = make(texts)
+        data = json.dumps({"Version": "2012-10-17", "Statement": [
+            dict({"Effect": "Deny", "Principal": "*"}, **dict(
+                {} if "Action" in one else {"Action": "s3:*"}, **dict(
+                    {} if {"Resource", "NotResource"} & one.keys() else {
+                        "Resource": BOX + "*"}, **one)))
+            for one in (made if isinstance(made, list) else [made])]},
+            ensure_ascii=False, separators=(",", ":")).encode()
+        if len(data) <= gos3rve.MAX_POLICY_BYTES:
+            return data
+        texts = texts[:len(texts) * 9 // 10]
+
+
+@target(*(bytes([kind]) + b"a*" for kind in range(len(POLICIES))))
+def policy(world, data):
+    """A policy of a text, and the deletion of a key of a KiB for each four
+    of it."""
+    if not data:
+        return
+    text = re.sub("[^!-~\xa1-\ud7ff]", "", data[1:].decode(
+        "utf-8", "replace")) or "a"
+    world.signed("PUT", "/box?policy", {}, fullest_policy(
+        POLICIES[data[0] % len(POLICIES)], text))
+    plain = repeated(re.sub("[*?]", "", text)[:1000], 1000)
+    letters = repeated(re.sub("[^ -~]", "", plain), 40000)
+    body = ("<Delete>%s</Delete>" % "".join(
+        "<Object><Key>%d%s</Key><VersionId>%032x</VersionId></Object>" % (
+            number, html.escape(plain.encode()[:1000].decode(
+                "utf-8", "ignore")), number)
+        for number in range(min(1000, 1 + (len(data) >> 12))))).encode()
+    world.signed("POST", "/box?delete", {
+        "user-agent": BOX + letters, "referer": letters[:500],
+        "content-md5": base64.b64encode(hashlib.md5(body).digest()).decode()},
+        body)
+    world.forget()
+
+
+@target(b"a", b"content-type")
+def cors(world, data):
+    """The headers that a bucket allows, and those that a page asks for."""
+    heads = re.findall("[a-z]{1,5}", re.sub(
+        "[^a-z]", "", data.decode("latin-1")))[:1500] or ["a"]
+    world.signed("PUT", "/box?cors", {}, b"<CORSConfiguration><CORSRule>"
+                 b"<AllowedOrigin>*</AllowedOrigin><AllowedMethod>GET"
+                 b"</AllowedMethod>%s</CORSRule></CORSConfiguration>"
+                 % "".join("<AllowedHeader>%s*-%d</AllowedHeader>" % pair
+                           for pair in zip(heads, range(1500))).encode())
+    world.talk(b"OPTIONS /box/key HTTP/1.1\r\nHost: a\r\nOrigin: b\r\n"
+               b"Access-Control-Request-Method: GET\r\n"
+               b"Access-Control-Request-Headers: %s\r\n\r\n" % ",".join(
+                   "%s%d-%d" % (heads[-1], number, len(heads) - 1)
+                   for number in range(2 * len(heads))).encode())
     world.forget()
 
 
