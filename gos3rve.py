@@ -9028,7 +9028,7 @@ def _union(sets):
 
 
 # The condition keys that differ between the objects of one request
-OBJECT_KEYS = ("s3:versionid", "s3:existingobjecttag/")
+OBJECT_KEYS = ("s3:versionid", "s3:existingobjecttag")
 
 
 class Patterns:
@@ -11366,7 +11366,8 @@ def policy_context(request, bucket, key=None, facts=None):
     known.update(request.facts)
     known.update(facts or {})
     shared = request.contexts
-    if shared is None:
+    if shared is None or any(name.lower() not in OBJECT_KEYS
+                             for name in known):
         return _request_context(request, bucket, known)
     if bucket not in shared:
         shared[bucket] = _request_context(request, bucket, {})

@@ -14495,6 +14495,18 @@ class PolicyRequests(AclCase):
             self.assertEqual([one in "".join(refused) for one in versions],
                              [False, True, False], condition)
 
+    def test_what_else_an_operation_knows_is_not_shared(self):
+        bucket = self.server.store.bucket("box")
+        request = gos3rve.log_delivery(self.server.server.service, bucket,
+                                       bucket, "k")
+        request.facts, request.contexts = {}, {}
+        for prefix in ("a", "b"):
+            context = gos3rve.policy_context(request, bucket, "k", {
+                "s3:VersionId": "v" + prefix, "s3:prefix": prefix})
+            context.action = "s3:listbucket"
+            self.assertEqual(context.get("s3:prefix"), [prefix])
+        self.assertEqual(request.contexts, {})
+
     def test_the_age_of_a_signature(self):
         self.put("k")
         self.policy(statement("Deny", Condition={
