@@ -5223,10 +5223,12 @@ class Bucket:
                 raise S3Error("NoSuchVersion", Key=key,
                               VersionId=version_id)
         name = version_id and self._version_name(key, version_id)
-        path = name and os.path.join(self._version_directory(key), name)
-        # put there by hand
-        if path and (os.path.islink(path) or not os.path.isfile(path)):
-            raise S3Error("NoSuchVersion", Key=key, VersionId=version_id)
+        with contextlib.suppress(*_ABSENT):
+            # put there by hand
+            if name and not stat.S_ISREG(os.lstat(os.path.join(
+                    self._version_directory(key), name)).st_mode):
+                raise S3Error("NoSuchVersion", Key=key,
+                              VersionId=version_id)
         raise S3Error("SlowDown")
 
     def _seek_version(self, key, version_id):

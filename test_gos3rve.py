@@ -4986,6 +4986,17 @@ class Versions(VersionCase):
                 self.assertEqual(list(self.contents(key)), [ids[0]])
                 self.assertTrue(os.path.lexists(path))
 
+    def test_a_version_that_moves_on_and_on_is_no_404(self):
+        old = self.put("k", b"1").version_id
+        self.put("k", b"2")
+        for name in (old, "gone", None):
+            with mock.patch.object(
+                    self.bucket, "_seek_version", return_value=None), \
+                    mock.patch.object(self.bucket, "_version_name",
+                                      return_value=name):
+                self.assert_refused("SlowDown", self.bucket.open_version,
+                                    "k", old)
+
     def test_order_is_that_of_writing_whatever_the_clock_says(self):
         for step in (-10 ** 15, -1, 0, 1):
             key, ids = "%d." % step, []
