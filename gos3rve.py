@@ -4060,15 +4060,6 @@ def _is_there(path):
     return os.access(path, os.F_OK)
 
 
-def _is_open(path, fd):
-    """True while a path still names an open file, whatever its times:
-    where it lies on several machines, these may differ."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(fd))
-    except _ABSENT:
-        return False
-
-
 def _is_surely_there(path, dir_fd=None):
     """The same, where an error must not pass for a no."""
     try:
@@ -4076,6 +4067,15 @@ def _is_surely_there(path, dir_fd=None):
     except _ABSENT:
         return False
     return True
+
+
+def _is_open(path, fd):
+    """True while a path still names an open file, whatever its times:
+    where it lies on several machines, these may differ."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except _ABSENT:
+        return False
 
 
 def _is_link(path):
@@ -4747,7 +4747,7 @@ class Bucket:
         made anew.
         """
         path = self._locks + "%02d" % stripe
-        while True:
+        for _ in range(MAX_RETRIES):
             fd = self._open_stripe(stripe)
             try:
                 if not try_flock(fd):
@@ -4758,6 +4758,7 @@ class Bucket:
                 close_fd(fd)
                 raise
             close_fd(fd)
+        raise S3Error("SlowDown")
 
     def next_number(self, key):
         """A number above all that this key was given before: nanoseconds

@@ -6029,6 +6029,14 @@ class Buckets(StorageCase):
                 self.assertFalse(gos3rve.try_flock(fd))
                 os.close(fd)
 
+    @unittest.skipUnless(gos3rve.fcntl, "needs flock")
+    def test_a_lock_whose_file_is_always_another_is_no_hang(self):
+        """As where the inodes of a file system do not last."""
+        seen = mock.Mock(side_effect=[False] * 1000)
+        with mock.patch.object(gos3rve, "_is_open", seen):
+            self.assert_refused("SlowDown", self.put, "k", b"1")
+        self.put("k", b"2")
+
     def test_draft_for_a_deleted_bucket_is_none_for_the_next(self):
         for key in ("k", "d/k", "odd//", "k" * 300):
             with self.bucket.draft() as draft:
