@@ -4215,6 +4215,7 @@ CONFIG_SHAPES = {
 _GUARDING = frozenset((
     "owner", "versioning", "policy", "locked_out", "ownership",
     "public_access_block", "object_lock", "encryption"))
+_SHUT = "; nobody is let in until the owner puts or deletes the policy"
 
 
 def parse_settings(data):
@@ -4228,7 +4229,7 @@ def parse_settings(data):
     try:
         config = load_json(data)
     except ValueError as error:
-        return {"policy": False}, ["%s; nobody is let in" % error]
+        return {"policy": False}, [str(error) + _SHUT]
     wrong = [name for name, shape in CONFIG_SHAPES.items()
              if name in config and not fits(config[name], shape)]
     for name in wrong:
@@ -4237,7 +4238,7 @@ def parse_settings(data):
         config["policy"] = False
         config.pop("lifecycle", None)
     return config, ["%s is not what it has to be%s" % (
-        name, "; nobody is let in" if name in _GUARDING else "")
+        name, _SHUT if name in _GUARDING else "")
         for name in wrong]
 
 

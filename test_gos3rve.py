@@ -23673,13 +23673,22 @@ class DamagedState(unittest.TestCase):
         self.settings({"cors": 5, "tags": {"a": "b"}})
         self.assertEqual(self.s3.get("/box/k").status, 200)
         self.assertIn("cors is not", "".join(self.reports))
-        by_hand(os.path.join(self.box, gos3rve.STATE, "bucket.json"), b"{")
-        self.assertEqual(self.s3.put("/box/k").code, "AccessDenied")
-        self.s3.put("/box", PUBLIC, {"policy": ""})
-        self.running.store.sweep(0, time.time() + 10 ** 6)
-        self.assertEqual(self.s3.get("/box/u", {
-            "uploadId": self.upload}).all("Part/PartNumber"), ["1"])
-        self.assertEqual(self.s3.get("/box/k").body, b"12")
+        path, policy = os.path.join(self.box, gos3rve.STATE, "bucket.json"), \
+            {"policy": ""}
+        for data, let_in in (
+                (b"{", bound(self.s3.put, "/box", PUBLIC, policy)),
+                (b"", bound(self.s3.delete, "/box", policy)),
+                (b"[]", bound(os.unlink, path))):
+            by_hand(path, data)
+            self.reports.clear()
+            self.assertEqual(self.s3.put("/box/k").code, "AccessDenied")
+            self.assertIn("let in until the owner puts or deletes the policy",
+                          "".join(self.reports))
+            let_in()
+            self.running.store.sweep(0, time.time() + 10 ** 6)
+            self.assertEqual(self.s3.get("/box/u", {
+                "uploadId": self.upload}).all("Part/PartNumber"), ["1"])
+            self.assertEqual(self.s3.get("/box/k").body, b"12")
 
     def ask_object(self):
         """What looks at all of a record."""
