@@ -9135,7 +9135,8 @@ class _Known(dict):
             found = found << 1 & table.get(character, 0)
             if not found:
                 break
-        if len(self) < 256:             # they are as long as the text
+        # each is as long as the text, and a short piece is soon found again
+        if len(self) < (2048 if len(item) > 16 else 256):
             self[item] = found
         return found
 

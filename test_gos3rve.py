@@ -9001,6 +9001,14 @@ class PolicyPatterns(AccessCase):
                      aws_Referer="a" * 65536)
         self.assertLess(time.perf_counter() - started, 3)
 
+    def test_a_long_value_is_looked_for_once_beside_many_pieces(self):
+        known = g._Known("a" * 40, None, False)
+        for number in range(300):
+            known[chr(0x100 + number)]
+        known["a" * 32]
+        self.assertIn("a" * 32, known)
+        self.assertLess(len(known), 300)
+
     # A piece of a pattern, and the regular expression of what it stands for
     PIECES = (("a", "a"), ("b", "b"), ("B", "B"), ("*", ".*"), ("*", ".*"),
               ("?", "."), ("${*}", r"\*"), ("${?}", r"\?"), ("${$}", r"\$"),
