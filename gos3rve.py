@@ -9105,54 +9105,63 @@ class Patterns:
                 if state & ends:
                     found |= one
         if self._variable:
-            known = _Known(text, context, self._fold)
+            values = _Values(context, self._fold)
+            places = _Places(text) if context is None \
+                else context.places(text)
             for items, one in self._variable:
-                if among & one & ~found and _fits(items, known):
+                if among & one & ~found and _fits(items, values, places):
                     found |= one
         return found
 
 
-class _Known(dict):
-    """What patterns with variables need to know of a text: for a piece
-    where it begins, the end of the text being the lowest bit of an integer
-    and its start the highest; for a variable what it stands for."""
+class _Values(dict):
+    """What variables stand for."""
 
-    def __init__(self, text, context, fold):
+    def __init__(self, context, fold):
         super().__init__()
-        self.text, self._context, self._fold = text, context, fold
-        self._characters = {}
+        self._context, self._fold = context, fold
 
-    def __missing__(self, item):
-        if type(item) is _Variable:
-            self[item] = found = _value(item, self._context, self._fold)
-            return found
+    def __missing__(self, variable):
+        self[variable] = found = _value(variable, self._context, self._fold)
+        return found
+
+
+class _Places(dict):
+    """Where pieces begin in a text: the end of the text is the lowest bit
+    of an integer and its start the highest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text, self._characters = text, {}
+
+    def __missing__(self, piece):
         table = self._characters
         if not table:
             for at, character in enumerate(reversed(self.text), 1):
                 table[character] = table.get(character, 0) | 1 << at
         found = (2 << len(self.text)) - 1
-        for character in reversed(item):
+        for character in reversed(piece):
             found = found << 1 & table.get(character, 0)
             if not found:
                 break
         # each is as long as the text, and a short piece is soon found again
-        if len(self) < (2048 if len(item) > 16 else 256):
-            self[item] = found
+        if len(self) < (2048 if len(piece) > 16 else 256):
+            self[piece] = found
         return found
 
 
-def _fits(items, known):
-    """True when the text of a _Known fits items with variables.
+def _fits(items, values, places):
+    """True when the text of _Places fits items with variables.
 
     What a variable stands for may be longer by far than the text of a
     policy.  So a set of positions in the text is kept, not one in the
     patterns; what stands before the first wildcard has but one.
     """
-    text, at, rest = known.text, 0, iter(items)
+    text, at, rest = places.text, 0, iter(items)
     for item in rest:
         if type(item) is _Wild:
             break
-        piece = item if type(item) is str else known[item]
+        piece = item if type(item) is str else values[item]
         if piece is None or not text.startswith(piece, at):
             return False
         at += len(piece)
@@ -9167,10 +9176,10 @@ def _fits(items, known):
             state >>= 1
         else:
             if type(piece) is not str:
-                piece = known[piece]
+                piece = values[piece]
                 if piece is None:
                     return False
-            state = (state & known[piece]) >> len(piece)
+            state = (state & places[piece]) >> len(piece)
         if not state:
             return False
     return bool(state & 1)
@@ -9501,6 +9510,16 @@ class Context:
         if name not in cache:
             cache[name] = matcher.find(text, self)
         return cache[name]
+
+    def places(self, text):
+        """The _Places of a text; one that is longer than any key has them
+        once for all objects of this request."""
+        if len(text) <= 2 * MAX_KEY_BYTES:
+            return _Places(text)
+        name = _Places, text
+        if name not in self._cache:
+            self._cache[name] = _Places(text)
+        return self._cache[name]
 
     def get(self, name):
         """The texts under a ConditionKey's name; None for an absent key."""

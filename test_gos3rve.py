@@ -9002,12 +9002,26 @@ class PolicyPatterns(AccessCase):
         self.assertLess(time.perf_counter() - started, 3)
 
     def test_a_long_value_is_looked_for_once_beside_many_pieces(self):
-        known = g._Known("a" * 40, None, False)
+        places = g._Places("a" * 40)
         for number in range(300):
-            known[chr(0x100 + number)]
-        known["a" * 32]
-        self.assertIn("a" * 32, known)
-        self.assertLess(len(known), 300)
+            places[chr(0x100 + number)]
+        places["a" * 32]
+        self.assertIn("a" * 32, places)
+        self.assertLess(len(places), 300)
+
+    def test_what_is_found_in_a_long_text_serves_for_all_objects(self):
+        context = g.Context(facts={"aws:Referer": "b"})
+        patterns = g.Patterns(lists=[[g._items(
+            "*${aws:Referer}*${s3:VersionId}", True, True)]])
+        for text, count in (("ab" * 3000 + "v1", 1), ("abv1", 2)):
+            found = []
+            with mock.patch.object(g, "_Places", wraps=g._Places) as places:
+                for version in ("v1", "v2"):
+                    one = context.about({"s3:VersionId": version})
+                    one.action = "s3:getobjectversion"
+                    found.append(one.find(patterns, text))
+            self.assertEqual(found, [1, 0])
+            self.assertEqual(places.call_count, count)
 
     # A piece of a pattern, and the regular expression of what it stands for
     PIECES = (("a", "a"), ("b", "b"), ("B", "B"), ("*", ".*"), ("*", ".*"),
