@@ -10992,11 +10992,15 @@ def _take_names(patterns, names):
     patterns = {pattern.lower() for pattern in patterns}
     if "*" in patterns or names <= patterns:
         return True
-    program = _compile([((head, _STAR, tail), 1) for head, star, tail in (
-        pattern.partition("*") for pattern in patterns) if star])
-    return bool(program.ends) and all(
-        _reach(program, name) & program.ends[0][1]
-        for name in names - patterns)
+    tails = {}                          # by what stands before the `*`
+    for pattern in patterns:
+        head, star, tail = pattern.partition("*")
+        if star:
+            tails.setdefault(head, []).append(tail)
+    tails = {head: tuple(those) for head, those in tails.items()}
+    sizes = set(map(len, tails))
+    return all(any(name.endswith(tails.get(name[:size], ()), size)
+                   for size in sizes) for name in names - patterns)
 
 
 def _rule_headers(rule, origin, requested):
