@@ -9965,7 +9965,7 @@ def parse_session_policy(data):
         raise S3Error("MalformedPolicyDocument", error.message) from None
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)       # of at most some 7 MB each
 def stored_policy(text):
     """The Policy of a text that was checked when it was put.
 
