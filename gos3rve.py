@@ -4372,7 +4372,8 @@ class Bucket:
             os.mkdir(path, mode)
             self._sync_directory(os.path.dirname(path))
         except FileExistsError:
-            if not _leads_to_directory(path) and os.path.lexists(path):
+            if not _is_surely_there(os.path.join(path, "")) \
+                    and os.path.lexists(path):
                 raise
 
     def _open_state(self, name, path, flags):
