@@ -7225,10 +7225,12 @@ class Store:
             except OSError:
                 continue                # not now: it may well be whole
             idle = now - _last_change(path)
-            damaged = upload is None and _is_there(
-                os.path.join(path, "upload.json"))
-            if idle > grace and not (damaged and not 0 < ttl < idle
-                                     or upload and upload.is_to(created_ns)):
+            if upload:
+                stays = upload.is_to(created_ns)
+            else:                       # where its record is damaged
+                stays = not 0 < ttl < idle and _is_there(
+                    os.path.join(path, "upload.json"))
+            if idle > grace and not stays:
                 _remove_tree(path)
                 count += 1
             elif upload is not None and ttl and idle > ttl:
