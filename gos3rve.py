@@ -8558,6 +8558,10 @@ class KeyFile:
 MAX_POLICY_BYTES = 20 * KIB
 # Ours: what is read of a policy before its white space is taken out
 MAX_POLICY_TEXT_BYTES = 256 * KIB
+# Ours: steps through patterns of wildcards and variables, times the length of
+# what they are compared with, that one request may ask for: most of a second.
+# One key takes a sixth of it with the longest of policies and headers.
+MAX_POLICY_WORK = 8 * 10 ** 9
 # userguide/acl-overview.html: "An ACL can have up to 100 grants"
 MAX_GRANTS = 100
 
@@ -9070,11 +9074,11 @@ class Patterns:
                 items = [item.lower() if type(item) is str else item
                          for item in items]
             *start, end = items or [""]
-            names = [item.key for item in items if type(item) is _Variable]
-            if names:
-                self._variable.append((items, one))
-                self.of_object |= any(name.startswith(OBJECT_KEYS)
-                                      for name in names)
+            variables = {item for item in items if type(item) is _Variable}
+            if variables:
+                self._variable.append((items, variables, one))
+                self.of_object |= any(variable.key.startswith(OBJECT_KEYS)
+                                      for variable in variables)
             elif _ONE in items or _STAR in start:
                 self._walked.append((items, one))
                 self._loose |= one
@@ -9111,10 +9115,15 @@ class Patterns:
             values = _Values(context, self._fold)
             places = _Places(text) if context is None \
                 else context.places(text)
-            for items, one in self._variable:
-                if among & one & ~found and _fits(items, values, places):
+            for items, variables, one in self._variable:
+                if among & one & ~found and _fits(items, variables, values,
+                                                  places):
                     found |= one
         return found
+
+
+# What a step of _fits() takes besides, in characters of the text
+_STEP = 2000
 
 
 class _Values(dict):
@@ -9127,6 +9136,11 @@ class _Values(dict):
     def __missing__(self, variable):
         self[variable] = found = _value(variable, self._context, self._fold)
         return found
+
+    def spend(self, work):
+        """Context.spend()."""
+        if self._context is not None:
+            self._context.spend(work)
 
 
 class _Places(dict):
@@ -9153,8 +9167,9 @@ class _Places(dict):
         return found
 
 
-def _fits(items, values, places):
-    """True when the text of _Places fits items with variables.
+def _fits(items, variables, values, places):
+    """True when the text of _Places fits items, and these variables in
+    them.
 
     What a variable stands for may be longer by far than the text of a
     policy.  So a set of positions in the text is kept, not one in the
@@ -9170,6 +9185,9 @@ def _fits(items, values, places):
         at += len(piece)
     else:
         return at == len(text)
+    if None in [values[variable] for variable in variables]:
+        return False
+    values.spend(len(items) * (_STEP + len(text)))
     state = 1 << len(text) - at
     for piece in itertools.chain((item,), rest):
         if piece is _STAR:
@@ -9180,8 +9198,6 @@ def _fits(items, values, places):
         else:
             if type(piece) is not str:
                 piece = values[piece]
-                if piece is None:
-                    return False
             state = (state & places[piece]) >> len(piece)
         if not state:
             return False
@@ -9496,6 +9512,7 @@ class Context:
         self._facts = {name.lower(): value
                        for name, value in (facts or {}).items()}
         self._object_cache = {}         # of what differs between objects
+        self._left = [MAX_POLICY_WORK]  # one for all objects
 
     def about(self, facts):
         """The Context of one of many objects of this request.  facts: of
@@ -9505,6 +9522,15 @@ class Context:
             name.lower(): value for name, value in facts.items()})
         other._object_cache = {}
         return other
+
+    def spend(self, work):
+        """Count this work, a step's on a character, for the request;
+        AccessDenied beyond MAX_POLICY_WORK."""
+        self._left[0] -= work
+        if self._left[0] < 0:
+            raise S3Error("AccessDenied", "The policy has too many wildcards "
+                          "beside variables to be compared with so many keys "
+                          "at once")
 
     def find(self, matcher, text):
         """What a policy's Patterns, Arns or Compared find for a text."""

@@ -9023,6 +9023,39 @@ class PolicyPatterns(AccessCase):
             self.assertEqual(found, [1, 0])
             self.assertEqual(places.call_count, count)
 
+    def test_wildcards_and_variables_of_many_keys_are_refused_in_the_end(self):
+        parsed = g.parse_policy(document(statement(
+            effect="Deny", Condition={"StringLike": {"aws:UserAgent": [
+                "%s${aws:Referer}%d" % ("*?" * 400, number)
+                for number in range(20)]}})), "b")
+        headers = {"user-agent": "a" * 60000, "referer": "b"}
+        self.assertIsNone(g.evaluate(
+            parsed, g.ANONYMOUS, "s3:GetObject", BUCKET + "/k",
+            g.Context(headers=headers)))
+        parsed = g.parse_policy(document(statement(
+            effect="Deny", action="s3:DeleteObjectVersion", Condition={
+                "StringLike": {"aws:UserAgent": [
+                    "%s${s3:VersionId}%d" % ("*?" * 400, number)
+                    for number in range(20)]}})), "b")
+        shared = g.Context(headers=headers)
+
+        def judged(version):
+            context = shared.about({"s3:VersionId": version})
+            try:
+                return g.evaluate(parsed, g.ANONYMOUS,
+                                  "s3:DeleteObjectVersion", BUCKET + "/k",
+                                  context)
+            except g.S3Error as error:
+                return error.code
+        verdicts = [judged("%032x" % number) for number in range(1000)]
+        self.assertEqual(verdicts[:5], [None] * 5)
+        self.assertEqual(set(verdicts[15:]), {"AccessDenied"})
+        # where the variable has no value, no pattern fits and none is tried
+        shared = g.Context(headers=headers)
+        with mock.patch.object(g.Context, "spend") as spend:
+            self.assertIsNone(judged(None))
+        spend.assert_not_called()
+
     # A piece of a pattern, and the regular expression of what it stands for
     PIECES = (("a", "a"), ("b", "b"), ("B", "B"), ("*", ".*"), ("*", ".*"),
               ("?", "."), ("${*}", r"\*"), ("${?}", r"\?"), ("${$}", r"\$"),
