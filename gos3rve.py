@@ -3417,10 +3417,11 @@ def is_reserved(name):
 
 def odd_name(key):
     """The file name under odd/ of a key: itself encoded, or its hash."""
-    name = "k" + (key.replace("/", "%2F") if UNRESERVED.match(key)
-                  else urllib.parse.quote(key, safe=""))
-    if len(name) <= MAX_ODD_NAME:
-        return name
+    if len(key) < MAX_ODD_NAME:
+        name = "k" + (key.replace("/", "%2F") if UNRESERVED.match(key)
+                      else urllib.parse.quote(key, safe=""))
+        if len(name) <= MAX_ODD_NAME:
+            return name
     return "h" + hashlib.sha256(key.encode()).hexdigest()
 
 
