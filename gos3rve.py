@@ -4007,6 +4007,18 @@ def read_range(fd, offset, length):
     return data
 
 
+def read_state(path):
+    """The bytes of one of the server's own small files.
+
+    A FIFO in its place has none and keeps nobody waiting.
+    """
+    fd = os.open(path, _OPEN_READ)
+    try:
+        return b"".join(iter(lambda: os.read(fd, 16 * KIB), b""))
+    finally:
+        close_fd(fd)
+
+
 def _open_fresh(path):
     """Open a file to read.
 
@@ -4305,8 +4317,7 @@ class Bucket:
         if known != stamp:
             settled = _settled(status)
             try:
-                with open(path, "rb") as file:
-                    data = file.read()
+                data = read_state(path)
             except _ABSENT:             # with its bucket, just now
                 return self._no_config
             config, faults = parse_settings(data)
@@ -4630,8 +4641,8 @@ class Bucket:
         if not _is_surely_there(self._meta):
             return {}, sure             # as in most buckets
         try:
-            with open(self._sidecar(key, status.st_ino), "rb") as sidecar:
-                return self._loaded(sidecar.read(), key), False
+            return self._loaded(read_state(self._sidecar(
+                key, status.st_ino)), key), False
         except OSError as error:
             if error.errno not in (errno.ENOENT,) + unseen:
                 raise
@@ -5132,8 +5143,7 @@ class Bucket:
             if _modified(path) < since:
                 continue
             try:
-                with open(path, "rb") as file:
-                    record = load_record(file.read())
+                record = load_record(read_state(path))
             except OSError:
                 continue
             key = record.get("key")     # without it it may be anyone's
@@ -5557,9 +5567,9 @@ class Bucket:
             for block in read_blocks(draft.fd, 0, draft.size):
                 digest.update(block)
         name = "%s-%x" % (digest.hexdigest(), draft.size)
-        with contextlib.suppress(OSError), open(
-                os.path.join(self._same, name), "rb") as file:
-            key = load_record(file.read()).get("key")
+        with contextlib.suppress(OSError):
+            key = load_record(read_state(os.path.join(
+                self._same, name))).get("key")
             for path in self._files_of(key) if key else ():
                 if self._shares(path, draft):
                     break
@@ -5611,8 +5621,7 @@ class Bucket:
         for name in names:
             path, size = os.path.join(self._same, name), name[65:]
             with contextlib.suppress(OSError):
-                with open(path, "rb") as file:
-                    key = load_record(file.read()).get("key", "")
+                key = load_record(read_state(path)).get("key", "")
                 if not any("%x" % os.stat(place).st_size == size
                            for place in self._files_of(key)):
                     count += _unlink(path)
@@ -5629,6 +5638,7 @@ class Bucket:
         """
         path = os.path.join(self._logs, day)
         flags = (os.O_RDWR | os.O_CREAT | os.O_APPEND
+                 | getattr(os, "O_NONBLOCK", 0)
                  | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         with self.lock(_LOGS):
             fd = self._open_state("logs", path, flags)
@@ -6088,8 +6098,8 @@ class Walker:
     @staticmethod
     def _versioned_key(path):
         """The key that a directory of versions tells."""
-        with open(os.path.join(path, KEY_FILE), "rb") as file:
-            return load_record(file.read()).get("key")
+        return load_record(read_state(os.path.join(
+            path, KEY_FILE))).get("key")
 
     def _hashed_key(self, path):
         """The key of that odd_name() that a file's record tells, or None.
@@ -6104,8 +6114,7 @@ class Walker:
         for sidecar in os.listdir(self._bucket._meta):
             if sidecar.endswith(ending) and sidecar[:32] == name[1:33]:
                 path = os.path.join(self._bucket._meta, sidecar)
-                with open(path, "rb") as file:
-                    return load_record(file.read()).get("key")
+                return load_record(read_state(path)).get("key")
         return None
 
     def missed(self, prefix, after, last, entries):
@@ -7006,8 +7015,8 @@ class Store:
     def _load_upload(path):
         """The Upload in a directory, None when it is none or damaged."""
         try:
-            with open(os.path.join(path, "upload.json"), "rb") as file:
-                record = load_json(file.read())
+            record = load_json(read_state(os.path.join(path,
+                                                       "upload.json")))
         except _ABSENT + (ValueError,):
             return None
         if _is_upload(record):
@@ -7115,9 +7124,9 @@ class Store:
         size, prefix = status.st_size, None
         record = _record_inside(fd) if self.xattrs else {}
         if not record:
-            with contextlib.suppress(*_ABSENT), open(
-                    "%s-%x.json" % (path, status.st_ino), "rb") as file:
-                record = load_record(file.read())
+            with contextlib.suppress(*_ABSENT):
+                record = load_record(read_state(
+                    "%s-%x.json" % (path, status.st_ino)))
         if (record.get("size"), record.get("mtime_ns")) != (
                 size, status.st_mtime_ns) or not _is_part(record):
             return None
@@ -7974,9 +7983,8 @@ class Checker:
                 self._tell(*self._untold.pop(0))
 
     def _check_bucket(self, bucket):
-        with contextlib.suppress(FileNotFoundError), \
-                open(bucket._config_path, "rb") as file:
-            for fault in parse_settings(file.read())[1]:
+        with contextlib.suppress(FileNotFoundError):
+            for fault in parse_settings(read_state(bucket._config_path))[1]:
                 self._found(_quoted(bucket._config_path), "is damaged: the "
                             "bucket has lost its settings: " + fault)
         for directory in (bucket._versions, bucket._odd):
@@ -8173,8 +8181,7 @@ class Checker:
         key belongs, in a copy of the bucket: it makes room, and
         _check_sidecar() finds its place."""
         path = os.path.join(bucket._meta, name)
-        with open(path, "rb") as file:
-            record = load_record(file.read())
+        record = load_record(read_state(path))
         key = record.get("key")
         if not key or _modified(path) >= self._before:
             return
@@ -8191,8 +8198,7 @@ class Checker:
         path = os.path.join(bucket._meta, name)
         if _modified(path) >= self._before or path in self._spared:
             return                      # its file may come in a moment
-        with open(path, "rb") as file:
-            record = load_record(file.read())
+        record = load_record(read_state(path))
         key = record.get("key", "")
         with bucket.lock(key):
             if not bucket._describes(key, name):
@@ -8340,8 +8346,7 @@ def _content_etag(fd, status, record=None):
 def _key_in(path):
     """The key that a sidecar or KEY_FILE tells; "" for none."""
     try:
-        with open(path, "rb") as file:
-            return load_record(file.read()).get("key", "")
+        return load_record(read_state(path)).get("key", "")
     except OSError:
         return ""
 
