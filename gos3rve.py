@@ -3383,9 +3383,11 @@ def storage_error(error):
 # takes for it.  Case (ext4's casefold has the long s), characters that are
 # ignored (HFS+, CVE-2014-9390; here all that are not ASCII), and the short
 # names of VFAT and NTFS, six letters or two and a hash.
+# re.IGNORECASE would take a millisecond of each start.
 _RESERVED = re.compile(
-    "[^\0-\x7f]*".join(("", r"\.", "g", "o", "[s\u017f]", "3", "r", "v", "e"))
-    + r"|go(?:s3rv|[0-9a-f]{4})~\d", re.IGNORECASE)
+    "[^\0-\x7f]*".join(("", r"\.", "[Gg]", "[Oo]", "[Ss\u017f]", "3", "[Rr]",
+                       "[Vv]", "[Ee]"))
+    + "|[Gg][Oo](?:[Ss\u017f]3[Rr][Vv]|[0-9A-Fa-f]{4})~\\d")
 # No segment that may be such a name or could be too long: nearly every key
 _PLAINLY_NATURAL = re.compile(
     r"(?:S[^/\0]{,62}/)*S[^/\0]{,62}\Z".replace(
