@@ -9115,23 +9115,33 @@ class Patterns:
         for prefix, one in self._prefixes.items():
             if text.startswith(prefix):
                 found |= one
+        once = _call if context is None else context.once
         if self._loose & among & ~found:
-            program = self._program
-            if program is None:
-                program = self._program = _compile(self._walked)
-            state = _reach(program, text)
-            for one, ends in program.ends:
-                if state & ends:
-                    found |= one
+            found |= once(self._walk, text)
         if self._variable:
             values = _Values(context, self._fold)
-            places = _Places(text) if context is None \
-                else context.places(text)
+            places = once(_Places, text)
             for items, variables, one in self._variable:
                 if among & one & ~found and _fits(items, variables, values,
                                                   places):
                     found |= one
         return found
+
+    def _walk(self, text):
+        """find(), among the patterns with wildcards and no variables."""
+        program, found = self._program, 0
+        if program is None:
+            program = self._program = _compile(self._walked)
+        state = _reach(program, text)
+        for one, ends in program.ends:
+            if state & ends:
+                found |= one
+        return found
+
+
+def _call(make, text):
+    """As Context.once(), where there is none."""
+    return make(text)
 
 
 # What a step of _fits() takes besides, in characters of the text
@@ -9552,14 +9562,14 @@ class Context:
             cache[name] = matcher.find(text, self)
         return cache[name]
 
-    def places(self, text):
-        """The _Places of a text; one that is longer than any key has them
-        once for all objects of this request."""
+    def once(self, make, text):
+        """make(text); of a text that is longer than any key, once for all
+        objects of this request."""
         if len(text) <= 2 * MAX_KEY_BYTES:
-            return _Places(text)
-        name = _Places, text
+            return make(text)
+        name = make, text
         if name not in self._cache:
-            self._cache[name] = _Places(text)
+            self._cache[name] = make(text)
         return self._cache[name]
 
     def get(self, name):

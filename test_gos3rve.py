@@ -9069,6 +9069,23 @@ class PolicyPatterns(AccessCase):
             self.assertEqual(found, [1, 0])
             self.assertEqual(places.call_count, count)
 
+    def test_wildcards_beside_variables_walk_a_long_text_once(self):
+        parsed = g.parse_policy(document(statement(
+            effect="Deny", action="s3:DeleteObjectVersion", Condition={
+                "StringLike": {"aws:UserAgent": [
+                    "*a?b", "${s3:VersionId}"]}})), "b")
+        for header, walks in (("ab" * 3000, 1), ("ab" * 3000 + "acb", 1),
+                              ("acb", 2)):
+            shared = g.Context(headers={"user-agent": header})
+            with mock.patch.object(g, "_reach", wraps=g._reach) as walk:
+                verdicts = {g.evaluate(
+                    parsed, g.ANONYMOUS, "s3:DeleteObjectVersion",
+                    BUCKET + "/k", shared.about({"s3:VersionId": version}))
+                    for version in ("v1", "v2")}
+            self.assertEqual(verdicts, {
+                "deny" if header.endswith("acb") else None})
+            self.assertEqual(walk.call_count, walks)
+
     def test_wildcards_and_variables_of_many_keys_are_refused_in_the_end(self):
         parsed = g.parse_policy(document(statement(
             effect="Deny", Condition={"StringLike": {"aws:UserAgent": [
