@@ -12296,8 +12296,9 @@ def create_bucket(request):
     if not valid_bucket_name(name):
         raise S3Error("InvalidBucketName", BucketName=name)
     asked = _asked_configuration(request)
-    _authorize_create(request, asked)
+    # first: a policy may compare it with patterns, however long it is
     region = _location_constraint(request, asked.get("LocationConstraint"))
+    _authorize_create(request, asked)
     config = _new_bucket_config(request, asked)
     try:
         bucket = request.store.create_bucket(

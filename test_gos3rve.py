@@ -19744,6 +19744,17 @@ class SessionRequests(StsCase):
                                  200 if allowed else 404)
                 self.s3.delete(path)
 
+    def test_what_is_no_location_is_not_compared_with_patterns(self):
+        client = self.role([allow("s3:CreateBucket", Condition={
+            "StringLike": {"s3:LocationConstraint": "*a${aws:userid}"}})])
+        with mock.patch.object(gos3rve, "evaluate") as evaluate:
+            answer = client.put("/made-5", (
+                "<CreateBucketConfiguration><LocationConstraint>%s"
+                "</LocationConstraint></CreateBucketConfiguration>" % (
+                    "a" * 2 ** 20)).encode())
+        self.error(answer, "InvalidLocationConstraint", 400)
+        evaluate.assert_not_called()
+
     def test_a_session_policy_has_conditions_where_the_bucket_has_none(self):
         for address, allowed in (("127.0.0.0/8", True),
                                  ("192.0.2.0/24", False)):
