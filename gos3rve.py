@@ -4017,6 +4017,9 @@ def read_state(path):
     fd = os.open(path, _OPEN_READ)
     try:
         return b"".join(iter(lambda: os.read(fd, 16 * KIB), b""))
+    except OSError as error:
+        error.filename = path           # a directory, which opens
+        raise
     finally:
         close_fd(fd)
 

@@ -6089,6 +6089,11 @@ class Buckets(StorageCase):
             self.assertEqual(self.bucket.config, {})
         self.assertEqual(self.bucket.owner, "alice")
 
+    def test_what_of_the_state_cannot_be_read_is_named(self):
+        with self.assertRaises(OSError) as caught:
+            gos3rve.read_state(self.directory)
+        self.assertEqual(caught.exception.filename, self.directory)
+
     def test_uploads_go_with_their_bucket(self):
         upload_id = self.store.create_upload(self.bucket, "k", {})
         self.store.delete_bucket(self.bucket)
