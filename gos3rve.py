@@ -8574,7 +8574,7 @@ MAX_POLICY_BYTES = 20 * KIB
 # Ours: what is read of a policy before its white space is taken out
 MAX_POLICY_TEXT_BYTES = 256 * KIB
 # Ours: steps through patterns of wildcards and variables, times the length of
-# what they are compared with, that one request may ask for: most of a second.
+# what they are compared with, that one Context may ask for: half a second.
 # One key takes a sixth of it with the longest of policies and headers.
 MAX_POLICY_WORK = 8 * 10 ** 9
 # userguide/acl-overview.html: "An ACL can have up to 100 grants"
@@ -9124,6 +9124,7 @@ class Patterns:
         if self._variable:
             values = _Values(context, self._fold)
             places = once(_Places, text)
+            places.spend = values.spend
             for items, variables, one in self._variable:
                 if among & one & ~found and _fits(items, variables, values,
                                                   places):
@@ -9170,7 +9171,7 @@ class _Values(dict):
 
 class _Places(dict):
     """Where pieces begin in a text: the end of the text is the lowest bit
-    of an integer and its start the highest."""
+    of an integer and its start the highest.  spend: Context's."""
 
     def __init__(self, text):
         super().__init__()
@@ -9181,11 +9182,12 @@ class _Places(dict):
         if not table:
             for at, character in enumerate(reversed(self.text), 1):
                 table[character] = table.get(character, 0) | 1 << at
-        found = (2 << len(self.text)) - 1
-        for character in reversed(piece):
+        found, steps = (2 << len(self.text)) - 1, 0
+        for steps, character in enumerate(reversed(piece), 1):
             found = found << 1 & table.get(character, 0)
             if not found:
                 break
+        self.spend(steps * (_STEP // 2 + len(self.text)))
         # each is as long as the text, and a short piece is soon found again
         if len(self) < (2048 if len(piece) > 16 else 256):
             self[piece] = found
@@ -9193,8 +9195,7 @@ class _Places(dict):
 
 
 def _fits(items, variables, values, places):
-    """True when the text of _Places fits items, and these variables in
-    them.
+    """True when the text of _Places fits items.  variables: those in them.
 
     What a variable stands for may be longer by far than the text of a
     policy.  So a set of positions in the text is kept, not one in the

@@ -9054,6 +9054,7 @@ class PolicyPatterns(AccessCase):
 
     def test_a_long_value_is_looked_for_once_beside_many_pieces(self):
         places = g._Places("a" * 40)
+        places.spend = g.Context().spend
         for number in range(300):
             places[chr(0x100 + number)]
         places["a" * 32]
@@ -9123,6 +9124,19 @@ class PolicyPatterns(AccessCase):
         with mock.patch.object(g.Context, "spend") as spend:
             self.assertIsNone(judged(None))
         spend.assert_not_called()
+
+    def test_the_bound_counts_the_pieces_between_wildcards(self):
+        """Each is looked for once in a text, letter by letter."""
+        found = {}
+        for size in (9, 900):
+            patterns = g.Patterns(lists=[[g._items(
+                "*%d%s${aws:Referer}" % (number, "a" * size), True, True)
+                for number in range(20)]])
+            with mock.patch.object(g.Context, "spend") as spend:
+                patterns.find("a" * 1000, g.Context(headers={"referer": "b"}))
+            found[size] = sum(args[0] for args, _ in spend.call_args_list)
+        self.assertGreater(found[900], 30 * 10 ** 6)
+        self.assertLess(found[9], 10 ** 6)
 
     # A piece of a pattern, and the regular expression of what it stands for
     PIECES = (("a", "a"), ("b", "b"), ("B", "B"), ("*", ".*"), ("*", ".*"),
