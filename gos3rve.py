@@ -11178,6 +11178,7 @@ class Request:
     host_bucket, is_site, is_control, is_charged = "", False, False, False
     pairs = facts = noted = ()          # the last two: for policies, for logs
     contexts = None             # by Bucket, where it is about many objects
+    recorder = None             # of its events
     query = {}
 
     def __init__(self, service, method, target, headers, frame, now,
@@ -16182,7 +16183,8 @@ class OnWire(NamedTuple):
 
 
 _QUOTED = frozenset(("request_uri", "referer", "user_agent"))
-_UNSAFE_IN_FIELD = re.compile(r"[^!-~]+")
+_UNSAFE_IN_FIELD = re.compile(r"[^!-~]")
+_SAFE_IN_FIELD = string.ascii_letters + string.digits + string.punctuation
 _UNSAFE_IN_QUOTES = re.compile(r"[\x00-\x1f\x7f]+")
 # What gives whoever reads it a right: it is not logged, however it is
 # written, and not in the Referer that a page behind a presigned URL sends
@@ -16245,7 +16247,10 @@ def _field_text(name, value):
         return '"%s"' % _UNSAFE_IN_QUOTES.sub(_escaped, value)
     if name == "time":
         return value
-    return _UNSAFE_IN_FIELD.sub(_escaped, str(value)) or "-"
+    text = str(value)
+    if _UNSAFE_IN_FIELD.search(text):   # all at once: each takes 3 us
+        text = uri_encode(text, _SAFE_IN_FIELD)
+    return text or "-"
 
 
 def _escaped(match):
@@ -16266,11 +16271,15 @@ def log_access(request, response, on_wire):
     if not (is_logged or request.noted) or request.service.readonly:
         return
     wire, lines = on_wire(), {}
+    # once a bucket: it looks at all of a head, for a thousand keys perhaps
+    shared = functools.lru_cache(maxsize=None)(
+        functools.partial(_common_fields, request, wire=wire))
     if is_logged:
-        lines[request.bucket] = [_request_line(request, response, wire)]
+        lines[request.bucket] = [_request_line(
+            request, response, wire, shared(request.bucket))]
     for noted in request.noted:
         lines.setdefault(noted.bucket, []).append(
-            _noted_line(request, noted, wire))
+            _noted_line(noted, shared(noted.bucket)))
     for logged, its_lines in lines.items():
         spool_lines(request.store, logged, its_lines)
 
@@ -16316,10 +16325,10 @@ def _common_fields(request, bucket, wire):
         user_agent=wire.headers.get("user-agent", "-"))
 
 
-def _request_line(request, response, wire):
-    """The LogLine of a request itself."""
+def _request_line(request, response, wire, line):
+    """The LogLine of a request itself, from its _common_fields()."""
     row = request.operation
-    return _common_fields(request, request.bucket, wire)._replace(
+    return line._replace(
         operation=log_operation(row, wire.method, request.level,
                                 request.is_site),
         key=request.key or None, status=response.status,
@@ -16330,9 +16339,9 @@ def _request_line(request, response, wire):
         acl_required="Yes" if _needed_acl(request, response) else None)
 
 
-def _noted_line(request, noted, wire):
-    """The LogLine of a Noted."""
-    line = _common_fields(request, noted.bucket, wire)._replace(
+def _noted_line(noted, line):
+    """The LogLine of a Noted, from its request's _common_fields()."""
+    line = line._replace(
         operation=noted.operation, key=noted.key, status=noted.status,
         error_code=noted.code, object_size=noted.size,
         version_id=noted.version_id)
@@ -17360,7 +17369,7 @@ def _check_notification_ids(ids):
                                "IDs must be unique.", "Id", rule_id)
 
 
-# A request may delete a thousand keys, and each is held against each rule
+# Each rule is held against each other one
 _unquoted = functools.lru_cache(maxsize=1024)(urllib.parse.unquote_plus)
 
 
@@ -17414,14 +17423,20 @@ def tested_webhooks(notification):
                    if target.tested})
 
 
-def find_rule(notification, event, key):
-    """The (webhook, Id) of the rule that asks for an event of a key; None
-    when there is none."""
-    for target, rule in _rules(notification):
-        if any(_asks(asked, event) for asked in rule["Event"]):
-            prefix, suffix = key_filter(rule)
-            if key.startswith(prefix) and key.endswith(suffix):
-                return target.arn.match(rule[target.tag])[2], rule["Id"]
+def event_rules(notification, event):
+    """(prefix, suffix, webhook, Id) of the rules that ask for an event."""
+    return [key_filter(rule) + (target.arn.match(rule[target.tag])[2],
+                                rule["Id"])
+            for target, rule in _rules(notification)
+            if any(_asks(asked, event) for asked in rule["Event"])]
+
+
+def find_rule(rules, key):
+    """The (webhook, Id) of the one of event_rules() that asks for a key;
+    None when there is none."""
+    for prefix, suffix, webhook, rule_id in rules:
+        if key.startswith(prefix) and key.endswith(suffix):
+            return webhook, rule_id
     return None
 
 
@@ -17453,6 +17468,8 @@ class Recorder:
         self._outbox, self._bucket = service.outbox, bucket
         self._owner = service.accounts.owner_id(bucket)
         self._notification, self._cause = notification, cause
+        # event -> event_rules(): a request may delete a thousand keys
+        self._rules = {}
 
     def created(self, kind, info):
         """ObjectCreated:<kind> of the object `info`."""
@@ -17497,7 +17514,10 @@ class Recorder:
 
     def _record(self, event, key, version_id, facts, more=None,
                 sequence=True):
-        found = find_rule(self._notification, "s3:" + event, key)
+        if event not in self._rules:
+            self._rules[event] = event_rules(self._notification,
+                                             "s3:" + event)
+        found = find_rule(self._rules[event], key)
         if found is None or found[0] not in self._outbox.webhooks:
             return
         webhook, rule_id = found
@@ -17556,8 +17576,11 @@ def _note(request, method, *args):
     """The done() to give to the store: a Recorder's method with its first
     arguments; None in a bucket without notification."""
     notification = request.config.get("notification")
-    return notification and functools.partial(
-        method, request_recorder(request, notification), *args)
+    if not notification:
+        return None
+    if request.recorder is None:
+        request.recorder = request_recorder(request, notification)
+    return functools.partial(method, request.recorder, *args)
 
 
 def note_created(request, kind):
