@@ -14023,6 +14023,34 @@ class KeptDocumentRequests(OperationCase):
                 answer = self.ok(self.s3.get("/box", {name: ""}))
                 self.assertEqual(answer.all("*/Id"), ["two"])
 
+    def metrics(self, name, prefix):
+        return self.s3.put("/box", (
+            "<MetricsConfiguration><Id>%s</Id><Filter><Prefix>%s</Prefix>"
+            "</Filter></MetricsConfiguration>" % (name, prefix)).encode(),
+            {"metrics": "", "id": name})
+
+    def test_all_documents_of_a_bucket_together_have_a_limit(self):
+        self.ok(self.metrics("a", "x" * 2000), 204)
+        self.ok(self.metrics("b", "x" * 2000), 204)
+        with mock.patch.object(gos3rve, "MAX_CONFIG_BYTES", 3000):
+            self.error(self.metrics("c", "y"), "EntityTooLarge")
+            self.error(self.metrics("a", "x" * 2001), "EntityTooLarge")
+            answer = self.ok(self.s3.get("/box", {"metrics": ""}))
+            self.assertEqual(answer.all("*/Id"), ["a", "b"])
+            # what is too large already may shrink
+            self.ok(self.metrics("a", "x" * 1900), 204)
+            self.ok(self.s3.delete("/box", {"metrics": "", "id": "b"}), 204)
+            self.ok(self.metrics("c", "y"), 204)
+
+    def test_a_bucket_s_record_is_written_by_c_code(self):
+        self.ok(self.metrics("a", "x"), 204)
+        with mock.patch("json.encoder._make_iterencode",
+                        side_effect=AssertionError):
+            self.ok(self.metrics("b", "x"), 204)
+        config = self.server.store.bucket("box").config
+        with open(self.path(gos3rve.STATE, "bucket.json")) as file:
+            self.assertEqual(len(file.readlines()), len(config) + 2)
+
     def test_a_name_with_dots_cannot_be_accelerated(self):
         self.s3.put("/with.dots")
         self.error(self.s3.put("/with.dots", b"<x/>", {"accelerate": ""}),
