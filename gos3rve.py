@@ -3443,6 +3443,7 @@ ENABLED, SUSPENDED = "Enabled", "Suspended"
 _VERSION_ID = re.compile(r"[0-9a-f]{32}\Z")
 _VERSION_NAMES = re.compile(        # among names with \0 between them
     r"(?<![^\0])[0-9a-f]{16}(?:[0-9a-f]{16}|null)(?:\.pending)?(?![^\0])")
+_HEX_DIGITS = b"0123456789abcdef"
 _END_OF_TIME_NS = 1 << 63
 PENDING = ".pending"                # see Bucket.add_marker()
 
@@ -3481,7 +3482,12 @@ def _name_of(version_id, names):
 def _version_names(names, current):
     """Those of a directory's names that are versions, the newest first.
     current: the key has a file, and so no marker pending is in force."""
-    text = "\0".join(sorted(names))
+    names = sorted(names)
+    text = "\0".join(names)
+    # nearly always each is an id: to find that out takes a tenth
+    if len(text) == 33 * len(names) - 1 and os.fsencode(
+            text).translate(None, _HEX_DIGITS) == os.fsencode(text[32::33]):
+        return names
     found = _VERSION_NAMES.findall(text)
     if current and PENDING in text:
         found = [name for name in found if not name.endswith(PENDING)]
@@ -5241,14 +5247,16 @@ class Bucket:
         close_fd(fd)
         return None
 
-    def open_version(self, key, version_id=None):
+    def open_version(self, key, version_id=None, names=None):
         """(Info, fd) of a version, the latest for None.  The caller
         closes.  NoSuchKey, NoSuchVersion; a marker is given like others.
+        names: version_names(), for who knows them and holds the lock.
         """
         for _ in range(MAX_LOOKS):
-            found = self._seek_version(key, version_id)
+            found = self._seek_version(key, version_id, names)
             if found:
                 return found
+            names = None
             # gone, or moved behind our back?
             current, names = self._snapshot(key)
             if version_id is None:
@@ -5268,14 +5276,18 @@ class Bucket:
                               VersionId=version_id)
         raise S3Error("SlowDown")
 
-    def _seek_version(self, key, version_id):
+    def _seek_version(self, key, version_id, names=None):
         """As open_version(), in one look; None when it was not there."""
         found = self._look(key)
         if found:
             if version_id is None or version_id == found[0].version_id:
                 return found
             close_fd(found[1])
-        names = self.version_names(key, bool(found))
+            if _VERSION_ID.match(version_id):
+                # not the latest: no need to look at thousands of names
+                return self._load_version(key, version_id)
+        if names is None:
+            names = self.version_names(key, bool(found))
         name = _name_of(version_id, names) if version_id \
             else names[:1] and names[0]
         version = name and self._load_version(
@@ -5496,22 +5508,23 @@ class Bucket:
         if replaced not in (None, status.st_ino):
             self._drop_sidecar(key, replaced)
 
-    def remove_version(self, key, info):
-        """Remove one version: the latest makes way for the one before."""
-        name = self._version_name(key, info.version_id)
-        if not info.latest:
+    def remove_version(self, key, info, names):
+        """Remove one version: the latest makes way for the one before.
+        names: what settle() gave."""
+        name = _name_of(info.version_id, names)
+        others = [other for other in names if other != name]
+        if info.marker and info.latest:
+            self._uncover(key, name, others)
+        elif name:                      # or its twin, after a crash
             self.drop_version(key, name)
-        elif info.marker:
-            self._uncover(key, name)
-        else:
-            if name:                    # its twin, after a crash
-                self.drop_version(key, name)
-            heir = self._heir(key, self.version_names(key))
+        if info.latest and not info.marker:
+            heir = self._heir(key, others)
             if heir:
                 self.promote(key, heir)
             else:
                 self.remove(key)
-        self._prune_versions(key)
+        if len(others) < 2:             # one may have been the heir
+            self._prune_versions(key)
 
     def _heir(self, key, names):
         """The file name of the newest version among `names`, unless that
@@ -5523,10 +5536,10 @@ class Bucket:
                 return None if found[0].marker else name
         return None
 
-    def _uncover(self, key, marker):
+    def _uncover(self, key, marker, others):
         """Remove the latest version, a marker: it is out of force when the
-        one before it has become the key's file."""
-        heir = self._heir(key, self.version_names(key)[1:])
+        one before it, of the `others`, has become the key's file."""
+        heir = self._heir(key, others)
         if heir:
             directory = self._version_directory(key)
             os.replace(os.path.join(directory, marker),
@@ -6853,9 +6866,9 @@ class Store:
 
     @staticmethod
     def _delete_version(bucket, key, version_id, allow, conditions):
-        bucket.settle(key)
+        names = bucket.settle(key)
         try:
-            info, fd = bucket.open_version(key, version_id)
+            info, fd = bucket.open_version(key, version_id, names)
         except S3Error as error:
             if error.code != "NoSuchVersion":
                 raise
@@ -6864,7 +6877,7 @@ class Store:
         conditions.check(info, key)
         if allow:
             allow(info)
-        bucket.remove_version(key, info)
+        bucket.remove_version(key, info, names)
         return Removed(version_id, info.marker)
 
     def revise(self, bucket, key, choose):

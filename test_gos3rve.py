@@ -4986,6 +4986,39 @@ class Versions(VersionCase):
                 self.assertEqual(list(self.contents(key)), [ids[0]])
                 self.assertTrue(os.path.lexists(path))
 
+    def test_one_of_many_takes_one_look_at_their_names(self):
+        ids = [self.put("k", b"%d" % n).version_id for n in range(8)]
+        with mock.patch.object(gos3rve, "_listdir",
+                               wraps=gos3rve._listdir) as looks:
+            gos3rve.close_fd(self.bucket.open_version("k", ids[1])[1])
+            self.assertEqual(looks.call_count, 0)
+            for done in range(1, 3):        # an old one, the latest
+                self.remove("k", ids.pop(-done))
+                self.assertEqual(looks.call_count, done)
+        self.assertEqual(list(self.contents("k")), ids[::-1])
+        marker = self.store.delete_object(self.bucket, "k").version_id
+        with mock.patch.object(gos3rve, "_listdir",
+                               wraps=gos3rve._listdir) as looks:
+            self.remove("k", ids.pop(0))    # below the marker
+            self.remove("k", marker)
+            self.assertEqual(looks.call_count, 2)
+        self.assertEqual(list(self.contents("k")), ids[::-1])
+
+    def test_names_are_versions_or_not(self):
+        one, two, null = "0" * 32, "f" * 32, "a" * 16 + "null"
+        for names, found in (
+                ((), ()), ((two, one), (one, two)), ((one,), (one,)),
+                ((one + "0", two[1:]), ()), ((one, "key"), (one,)),
+                ((one, two.upper()), (one,)), (("0" * 65,), ()),
+                ((one, "\udcff" * 32), (one,)), (("\udcff" * 32,), ()),
+                ((one, null), (one, null)),
+                ((one, two + ".pending"), (one, two + ".pending"))):
+            self.assertEqual(gos3rve._version_names(list(names), False),
+                             list(found))
+        with mock.patch.object(gos3rve, "_VERSION_NAMES", None):
+            self.assertEqual(gos3rve._version_names([two, one], True),
+                             [one, two])
+
     def test_a_version_that_moves_on_and_on_is_no_404(self):
         old = self.put("k", b"1").version_id
         self.put("k", b"2")
