@@ -5320,22 +5320,24 @@ class Bucket:
             close_fd(found[1])
         return bool(found) and found[0].marker
 
-    def versions(self, key):
-        """The Infos of all versions and markers, the newest first, as they
-        were at one moment."""
+    def versions(self, key, most=None):
+        """The Infos of all versions and markers, or of so many, the newest
+        first, as they were at one moment."""
         for _ in range(MAX_LOOKS):
             current, names = self._snapshot(key)
-            infos = self._load_versions(key, current, names)
+            infos = self._load_versions(key, current, names, most)
             if not names or infos[:1] and infos[0].version_id in (
                     current and current.version_id, _version_of(names[0])):
                 break                   # else the latest went meanwhile
         return infos
 
-    def _load_versions(self, key, current, names):
+    def _load_versions(self, key, current, names, most):
         """versions(), less those that have gone since the _snapshot()."""
         found = [current] if current else []
         known = {info.version_id for info in found}
         for name in names:
+            if len(found) == most:
+                break
             # a crash may have left the current one here as well
             version_id = _version_of(name)
             if version_id in known:
@@ -6088,7 +6090,7 @@ class Walker:
         names = self._names(self._bucket._versions, self._read_versions)
         return names.entries if names else ()
 
-    def versions(self, key):
+    def versions(self, key, most=None):
         """Bucket.versions() of a key that version_keys() gave.
 
         Most keys have no directory of versions: a look by path, and that
@@ -6105,7 +6107,7 @@ class Walker:
                     and bucket._root_slash + key)[0]
             if not _is_there(bucket._version_directory(key)):
                 return [info] if info else []
-        return bucket.versions(key)
+        return bucket.versions(key, most)
 
     def _read_versions(self, path, stamp):
         return self._read_names(path, stamp, self._versioned_key)
@@ -6401,7 +6403,8 @@ def collect_page(keys_after, look, prefix, delimiter, after, limit, skip=""):
 
 def _collect_versions(keys_after, look, roll, marker, limit, skip):
     """(Page, the key where it ended or None) from an ordered source of
-    keys.  keys_after(key, inclusive) -> iterator; look(key) -> Infos; roll:
+    keys.  keys_after(key, inclusive) -> iterator; look(key, most) -> Infos,
+    all or so many: a key may have a million; roll:
     prefix and delimiter; marker: a key and a version of it, behind which
     the page starts; skip: a common prefix not to give again."""
     entries, (prefix, delimiter), last = [], roll, skip
@@ -6415,11 +6418,12 @@ def _collect_versions(keys_after, look, roll, marker, limit, skip):
         common = key[:cut + len(delimiter)] if cut >= 0 else None
         if common is not None and common == last:
             continue
-        found = look(key)
         if common is not None:
-            found = found and [CommonPrefix(common)]
+            found = look(key, 1) and [CommonPrefix(common)]
         elif key == marker[0]:
-            found = _after_version(found, marker[1])
+            found = _after_version(look(key, None), marker[1])
+        else:
+            found = look(key, limit + 1 - len(entries))
         for entry in found:
             if len(entries) == limit:
                 return Page(entries, bool(limit)), key
@@ -13711,9 +13715,10 @@ def service_url(request):
 
 
 def _completed_before(request):
-    """The object's Info when it came from this very upload, or None."""
+    """The object's Info when it came from this very upload, or None; of
+    its versions the last thousand are asked, each for 40 us."""
     upload_id = request.query["uploadId"]
-    for info in request.bucket.versions(request.key):
+    for info in request.bucket.versions(request.key, MAX_LIST_KEYS):
         if info.record.get("upload_id") == upload_id:
             return info
     return None

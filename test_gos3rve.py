@@ -5004,6 +5004,26 @@ class Versions(VersionCase):
             self.assertEqual(looks.call_count, 2)
         self.assertEqual(list(self.contents("k")), ids[::-1])
 
+    def test_a_page_reads_no_version_that_it_does_not_show(self):
+        for key in ("a/1", "b/1"):
+            ids = [self.put(key, b"%d" % n).version_id for n in range(8)]
+        with mock.patch.object(
+                self.bucket, "_load_version",
+                wraps=self.bucket._load_version) as loads:
+            page = self.store.list_versions(self.bucket, delimiter="/")
+            self.assertEqual([entry.key for entry in page.entries],
+                             ["a/", "b/"])
+            self.assertEqual(loads.call_count, 0)
+            page = self.store.list_versions(self.bucket, "b", limit=3)
+            self.assertEqual([info.version_id for info in page.entries],
+                             ids[:-4:-1])
+            self.assertTrue(page.truncated)
+            self.assertEqual(loads.call_count, 3)
+            self.assertEqual(len(self.bucket.versions("b/1", 2)), 2)
+            self.assertEqual(loads.call_count, 4)
+        page = self.store.list_versions(self.bucket, "b", limit=8)
+        self.assertFalse(page.truncated)
+
     def test_names_are_versions_or_not(self):
         one, two, null = "0" * 32, "f" * 32, "a" * 16 + "null"
         for names, found in (
@@ -5172,8 +5192,9 @@ class Versions(VersionCase):
             self.put("a/%02d" % number, b"1")
         self.put("b/", b"1")
         seen, real = [], gos3rve.Walker.versions
-        with mock.patch.object(gos3rve.Walker, "versions", lambda self, key: (
-                seen.append(key), real(self, key))[1]):
+        with mock.patch.object(
+                gos3rve.Walker, "versions", lambda self, key, most: (
+                    seen.append(key), real(self, key, most))[1]):
             page = self.store.list_versions(self.bucket, "", "/")
         self.assertEqual([entry.key for entry in page.entries], ["a/", "b/"])
         self.assertEqual(seen, ["a/00", "b/"])
@@ -12230,6 +12251,12 @@ class MultipartRequests(MultipartCase):
         self.ok(self.s3.put("/box/k", b"later"))
         self.error(self.complete(upload, parts), "NoSuchUpload", 404)
         self.body("k", b"later")
+
+    def test_completing_looks_at_a_thousand_versions(self):
+        with mock.patch.object(gos3rve.Bucket, "versions",
+                               return_value=[]) as versions:
+            self.error(self.complete("0" * 48, [(1, "x")]), "NoSuchUpload")
+        versions.assert_called_once_with("k", 1000)
 
     def test_uploads_of_one_key_do_not_meet(self):
         one, two = self.start(), self.start()
