@@ -3310,6 +3310,8 @@ MAX_LOOKS = 50                      # for a file that others move about
 # The names that the listing cache keeps, over all directories.  A million
 # of 10 characters take 13 MB in one directory, 20 MB in 10,000 of them.
 MAX_CACHED_NAMES_BYTES = 32 * MIB
+# Of a page, in about microseconds: see Walker.is_tired()
+MAX_PAGE_WORK = 800000
 # What listings show of files, kept over all buckets: about 650 bytes each.
 MAX_CACHED_FILES = 12500
 # A time on the disk is trusted once it is older than its clock's tick: 10 ms
@@ -6054,8 +6056,14 @@ class Walker:
 
     def __init__(self, bucket, cache):
         self._bucket, self._cache = bucket, cache
+        self._work = 0                  # about microseconds, in directories
         self._seen = {}                 # read once a request
         self._given = None              # a key that no walk has led to
+
+    def is_tired(self):
+        """True when a page that has anything in it ends, full or not: each
+        of a thousand keys may lie 500 directories deep."""
+        return self._work > MAX_PAGE_WORK
 
     def keys(self, prefix, after):
         """The keys that start with `prefix` and come after `after`."""
@@ -6201,6 +6209,7 @@ class Walker:
     def _names(self, path, read):
         """The Names of a directory, None when it is none (any more)."""
         if path not in self._seen:
+            self._work += 100 + len(path) // 4
             try:
                 self._seen[path] = self._cache.get(path, read)
             except _ABSENT + (ValueError,):
@@ -6247,6 +6256,7 @@ class Walker:
     def _below(self, base, prefix, after, chain):
         """The keys below one directory.  `chain`: the real directories
         that symlinks led through, the last one being this one's."""
+        self._work += 15
         path = os.path.join(self._bucket.root, base)
         names = self._names(path, self._read)
         if names is None:
@@ -6371,15 +6381,19 @@ def _after_version(infos, version_id):
     return infos[start:]
 
 
-def collect_page(keys_after, look, prefix, delimiter, after, limit, skip=""):
+def collect_page(keys_after, look, prefix, delimiter, after, limit, skip="",
+                 is_tired=lambda: False):
     """A Page from an ordered source of keys.
 
     keys_after(key) -> iterator of the keys after it; look(key) -> entry or
-    None (gone).  `skip` is a common prefix not to give again.
+    None (gone).  `skip` is a common prefix not to give again.  is_tired():
+    the page ends, though there may be more.
     """
     entries, last = [], skip
     keys = keys_after(skip + "\U0010ffff" if skip else after)
     while limit:
+        if entries and is_tired():
+            return Page(entries, True)
         key = next(keys, None)
         if key is None:
             return Page(entries, False)
@@ -6401,16 +6415,19 @@ def collect_page(keys_after, look, prefix, delimiter, after, limit, skip=""):
     return Page(entries, False)
 
 
-def _collect_versions(keys_after, look, roll, marker, limit, skip):
-    """(Page, the key where it ended or None) from an ordered source of
-    keys.  keys_after(key, inclusive) -> iterator; look(key, most) -> Infos,
-    all or so many: a key may have a million; roll:
-    prefix and delimiter; marker: a key and a version of it, behind which
-    the page starts; skip: a common prefix not to give again."""
+def _collect_versions(walker, roll, marker, limit, skip):
+    """(Page, the key where it ended or None).  roll: prefix and delimiter;
+    marker: a key and a version of it, behind which the page starts; skip: a
+    common prefix not to give again.  Of a key, which may have a million
+    versions, no more are read than are shown."""
     entries, (prefix, delimiter), last = [], roll, skip
+    keys_after = functools.partial(walker.version_keys, prefix)
+    look = walker.versions
     keys = keys_after(skip + "\U0010ffff", False) if skip \
         else keys_after(marker[0], bool(marker[1]))
     while True:
+        if entries and walker.is_tired():
+            return Page(entries, True), entries[-1].key
         key = next(keys, None)
         if key is None:
             return Page(entries, False), None
@@ -6939,7 +6956,7 @@ class Store:
                     bucket, show, not walker.odd_keys()) as look:
                 page = collect_page(
                     functools.partial(walker.keys, prefix), look, prefix,
-                    delimiter, after, limit, skip)
+                    delimiter, after, limit, skip, walker.is_tired)
             return page, page.entries[-1].key if page.truncated else None
         return self._whole_page(bucket, walk, prefix, skip + "\U0010ffff"
                                 if skip else after)
@@ -6968,9 +6985,8 @@ class Store:
         """A Page of all versions and delete markers, by key and then the
         newest first, behind a key or behind one version of it."""
         return self._whole_page(bucket, lambda walker: _collect_versions(
-            functools.partial(walker.version_keys, prefix), walker.versions,
-            (prefix, delimiter), (key_marker, version_marker), limit, skip),
-            prefix, skip + "\U0010ffff" if skip else key_marker)
+            walker, (prefix, delimiter), (key_marker, version_marker), limit,
+            skip), prefix, skip + "\U0010ffff" if skip else key_marker)
 
     def spool(self, name, webhook):
         """The Spool of a bucket, or of one that was deleted, by the name

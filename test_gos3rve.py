@@ -4061,6 +4061,32 @@ class Listing(StorageCase):
                                        gos3rve.CommonPrefix) else ""
         self.fail("the listing never ends")
 
+    def test_a_page_ends_when_it_has_walked_far(self):
+        # a thousand keys 500 directories deep took two minutes
+        keys = ["d%d/%sx" % (n, "a/" * 20) for n in range(6)] + ["e//x", "fx"]
+        for key in keys:
+            self.put(key, b"x")
+
+        def versions(delimiter, after, skip):
+            return self.store.list_versions(
+                self.bucket, "", delimiter, after, "", 1000, skip)
+
+        def objects(delimiter, after, skip):
+            return self.store.list_objects(
+                self.bucket, itself, "", delimiter, after, 1000, skip)
+        for walk, delimiter in itertools.product((versions, objects),
+                                                 ("", "x")):
+            found, sizes, page = [""], [], gos3rve.Page([], True)
+            with self.subTest(walk=walk, delimiter=delimiter), \
+                    mock.patch.object(gos3rve, "MAX_PAGE_WORK", 4000):
+                while page.truncated:
+                    page = walk(delimiter, found[-1], delimiter and found[-1])
+                    found += [entry.key for entry in page.entries]
+                    sizes.append(len(page.entries))
+                self.assertEqual(found, [""] + keys)
+                self.assertGreater(len(sizes), 3)
+                self.assertTrue(all(sizes[:-1]))
+
     def fill(self, chance, segments):
         """Random keys, half of them put, half of them made by hand."""
         keys = set()
