@@ -5267,15 +5267,14 @@ class Bucket:
             found = self._seek_version(key, version_id, names)
             if found:
                 return found
-            names = None
             # gone, or moved behind our back?
-            current, names = self._snapshot(key)
+            names, (current, seen) = None, self._snapshot(key)
             if version_id is None:
                 if current is None and not (
-                        names and self._is_marker(key, names[0])):
+                        seen and self._is_marker(key, seen[0])):
                     raise S3Error("NoSuchKey", Key=key)
             elif (current is None or current.version_id != version_id) \
-                    and _name_of(version_id, names) is None:
+                    and _name_of(version_id, seen) is None:
                 raise S3Error("NoSuchVersion", Key=key,
                               VersionId=version_id)
         name = version_id and self._version_name(key, version_id)
@@ -9242,7 +9241,8 @@ class _Places(dict):
             for at, character in enumerate(reversed(self.text), 1):
                 table[character] = table.get(character, 0) | 1 << at
         found, steps = (2 << len(self.text)) - 1, 0
-        for steps, character in enumerate(reversed(piece), 1):
+        for character in reversed(piece):
+            steps += 1
             found = found << 1 & table.get(character, 0)
             if not found:
                 break
