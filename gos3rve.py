@@ -6066,6 +6066,7 @@ class Walker:
         self._bucket, self._cache = bucket, cache
         self._work = 0                  # about microseconds, in directories
         self._seen = {}                 # read once a request
+        self._chains = {}               # the same of directories' chains
         self._given = None              # a key that no walk has led to
 
     def is_tired(self):
@@ -6237,7 +6238,11 @@ class Walker:
         base = prefix.rpartition("/")[0]
         chain = (self._bucket._real,)
         if base:
-            chain = self._chain(base) if is_natural(base) else None
+            # each common prefix comes here: at 500 directories 11 ms
+            if base not in self._chains:
+                self._chains[base] = self._chain(base) \
+                    if is_natural(base) else None
+            chain = self._chains[base]
             base += "/"
         if chain is None or (after and after > base
                              and not after.startswith(base)):

@@ -4096,6 +4096,19 @@ class Listing(StorageCase):
                 self.assertGreater(len(sizes), 3)
                 self.assertTrue(all(sizes[:-1]))
 
+    def test_a_prefix_takes_one_look_at_its_directories(self):
+        # 300 common prefixes 450 directories deep took 3.3 s
+        for number in range(5):
+            self.put("a/b/%d/k" % number, b"x")
+        for walk in (self.store.list_versions, functools.partial(
+                self.store.list_objects, show=itself)):
+            with mock.patch.object(
+                    gos3rve.Walker, "_chain", autospec=True,
+                    side_effect=gos3rve.Walker._chain) as chain:
+                page = walk(self.bucket, prefix="a/b/", delimiter="/")
+            self.assertEqual(len(page.entries), 5)
+            self.assertEqual(chain.call_count, 1)
+
     def fill(self, chance, segments):
         """Random keys, half of them put, half of them made by hand."""
         keys = set()
