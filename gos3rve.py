@@ -4129,14 +4129,18 @@ def _is_link(path):
         return False
 
 
+def _json_lines(value):
+    """A dict as JSON, a field a line."""
+    # indent=1 would do without json's C code: 0.1 s for 1 MiB, and not 0.02
+    return "{\n%s\n}" % ",\n".join(" %s: %s" % (
+        json.dumps(name), json.dumps(item)) for name, item in value.items())
+
+
 def write_json(path, value, sync=False, whole=False, most=None):
-    """Replace a small JSON state file, a field a line, by one rename; mode
+    """Replace a small JSON state file, _json_lines(), by one rename; mode
     0600.  whole: after a power cut, too, even if not `sync`, it is the old
     or the new.  EntityTooLarge, and all as before, beyond `most` bytes."""
-    directory = os.path.dirname(path)
-    # indent=1 would do without json's C code: 0.1 s for 1 MiB, and not 0.02
-    data = "{\n%s\n}" % ",\n".join(" %s: %s" % (
-        json.dumps(name), json.dumps(item)) for name, item in value.items())
+    directory, data = os.path.dirname(path), _json_lines(value)
     if most is not None and len(data) > most:
         raise S3Error("EntityTooLarge", "All that is configured of a bucket "
                       "would take more than %d bytes" % most,
@@ -4373,12 +4377,10 @@ class Bucket:
         return config if known == (status.st_ino, status.st_mtime_ns,
                                    status.st_size) else None
 
-    def save(self, config, before=0):
-        """Replace bucket.json, or EntityTooLarge.  The caller holds
-        lock_all().  before: its size, beyond which it may not grow if that
-        is too large already."""
-        write_json(self._config_path, config, self._sync, True,
-                   max(before, MAX_CONFIG_BYTES))
+    def save(self, config, most=None):
+        """Replace bucket.json, or EntityTooLarge beyond `most` bytes.  The
+        caller holds lock_all()."""
+        write_json(self._config_path, config, self._sync, True, most)
 
     @property
     def owner(self):
@@ -7031,16 +7033,19 @@ class Store:
             if found:
                 yield found
 
-    def update_bucket(self, bucket, change):
+    def update_bucket(self, bucket, change, limited=True):
         """Change bucket.json: change(config) is given a copy of it.
-        EntityTooLarge when it would be."""
+        EntityTooLarge when it grows too large, unless not `limited`: a
+        note of the server's own always has room."""
         with bucket.lock_all():
-            before = json.dumps(bucket.config)
-            config = json.loads(before)
+            config = dict(bucket.config)
             if "created_ns" not in config:
                 config["created_ns"] = self._created_ns(bucket)
+            before = _json_lines(config)
+            config = json.loads(before)
             change(config)
-            bucket.save(config, len(before))
+            bucket.save(config, max(len(before), MAX_CONFIG_BYTES)
+                        if limited else None)
 
     def _created_ns(self, bucket):
         """When a bucket whose record does not tell, or was lost, was
@@ -15804,7 +15809,7 @@ def _note_sealed(request, encryption):
     nobody makes new ones when they are lost."""
     if encryption.algorithm != SSE_C and not request.setting("sealed"):
         request.store.update_bucket(request.bucket, lambda config:
-                                    config.update(sealed=True))
+                                    config.update(sealed=True), False)
 
 
 def content_draft(draft, encryption):

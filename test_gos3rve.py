@@ -14147,8 +14147,9 @@ class KeptDocumentRequests(OperationCase):
             self.error(self.metrics("a", "x" * 2001), "EntityTooLarge")
             answer = self.ok(self.s3.get("/box", {"metrics": ""}))
             self.assertEqual(answer.all("*/Id"), ["a", "b"])
-            # what is too large already may shrink
-            self.ok(self.metrics("a", "x" * 1900), 204)
+            # what is too large already may change and shrink
+            self.ok(self.metrics("a", "y" * 2000), 204)
+            self.ok(self.metrics("a", "x" * 1999), 204)
             self.ok(self.s3.delete("/box", {"metrics": "", "id": "b"}), 204)
             self.ok(self.metrics("c", "y"), 204)
 
@@ -18939,6 +18940,14 @@ class EncryptionRequests(OperationCase):
                 self.assertEqual(
                     answer.etag.strip('"') == md5_hex(self.CONTENT),
                     kind == "s3")
+
+    def test_a_full_record_of_a_bucket_hinders_no_write(self):
+        with mock.patch.object(gos3rve, "MAX_CONFIG_BYTES", 20):
+            self.error(self.s3.put("/box", b"""<VersioningConfiguration>
+                <Status>Enabled</Status></VersioningConfiguration>""", {
+                    "versioning": ""}), "EntityTooLarge")
+            self.write("k", "s3")
+        self.assertTrue(self.server.store.bucket("box").config["sealed"])
 
     def test_sizes_are_those_of_the_content(self):
         self.write("k", "s3")
