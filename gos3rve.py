@@ -14805,10 +14805,12 @@ def _keep_many(subresource, name, list_root):
         config_id = request.query.get("id")
         value = parse_configuration(subresource, request.xml(row.root),
                                     config_id)
-        check_configuration_count(kept(request), config_id)
-        request.store.update_bucket(
-            request.bucket, lambda config: config.setdefault(
-                subresource, {}).update({config_id: value}))
+
+        def change(config):
+            found = config.setdefault(subresource, {})
+            check_configuration_count(found, config_id)
+            found[config_id] = value
+        request.store.update_bucket(request.bucket, change)
 
     def get(request):
         value = kept(request).get(request.query["id"])
@@ -14818,15 +14820,15 @@ def _keep_many(subresource, name, list_root):
             subresource, value))
 
     def delete(request):
-        config_id = request.query.get("id")
-        if config_id not in kept(request):
-            raise S3Error("NoSuchConfiguration")
-        request.store.update_bucket(request.bucket, lambda config:
-                                    config[subresource].pop(config_id))
+        def change(config):
+            if config.get(subresource, {}).pop(request.query.get("id"),
+                                               None) is None:
+                raise S3Error("NoSuchConfiguration")
+        request.store.update_bucket(request.bucket, change)
 
     def list_all(request):
-        ids = sorted(one for one in kept(request)
-                     if one > read_token(request))
+        found, after = kept(request), read_token(request)
+        ids = sorted(one for one in found if one > after)
         shown = ids[:MAX_LISTED_CONFIGURATIONS]
         more = len(ids) > len(shown)
         return xml_document(list_root, [
@@ -14834,8 +14836,7 @@ def _keep_many(subresource, name, list_root):
             ("IsTruncated", more),
             ("NextContinuationToken",
              make_token(shown[-1]) if more else None)] + [
-            (row.root, configuration_children(subresource,
-                                              kept(request)[one]))
+            (row.root, configuration_children(subresource, found[one]))
             for one in shown])
     name += "Configuration"
     _kept_row("PutBucket" + name, "PUT", subresource, put, 204)

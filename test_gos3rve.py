@@ -14139,6 +14139,26 @@ class KeptDocumentRequests(OperationCase):
             "</Filter></MetricsConfiguration>" % (name, prefix)).encode(),
             {"metrics": "", "id": name})
 
+    def test_another_may_delete_one_meanwhile(self):
+        """It was a KeyError."""
+        update = gos3rve.Store.update_bucket
+
+        def first(real):
+            def act(*args):
+                update(self.server.store, self.server.store.bucket("box"),
+                       lambda config: config["metrics"].pop("a", None))
+                return real(*args)
+            return act
+        self.ok(self.metrics("a", "x"), 204)
+        with mock.patch.object(gos3rve, "read_token",
+                               first(gos3rve.read_token)):
+            self.ok(self.s3.get("/box", {"metrics": ""}))
+        self.ok(self.metrics("a", "x"), 204)
+        with mock.patch.object(gos3rve.Store, "update_bucket",
+                               first(update)):
+            self.error(self.s3.delete("/box", {"metrics": "", "id": "a"}),
+                       "NoSuchConfiguration", 404)
+
     def test_all_documents_of_a_bucket_together_have_a_limit(self):
         self.ok(self.metrics("a", "x" * 2000), 204)
         self.ok(self.metrics("b", "x" * 2000), 204)
