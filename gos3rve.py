@@ -3505,6 +3505,18 @@ def _version_names(names, current):
     return found
 
 
+def _up_to_version(ids, version_id):
+    """The ids up to one of them; when that is not there any more, up to
+    the last that is surely newer."""
+    stop = 0
+    for number, one in enumerate(ids, 1):
+        if one == version_id:
+            return ids[:number]
+        if NULL_VERSION not in (one, version_id) and one < version_id:
+            stop = number
+    return ids[:stop]
+
+
 def valid_version_id(text):
     """True for `null` and for what new_version_id() makes."""
     return text == NULL_VERSION or bool(_VERSION_ID.match(text))
@@ -5332,21 +5344,26 @@ class Bucket:
             close_fd(found[1])
         return bool(found) and found[0].marker
 
-    def versions(self, key, most=None):
-        """The Infos of all versions and markers, or of so many, the newest
-        first, as they were at one moment."""
+    def versions(self, key, most=None, after=None):
+        """The Infos of all versions and markers, or of so many, or of those
+        behind one, the newest first, as they were at one moment."""
         for _ in range(MAX_LOOKS):
-            current, names = self._snapshot(key)
-            infos = self._load_versions(key, current, names, most)
-            if not names or infos[:1] and infos[0].version_id in (
+            (current, names), passed = self._snapshot(key), ()
+            if after:
+                ids = [current.version_id] if current else []
+                passed = _up_to_version(list(dict.fromkeys(
+                    ids + list(map(_version_of, names)))), after)
+            infos = self._load_versions(key, current, names, most, passed)
+            if passed or not names or infos[:1] and infos[0].version_id in (
                     current and current.version_id, _version_of(names[0])):
                 break                   # else the latest went meanwhile
         return infos
 
-    def _load_versions(self, key, current, names, most):
-        """versions(), less those that have gone since the _snapshot()."""
-        found = [current] if current else []
-        known = {info.version_id for info in found}
+    def _load_versions(self, key, current, names, most, passed):
+        """versions(), less those that have gone since the _snapshot() and
+        the ids that are `passed`."""
+        found = [current] if current and not passed else []
+        known = {info.version_id for info in found}.union(passed)
         for name in names:
             if len(found) == most:
                 break
@@ -5354,14 +5371,14 @@ class Bucket:
             version_id = _version_of(name)
             if version_id in known:
                 continue
-            version = self._load_version(key, name, not found) \
+            known.add(version_id)
+            version = self._load_version(key, name) \
                 or self._seek_version(key, version_id)
             if version:
                 info, fd = version
                 close_fd(fd)
-                info.latest = not found and info.marker
+                info.latest = info.marker and not (found or passed)
                 found.append(info)
-                known.add(version_id)
         return found
 
     def settle(self, key):
@@ -6109,7 +6126,7 @@ class Walker:
         names = self._names(self._bucket._versions, self._read_versions)
         return names.entries if names else ()
 
-    def versions(self, key, most=None):
+    def versions(self, key, most=None, after=None):
         """Bucket.versions() of a key that version_keys() gave.
 
         Most keys have no directory of versions: a look by path, and that
@@ -6126,7 +6143,7 @@ class Walker:
                     and bucket._root_slash + key)[0]
             if not _is_there(bucket._version_directory(key)):
                 return [info] if info else []
-        return bucket.versions(key, most)
+        return bucket.versions(key, most, after)
 
     def _read_versions(self, path, stamp):
         return self._read_names(path, stamp, self._versioned_key)
@@ -6383,19 +6400,6 @@ def _position(entries, rest):
     return index
 
 
-def _after_version(infos, version_id):
-    """The versions behind one of them; when that is not there any more,
-    those that are not surely newer, by their ids."""
-    start = 0
-    for number, info in enumerate(infos, 1):
-        if info.version_id == version_id:
-            return infos[number:]
-        if NULL_VERSION not in (info.version_id, version_id) \
-                and info.version_id < version_id:
-            start = number
-    return infos[start:]
-
-
 def collect_page(keys_after, look, prefix, delimiter, after, limit, skip="",
                  is_tired=lambda: False):
     """A Page from an ordered source of keys.
@@ -6452,10 +6456,9 @@ def _collect_versions(walker, roll, marker, limit, skip):
             continue
         if common is not None:
             found = look(key, 1) and [CommonPrefix(common)]
-        elif key == marker[0]:
-            found = _after_version(look(key, None), marker[1])
         else:
-            found = look(key, limit + 1 - len(entries))
+            found = look(key, limit + 1 - len(entries),
+                         marker[1] if key == marker[0] else None)
         for entry in found:
             if len(entries) == limit:
                 return Page(entries, bool(limit)), key

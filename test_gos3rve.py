@@ -5071,6 +5071,15 @@ class Versions(VersionCase):
             self.assertEqual(loads.call_count, 3)
             self.assertEqual(len(self.bucket.versions("b/1", 2)), 2)
             self.assertEqual(loads.call_count, 4)
+            # nor one that an earlier page has shown
+            for marker in (ids[3], ids[3][:-1] + "~"):
+                loads.reset_mock()
+                page = self.store.list_versions(
+                    self.bucket, "b", "", "b/1", marker, 2)
+                self.assertEqual([info.version_id for info in page.entries],
+                                 ids[2:0:-1])
+                self.assertFalse(any(info.latest for info in page.entries))
+                self.assertEqual(loads.call_count, 3)
         page = self.store.list_versions(self.bucket, "b", limit=8)
         self.assertFalse(page.truncated)
 
@@ -5243,8 +5252,8 @@ class Versions(VersionCase):
         self.put("b/", b"1")
         seen, real = [], gos3rve.Walker.versions
         with mock.patch.object(
-                gos3rve.Walker, "versions", lambda self, key, most: (
-                    seen.append(key), real(self, key, most))[1]):
+                gos3rve.Walker, "versions", lambda self, key, *which: (
+                    seen.append(key), real(self, key, *which))[1]):
             page = self.store.list_versions(self.bucket, "", "/")
         self.assertEqual([entry.key for entry in page.entries], ["a/", "b/"])
         self.assertEqual(seen, ["a/00", "b/"])
