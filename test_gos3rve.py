@@ -978,7 +978,7 @@ class JsonIn(unittest.TestCase):
         with open(gos3rve.__file__, encoding="utf-8") as file:
             source = file.read()
         self.assertEqual(re.findall(r"json\.loads?\(\S*", source), [
-            "json.loads(text,", "json.loads(json.dumps(bucket.config))"])
+            "json.loads(text,", "json.loads(before)"])
 
 
 ###############################################################################
