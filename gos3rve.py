@@ -3319,7 +3319,8 @@ MAX_LOOKS = 50                      # for a file that others move about
 # The names that the listing cache keeps, over all directories.  A million
 # of 10 characters take 13 MB in one directory, 20 MB in 10,000 of them.
 MAX_CACHED_NAMES_BYTES = 32 * MIB
-# Of a page, in about microseconds: see Walker.is_tired()
+# In about microseconds: beyond it a page with anything in it ends, full or
+# not, since each of a thousand keys may lie 500 directories deep
 MAX_PAGE_WORK = 800000
 # What listings show of files, kept over all buckets: about 650 bytes each.
 MAX_CACHED_FILES = 12500
@@ -6083,15 +6084,10 @@ class Walker:
 
     def __init__(self, bucket, cache):
         self._bucket, self._cache = bucket, cache
-        self._work = 0                  # about microseconds, in directories
+        self.work = 0                   # about microseconds, in directories
         self._seen = {}                 # read once a request
         self._chains = {}               # the same of directories' chains
         self._given = None              # a key that no walk has led to
-
-    def is_tired(self):
-        """True when a page that has anything in it ends, full or not: each
-        of a thousand keys may lie 500 directories deep."""
-        return self._work > MAX_PAGE_WORK
 
     def keys(self, prefix, after):
         """The keys that start with `prefix` and come after `after`."""
@@ -6237,7 +6233,7 @@ class Walker:
     def _names(self, path, read):
         """The Names of a directory, None when it is none (any more)."""
         if path not in self._seen:
-            self._work += 100 + len(path) // 4
+            self.work += 100 + len(path) // 4
             try:
                 self._seen[path] = self._cache.get(path, read)
             except _ABSENT + (ValueError,):
@@ -6288,7 +6284,7 @@ class Walker:
     def _below(self, base, prefix, after, chain):
         """The keys below one directory.  `chain`: the real directories
         that symlinks led through, the last one being this one's."""
-        self._work += 15
+        self.work += 15
         path = os.path.join(self._bucket.root, base)
         names = self._names(path, self._read)
         if names is None:
@@ -6400,18 +6396,17 @@ def _position(entries, rest):
     return index
 
 
-def collect_page(keys_after, look, prefix, delimiter, after, limit, skip="",
-                 is_tired=lambda: False):
-    """A Page from an ordered source of keys.
+def collect_page(walker, look, prefix, delimiter, after, limit, skip):
+    """A Page of the keys behind `after`.
 
-    keys_after(key) -> iterator of the keys after it; look(key) -> entry or
-    None (gone).  `skip` is a common prefix not to give again.  is_tired():
-    the page ends, though there may be more.
+    look(key) -> entry or None (gone).  `skip` is a common prefix not to
+    give again.
     """
     entries, last = [], skip
+    keys_after = functools.partial(walker.keys, prefix)
     keys = keys_after(skip + "\U0010ffff" if skip else after)
     while limit:
-        if entries and is_tired():
+        if walker.work > MAX_PAGE_WORK and entries:
             return Page(entries, True)
         key = next(keys, None)
         if key is None:
@@ -6445,7 +6440,7 @@ def _collect_versions(walker, roll, marker, limit, skip):
     keys = keys_after(skip + "\U0010ffff", False) if skip \
         else keys_after(marker[0], bool(marker[1]))
     while True:
-        if entries and walker.is_tired():
+        if walker.work > MAX_PAGE_WORK and entries:
             return Page(entries, True), entries[-1].key
         key = next(keys, None)
         if key is None:
@@ -6972,9 +6967,8 @@ class Store:
         def walk(walker):
             with self._listed.looker(
                     bucket, show, not walker.odd_keys()) as look:
-                page = collect_page(
-                    functools.partial(walker.keys, prefix), look, prefix,
-                    delimiter, after, limit, skip, walker.is_tired)
+                page = collect_page(walker, look, prefix, delimiter, after,
+                                    limit, skip)
             return page, page.entries[-1].key if page.truncated else None
         return self._whole_page(bucket, walk, prefix, skip + "\U0010ffff"
                                 if skip else after)
