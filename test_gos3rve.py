@@ -30677,10 +30677,12 @@ class Tormentor:
         start = time.monotonic()
         try:
             yield
+            # what was begun in it may end a little later; so may, where all
+            # is busy, the thread whose idle connection was ended in it
+            time.sleep(0.2)
             self._pause()
         finally:
             self.windows.append((start, math.inf))
-        # what was begun in it may end a little later
         self.windows[-1] = start, time.monotonic()
 
     def _limit(self, number, name, limit):
@@ -30961,9 +30963,11 @@ class Soak:
                 raise SoakError("\n".join(client.wrong[:5]))
             for start, end, by, status, code in client.refused:
                 what = "%s %d %s" % (by, status, code)
-                if not any(start <= last and first <= end for first, last
-                           in self.tormentor.windows):
-                    raise SoakError("refused without a reason: " + what)
+                gap = min([max(start - last, first - end) for first, last
+                           in self.tormentor.windows], default=math.inf)
+                if gap > 0:
+                    raise SoakError("refused without a reason: %s, %.3f s "
+                                    "from the nearest" % (what, gap))
                 known = self.figures["refused"]
                 known[what] = known.get(what, 0) + 1
 
