@@ -4149,17 +4149,17 @@ def _json_lines(value):
         json.dumps(name), json.dumps(item)) for name, item in value.items())
 
 
-def write_json(path, value, sync=False, whole=False, most=None):
-    """Replace a small JSON state file, _json_lines(), by one rename; mode
-    0600.  whole: after a power cut, too, even if not `sync`, it is the old
-    or the new.  EntityTooLarge, and all as before, beyond `most` bytes."""
-    directory, data = os.path.dirname(path), _json_lines(value)
-    if most is not None and len(data) > most:
-        raise S3Error("EntityTooLarge", "All that is configured of a bucket "
-                      "would take more than %d bytes" % most,
-                      ProposedSize=len(data), MaxSizeAllowed=most)
+def write_json(path, value, sync=False, whole=False):
+    """Replace a small state file by a dict's _json_lines()."""
+    write_state(path, _json_lines(value), sync, whole)
+
+
+def write_state(path, text, sync, whole):
+    """Replace a small state file by one rename; mode 0600.  whole: after a
+    power cut, too, even if not `sync`, it is the old or the new."""
+    directory = os.path.dirname(path)
     with Draft(directory) as draft:
-        draft.write(data.encode())
+        draft.write(text.encode())
         draft.seal({})
         if hasattr(os, "fchmod"):
             os.fchmod(draft.fd, 0o600)
@@ -4393,7 +4393,12 @@ class Bucket:
     def save(self, config, most=None):
         """Replace bucket.json, or EntityTooLarge beyond `most` bytes.  The
         caller holds lock_all()."""
-        write_json(self._config_path, config, self._sync, True, most)
+        text = _json_lines(config)
+        if most is not None and len(text) > most:
+            raise S3Error("EntityTooLarge", "All that is configured of a "
+                          "bucket would take more than %d bytes" % most,
+                          ProposedSize=len(text), MaxSizeAllowed=most)
+        write_state(self._config_path, text, self._sync, True)
 
     @property
     def owner(self):
