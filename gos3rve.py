@@ -4349,6 +4349,12 @@ class Bucket:
         """False where a read of a directory may miss what is replaced."""
         return mount_of(self.root)[0] in _IN_PLACE_TYPES
 
+    @functools.cached_property
+    def is_local(self):
+        """True where a name leads to its file, the old or the new, at every
+        moment, and the times are those of our clock."""
+        return mount_of(self.root)[0] in _LOCAL_TYPES
+
     # what S3 knows of the bucket
 
     @property
@@ -4564,9 +4570,12 @@ class Bucket:
     def _open_in_root(self, path):
         """(fd, status) of a regular file that is no link and lies right in
         the bucket's directory, where nothing can have led out; None for
-        anything else.  _check_inside() would be 9 us of a GET."""
+        anything else, FileNotFoundError for nothing.  _check_inside()
+        would be 9 us of a GET."""
         try:
             fd = os.open(path, _OPEN_NO_LINK)
+        except FileNotFoundError:
+            raise
         except OSError:
             return None
         try:
@@ -4578,6 +4587,21 @@ class Bucket:
         os.close(fd)
         return None
 
+    def _see_in_root(self, key):
+        """(path, status, path) of a regular file that lies right in the
+        bucket's directory and has its record in it, or None: what
+        _open_key() gives, but for the descriptor.  Only for the holder of
+        the key's lock does the path lead to the same file later, and a
+        hand may remove that."""
+        path = self._path(key)
+        if path is None or "/" in key or not self._xattrs:
+            return None                 # the record tells who may read it
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return None
+        return (path, status, path) if stat.S_ISREG(status.st_mode) else None
+
     def _open_key(self, key):
         """(fd, status, path) of a key's file, or None.
 
@@ -4586,23 +4610,21 @@ class Bucket:
         first, or there and back, in between.
         """
         path = self._path(key)
-        if path is not None:            # nearly always there is its file
-            found = self._open_in_root(path) \
-                if _OPEN_NO_LINK is not None and "/" not in key else None
-            if found:
-                return found + (path,)
-            try:
-                return self._open_path(path) + (path,)
-            except _ABSENT:
-                pass
-        odd = self._odd_path(key)
         for _ in range(MAX_LOOKS):
             began = time.time_ns()      # we may sleep at any moment
-            for candidate in (odd,) if path is None else (path, odd):
+            if path is not None:        # nearly always there is its file
                 try:
-                    return self._open_path(candidate) + (candidate,)
+                    found = self._open_in_root(path) \
+                        if _OPEN_NO_LINK is not None and "/" not in key \
+                        else None
+                    return (found or self._open_path(path)) + (path,)
                 except _ABSENT:
-                    continue
+                    pass
+            odd = self._odd_path(key)
+            try:
+                return self._open_path(odd) + (odd,)
+            except _ABSENT:
+                pass
             if path is None or self._odd_stood_still(began):
                 return None
         return None
@@ -4660,7 +4682,9 @@ class Bucket:
                 or not stat.S_ISREG(status.st_mode):
             return self.find(key), None
         try:
-            record, alone = self._find_record(path, status, key)
+            # where nobody may see the record the listing goes on without
+            record, alone = self._find_record(path, status, key,
+                                              _UNSEEN_RECORD)
         except OSError:                 # gone, say
             return self.find(key), None
         info = Info(key, status, record)
@@ -4677,17 +4701,16 @@ class Bucket:
     def _read_record(self, file, status, key):
         """The record of a file (descriptor or path); {} for none.
 
-        What is damaged, or may not be read of a path, never fails a read.
-        OSError where there is one that cannot be had: nothing is told of
-        an object, or written, for want of its record.
+        What is damaged never fails a read.  OSError where there is one that
+        cannot be had: nothing is told of an object, or written, for want of
+        its record.
         """
         return self._find_record(file, status, key)[0]
 
-    def _find_record(self, file, status, key):
+    def _find_record(self, file, status, key, unseen=()):
         """(_read_record(), True when the file itself has it, or there
-        surely is none)."""
-        # of a path it may be that nobody may see it: listings show it so
-        sure, unseen = True, () if type(file) is int else _UNSEEN_RECORD
+        surely is none).  unseen: the errnos that count as none."""
+        sure = True
         if self._xattrs:
             try:
                 return self._loaded(os.getxattr(file, XATTR), key), True
@@ -4800,17 +4823,17 @@ class Bucket:
     def lock(self, *keys):
         """Hold the write locks of some keys, against every thread and
         process; stripes in one order, so that no two wait in a ring."""
-        return Stripes(sorted({zlib.crc32(key.encode()) % LOCK_STRIPES
-                               for key in keys}), self._threads, self._flock)
+        numbers = [zlib.crc32(key.encode()) % LOCK_STRIPES for key in keys]
+        if len(numbers) > 1:
+            numbers = sorted(set(numbers))
+        return Stripes(numbers, self._threads, self._flock)
 
     def lock_all(self):
         """Hold every write lock of the bucket."""
         return Stripes(range(LOCK_STRIPES), self._threads, self._flock)
 
-    def _open_stripe(self, stripe):
-        """A descriptor of a stripe's file, made where it is missing."""
-        return self._open_state("locks", self._locks + "%02d" % stripe,
-                                _OPEN_LOCK)
+    def _stripe_path(self, stripe):
+        return self._locks + "%02d" % stripe
 
     def _flock(self, stripe):
         """A descriptor that holds a stripe's flock until it is closed.
@@ -4820,9 +4843,9 @@ class Bucket:
         So may one that was opened just before its bucket was deleted, and
         made anew.
         """
-        path = self._locks + "%02d" % stripe
+        path = self._stripe_path(stripe)
         for _ in range(MAX_RETRIES):
-            fd = self._open_stripe(stripe)
+            fd = self._open_state("locks", path, _OPEN_LOCK)
             try:
                 if not try_flock(fd):
                     fcntl.flock(fd, fcntl.LOCK_EX)
@@ -4839,7 +4862,8 @@ class Bucket:
         since the epoch, or one more than the last.  The caller holds the
         key's lock; its file keeps the last one, for all processes and for
         a clock that is set back."""
-        fd = self._open_stripe(zlib.crc32(key.encode()) % LOCK_STRIPES)
+        fd = self._open_state("locks", self._stripe_path(
+            zlib.crc32(key.encode()) % LOCK_STRIPES), _OPEN_LOCK)
         try:
             try:
                 last = int(os.read(fd, 16), 16)
@@ -5058,18 +5082,24 @@ class Bucket:
 
         allow(info) may raise before that.
         """
-        found = self._open_key(key)
+        found = self._see_in_root(key) or self._open_key(key)
         if found is None:
             return False
-        fd, status, path = found
+        file, status, path = found
         try:
             # no _look() again for a sidecar: the lock keeps it
-            if allow:
-                allow(Info(key, status, self._read_record(fd, status, key)))
+            record = self._read_record(file, status, key) if allow else {}
+        except _ABSENT:                 # by hand, just now
+            record = {}
         finally:
-            close_fd(fd)
-        with contextlib.suppress(*_ABSENT):     # by hand, just now
+            if file is not path:
+                close_fd(file)
+        if allow:
+            allow(Info(key, status, record))
+        try:
             self._unlink_key(key, path)
+        except _ABSENT:                 # by hand, just now
+            pass
         self._drop_sidecar(key, status.st_ino)
         return True
 
@@ -5287,8 +5317,11 @@ class Bucket:
             found = self._seek_version(key, version_id, names)
             if found:
                 return found
-            # gone, or moved behind our back?
-            names, (current, seen) = None, self._snapshot(key)
+            # gone, or moved behind our back?  Never among the versions
+            # where there are none; what is in odd/ _open_key() has seen to
+            names, (current, seen) = None, self._snapshot(key) \
+                if not self.is_local or _is_surely_there(self._versions) \
+                else (None, ())
             if version_id is None:
                 if current is None and not (
                         seen and self._is_marker(key, seen[0])):
