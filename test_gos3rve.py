@@ -5283,6 +5283,20 @@ class Versions(VersionCase):
                     self.bucket, key, allow=go).existed)
                 self.assertIsNone(self.bucket.find(key))
 
+    @unittest.skipIf(os.name == "nt", "no open file can be removed there")
+    def test_file_that_goes_by_hand_before_its_record_is_read(self):
+        read = gos3rve.Bucket._read_record
+
+        def read_late(bucket, *asked):
+            os.unlink(self.path("k"))
+            return read(bucket, *asked)
+        self.switch(None)
+        self.put("k", b"1")
+        with mock.patch.object(gos3rve.Bucket, "_read_record", read_late):
+            self.assertTrue(self.store.delete_object(
+                self.bucket, "k", allow=lambda info: None).existed)
+        self.assertIsNone(self.bucket.find("k"))
+
     def test_page_goes_on_behind_a_version_that_has_been_removed(self):
         ids = [self.put("k", b"%d" % number).version_id
                for number in range(4)][::-1]
@@ -5988,7 +6002,7 @@ class SmallCosts(StorageCase):
         def read(key):
             os.close(self.bucket.open(key)[1])
         # two are for the settings: who has just made them reads them again
-        for key, *most in (("k", 19, 19, 4, 13), ("d/k", 22, 22, 5, 19)):
+        for key, *most in (("k", 19, 19, 4, 11), ("d/k", 22, 22, 5, 19)):
             self.put("d/other", b"1")
             for limit, act in zip(most, (
                     bound(self.put, key, b"2"), bound(self.put, key, b"3"),
@@ -5997,6 +6011,20 @@ class SmallCosts(StorageCase):
                 self.assertLessEqual(len(calls), limit, (key, calls))
                 self.assertEqual(calls.count("open") + calls.count("dup"),
                                  calls.count("close"))
+
+    def test_what_is_not_there_is_looked_for_once(self):
+        if not self.bucket.is_local:
+            self.skipTest("where others write, too, it is looked for again")
+
+        def miss(*asked):
+            self.assertRaises(S3Error, self.bucket.open_version, *asked)
+        self.put("d/other", b"1")
+        for key in "k", "d/k", "other/d/k":
+            for asked in (key,), (key, "null"), (key, "0" * 32):
+                calls = self.calls(miss, *asked)
+                # itself; odd/, its name in it; versions/, and the key's
+                self.assertLessEqual(len(calls), 6, calls)
+                self.assertLessEqual(calls.count("open"), 3, calls)
 
     @unittest.skipUnless(gos3rve._HAVE_DIR_FD, "directories cannot be opened")
     def test_sync_reaches_file_and_directory(self):
@@ -22073,8 +22101,11 @@ class HttpConnections(HttpCase):
         peer = self.peer().send(self.put_bytes(
             "/box/k", b"x" * (1 << 20))[:-1000])
         peer.reset()
-        self.assertEqual(log.take(1)[0]["operation"], "PutObject")
-        self.assertNotEqual(log[0]["status"], 200)
+        # the line of an earlier request may come after this one has begun
+        mine = wait_for(lambda: [row["status"] for row in log
+                                 if row["operation"] == "PutObject"], 3)
+        self.assertEqual(len(mine), 1)
+        self.assertNotEqual(mine[0], 200)
         self.assertEqual(self.s3.keys("box"), [])
 
     def test_a_client_that_vanishes_in_a_download_stops_nobody(self):
@@ -22087,8 +22118,11 @@ class HttpConnections(HttpCase):
         for peer in peers:
             self.assertEqual(len(peer.sock.recv(1000)), 1000)
             peer.reset()
-        self.assertEqual(len(log.take(4)), 4)
-        self.assertTrue(all(row["bytes_out"] < 8 << 20 for row in log))
+
+        def rows():
+            return [row for row in log if row["operation"] == "GetObject"]
+        self.assertTrue(wait_for(lambda: len(rows()) == 4, 3))
+        self.assertTrue(all(row["bytes_out"] < 8 << 20 for row in rows()))
         self.assertEqual(len(self.ok(self.s3.get("/box/k")).body), 8 << 20)
 
     def test_a_client_that_vanishes_after_a_bad_head_is_no_news(self):
