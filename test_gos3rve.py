@@ -4781,7 +4781,8 @@ class Machine:
         for owner, name, real in self._real:
             setattr(owner, name, self.wrap(name, real))
         opened = self.wrap("open", open)
-        gos3rve.open = lambda *args: Reading(opened(*args), self)
+        gos3rve.open = lambda *args, **named: Reading(
+            opened(*args, **named), self)
         return self
 
     def __exit__(self, *_):
