@@ -2026,10 +2026,11 @@ DIGESTS = {
     "CRC64NVME": Algorithm(functools.partial(CrcDigest, CRC64NVME), 8,
                            CRC64NVME),
 }
-# userguide/checking-object-integrity.html.  botocore names three more,
-# XXHASH64, XXHASH3 and XXHASH128: the standard library has none of them.
+# userguide/checking-object-integrity.html.  botocore names three more: the
+# standard library has none of them.
 CHECKSUMS = ("CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256", "SHA512",
              "MD5")
+UNDONE_CHECKSUMS = ("XXHASH64", "XXHASH3", "XXHASH128")
 CHECKSUM_HEADERS = {"x-amz-checksum-" + name.lower(): name
                     for name in CHECKSUMS}
 _CHECKSUM_WORDS = frozenset((
@@ -2042,7 +2043,7 @@ def checksum_algorithm(name):
     upper = name.upper()
     if upper in CHECKSUMS:
         return upper
-    if upper in ("XXHASH64", "XXHASH3", "XXHASH128"):
+    if upper in UNDONE_CHECKSUMS:
         raise S3Error("NotImplemented",
                       "The checksum algorithm %s is not implemented" % upper)
     raise S3Error("InvalidRequest", "Checksum algorithm provided is "
@@ -11784,6 +11785,8 @@ def _selected(query, method, level):
 # Headers that ask for what is not done -> their harmless values
 _UNDONE_HEADERS = {"x-amz-write-offset-bytes": (), "x-amz-mfa": (),
                    "x-amz-bucket-namespace": ("global",)}
+_UNDONE_HEADERS.update(("x-amz-checksum-" + name.lower(), ())
+                       for name in UNDONE_CHECKSUMS)
 
 
 def check_undone(headers):

@@ -11449,6 +11449,14 @@ class ChecksumRequests(OperationCase):
     def test_unknown_algorithms_are_refused(self):
         for name in ("crc31", "sha3", "xxhash64"):
             self.assertIn(self.put(name, "AAAAAA==").status, (400, 501))
+        for name in gos3rve.UNDONE_CHECKSUMS:
+            # nor are they passed over where nothing is to be computed
+            self.error(self.put(name, "AAAAAAAAAAA=", b""), "NotImplemented",
+                       501)
+            self.error(self.s3.post("/box/k", [("uploadId", "0" * 32)],
+                                    headers={"x-amz-checksum-" + name.lower():
+                                             "AAAAAAAAAAA="}),
+                       "NotImplemented", 501)
         self.assertEqual(self.s3.keys("box"), [])
 
     def test_an_empty_body_is_verified_too(self):
