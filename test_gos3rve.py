@@ -23710,6 +23710,12 @@ class DiskFaults(unittest.TestCase):
                 number in (errno.ELOOP, errno.ENAMETOOLONG)
                 or "left out" in "".join(reports)):
             return "left out"
+        if row[0].startswith("list") and status == 200 \
+                and number == errno.EACCES \
+                and answer.all(".//Key") == good.all(".//Key") \
+                and answer.body.count(b"-0&quot;</ETag>") == 1 \
+                and b"-0&quot;</ETag>" not in good.body:
+            return "without its record"
         if b"master keys" not in answer.body:       # else 500
             self.assertIn(status, FAULT_STATUSES[number],
                           (answer.body, reports))
@@ -23740,6 +23746,8 @@ class DiskFaults(unittest.TestCase):
         self.prepare(row[1])
         before = self.seen()
         good, names = self.fault(row, 0, None)
+        # else each fault would be compared with what is wrong already
+        self.assertLess(good.status, 500)
         after = self.seen()
         self.mended()
         points = [(at, number) for at, name in enumerate(names, 1)
