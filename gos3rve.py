@@ -4348,13 +4348,18 @@ class Bucket:
     @functools.cached_property
     def replaces_in_place(self):
         """False where a read of a directory may miss what is replaced."""
-        return mount_of(self.root)[0] in _IN_PLACE_TYPES
+        return self._file_system in _IN_PLACE_TYPES
 
-    @functools.cached_property
+    @property
     def is_local(self):
         """True where a name leads to its file, the old or the new, at every
         moment, and the times are those of our clock."""
-        return mount_of(self.root)[0] in _LOCAL_TYPES
+        return self._file_system in _LOCAL_TYPES
+
+    @functools.cached_property
+    def _file_system(self):
+        """Its type; "" where that is not told."""
+        return mount_of(self.root)[0]
 
     # what S3 knows of the bucket
 
