@@ -722,7 +722,7 @@ class WriteConditions(NamedTuple):
         """
         if self.if_none_match and info is not None:
             raise S3Error("PreconditionFailed", Condition="If-None-Match")
-        if self == WriteConditions() or self.if_none_match:
+        if self == ALWAYS or self.if_none_match:
             return
         if info is None:
             raise S3Error("NoSuchKey", Key=key)
@@ -737,10 +737,15 @@ class WriteConditions(NamedTuple):
                           Condition="x-amz-if-match-last-modified-time")
 
 
+ALWAYS = WriteConditions()          # no condition at all
+
+
 def write_conditions(headers):
     """The WriteConditions that a PUT, Complete or copy asks for: an
     If-Match of an ETag, or an If-None-Match of `*`."""
     match, none_match = headers.get("if-match"), headers.get("if-none-match")
+    if match is None and none_match is None:
+        return ALWAYS
     if match is not None and none_match is not None:
         raise S3Error("NotImplemented", Header="If-Match,If-None-Match",
                       additionalMessage="Multiple conditional request headers "
@@ -1420,7 +1425,8 @@ def _v4_header(request, expected):
                  "The authorization header is malformed; ")
     account = _credentials(accounts, scope.key_id, headers.get(TOKEN_HEADER),
                            now)
-    _check_skew(then, now, amz_date)
+    if abs(now - then) > MAX_SKEW_SECONDS:
+        raise _too_skewed(amz_date, now)
     return _v4_verify(request, account, signed, signature, amz_date,
                       _checked_payload(payload), hosts)
 
@@ -1499,11 +1505,11 @@ def _check_scope(scope, amz_date, region, service, code, prefix):
                       % (scope.date, amz_date[:8]))
 
 
-def _check_skew(then, now, text):
-    if abs(now - then) > MAX_SKEW_SECONDS:
-        raise S3Error("RequestTimeTooSkewed", RequestTime=text,
-                      ServerTime=iso_date(int(now)),
-                      MaxAllowedSkewMilliseconds=MAX_SKEW_SECONDS * 1000)
+def _too_skewed(text, now):
+    """The S3Error for a request of another time than now."""
+    return S3Error("RequestTimeTooSkewed", RequestTime=text,
+                   ServerTime=iso_date(int(now)),
+                   MaxAllowedSkewMilliseconds=MAX_SKEW_SECONDS * 1000)
 
 
 def _checked_payload(payload):
@@ -1653,7 +1659,8 @@ def _v2_header(request, accounts, now):
     if then is None or then < 0:
         raise S3Error("AccessDenied", "AWS authentication requires a valid "
                       "Date or x-amz-date header")
-    _check_skew(then, now, text)
+    if abs(now - then) > MAX_SKEW_SECONDS:
+        raise _too_skewed(text, now)
     date = "" if "x-amz-date" in headers else headers.get("date", "")
     return _v2_verify(request, account, date, signature)
 
@@ -2559,7 +2566,7 @@ _BODY_HEADERS = frozenset(CHECKSUM_HEADERS) | {
 
 
 def open_body(frame, headers, identity, with_checksum=True):
-    """The Body of a request.
+    """The Body of a request, its headers checked.
 
     frame: the LengthReader or ChunkedReader of its HTTP framing.
     with_checksum: as for body_claims.
@@ -2576,6 +2583,12 @@ def open_body(frame, headers, identity, with_checksum=True):
         reader = AwsChunkedReader(
             LineReader(reader), identity.chain, trailer_names(headers),
             payload == STREAMING_SIGNED[1])
+    if len(payload) == 64 and length is not None \
+            and (length == 0) != (payload == EMPTY_SHA256):
+        # now, since many operations read no body
+        more = {} if length else {"S3ComputedContentSHA256": EMPTY_SHA256}
+        raise S3Error("XAmzContentSHA256Mismatch",
+                      ClientComputedContentSHA256=payload, **more)
     return Body(reader, length, claims, checksum)
 
 
@@ -4130,9 +4143,10 @@ def _is_open(path, fd):
     """True while a path still names an open file, whatever its times:
     where it lies on several machines, these may differ."""
     try:
-        return os.path.samestat(os.stat(path), os.fstat(fd))
+        named, opened = os.stat(path), os.fstat(fd)
     except _ABSENT:
         return False
+    return named.st_ino == opened.st_ino and named.st_dev == opened.st_dev
 
 
 def _is_link(path):
@@ -4243,6 +4257,11 @@ def _settled(status, now_ns=None):
         TICK_NS if changed % 1000000000 else COARSE_TICK_NS)
 
 
+def _stripe(key):
+    """The number of the lock that a key shares with others."""
+    return zlib.crc32(key.encode()) % LOCK_STRIPES
+
+
 class Stripes:
     """Holds some of a bucket's locks, against every thread and process, in
     a with statement.
@@ -4321,6 +4340,8 @@ class Bucket:
     def __init__(self, name, root, store, identity):
         self.name, self.root = name, root
         self._root_slash = os.path.join(root, "")
+        # characters of a key: none takes more than four bytes
+        self._surely_fitting = MAX_PATH_BYTES // 4 - len(root)
         self.identity = identity
         self._sync, self._follow = store.sync, store.follow_symlinks
         self._xattrs = store.xattrs
@@ -4473,12 +4494,13 @@ class Bucket:
 
     def _fits(self, key):
         """True when a natural key's whole path can be named."""
-        return len(self.root) + len(key) < MAX_PATH_BYTES // 4 or len(
-            os.fsencode(self.root)) + len(key.encode()) < MAX_PATH_BYTES
+        return len(os.fsencode(self.root)) + len(
+            key.encode()) < MAX_PATH_BYTES
 
     def _path(self, key):
         """The natural path of a key, or None."""
-        if is_natural(key) and self._fits(key):
+        if is_natural(key) and (len(key) < self._surely_fitting
+                                or self._fits(key)):
             return self._root_slash + key
         return None
 
@@ -4623,7 +4645,8 @@ class Bucket:
                     found = self._open_in_root(path) \
                         if _OPEN_NO_LINK is not None and "/" not in key \
                         else None
-                    return (found or self._open_path(path)) + (path,)
+                    fd, status = found or self._open_path(path)
+                    return fd, status, path
                 except _ABSENT:
                     pass
             odd = self._odd_path(key)
@@ -4654,7 +4677,7 @@ class Bucket:
                 return None
             fd, status, path = found
             try:
-                record = self._read_record(fd, status, key)
+                record = self._find_record(fd, status, key)[0]
                 if "etag" in record or _same_file(path, status):
                     return _looked_at(Info(key, status, record), fd), fd
             except BaseException:
@@ -4829,8 +4852,8 @@ class Bucket:
     def lock(self, *keys):
         """Hold the write locks of some keys, against every thread and
         process; stripes in one order, so that no two wait in a ring."""
-        numbers = [zlib.crc32(key.encode()) % LOCK_STRIPES for key in keys]
-        if len(numbers) > 1:
+        numbers = map(_stripe, keys)
+        if len(keys) > 1:
             numbers = sorted(set(numbers))
         return Stripes(numbers, self._threads, self._flock)
 
@@ -4868,8 +4891,8 @@ class Bucket:
         since the epoch, or one more than the last.  The caller holds the
         key's lock; its file keeps the last one, for all processes and for
         a clock that is set back."""
-        fd = self._open_state("locks", self._stripe_path(
-            zlib.crc32(key.encode()) % LOCK_STRIPES), _OPEN_LOCK)
+        fd = self._open_state("locks", self._stripe_path(_stripe(key)),
+                              _OPEN_LOCK)
         try:
             try:
                 last = int(os.read(fd, 16), 16)
@@ -6673,7 +6696,6 @@ class Outbox:
 
 # --- the store ---
 
-ALWAYS = WriteConditions()          # no condition at all
 # In the directory of the buckets: one being made, what is left of one
 _NEW, _OLD = ".gos3rve-new-", ".gos3rve-old-"
 
@@ -11349,8 +11371,11 @@ class Request:
 
     def find_bucket(self, name, expected="x-amz-expected-bucket-owner"):
         """The Bucket of that name, its owner the one the client expects."""
-        bucket, config = self.store.look_up(name)
-        guard = self._guards[bucket] = self._derive(bucket, config)
+        bucket, config = self.service.store.look_up(name)
+        guard = bucket.derived
+        if guard[0] is not config:
+            guard = self._derive(bucket, config)
+        self._guards[bucket] = guard
         owner = self.headers.get(expected)
         if owner is not None and owner != guard[1].owner_id:
             raise S3Error("AccessDenied", headers={
@@ -11362,17 +11387,16 @@ class Request:
         once a request, and the rest made anew when it has changed."""
         guard = self._guards.get(bucket)
         if guard is None:
-            guard = self._derive(bucket, bucket.config)
+            config, guard = bucket.config, bucket.derived
+            if guard[0] is not config:
+                guard = self._derive(bucket, config)
             self._guards[bucket] = guard
         return guard
 
     def _derive(self, bucket, config):
-        """(config, BucketAccess), the second made anew when the first is
-        another one."""
-        guard = bucket.derived
-        if guard[0] is not config:
-            guard = config, bucket_access(self.service, bucket, config)
-            bucket.derived = guard
+        """(config, BucketAccess) of another config than before."""
+        guard = config, bucket_access(self.service, bucket, config)
+        bucket.derived = guard
         return guard
 
     def access(self, bucket):
@@ -11758,9 +11782,10 @@ def find_operation(request):
         raise S3Error("NotImplemented", "Only buckets have tags here")
     subresource = _selected(query, method, level) if query else None
     for row in _ROUTES.get((method, level, subresource), ()):
-        if row.when is None or row.when in query or row.when[:2] == "x-" \
-                and (row.when in request.headers or row.when in map(
-                    str.lower, query)):     # see url_headers()
+        when = row.when
+        if when is None or when in query or when[:2] == "x-" and (
+                when in request.headers     # or see url_headers()
+                or query and when in map(str.lower, query)):
             return row
     if subresource:
         raise S3Error("NotImplemented", "%s ?%s is not implemented"
@@ -11829,7 +11854,6 @@ def respond(request):
     check_undone(request.headers)
     request.body = open_body(request.frame, request.headers, identity,
                              row.name not in _OBJECT_CHECKSUMS)
-    _check_emptiness(request.body.length, identity.payload)
     try:
         response = as_response(row.function(request), row.status)
     except S3Error as error:
@@ -11841,16 +11865,6 @@ def respond(request):
     if request.is_charged:
         response.headers["x-amz-request-charged"] = "requester"
     return response
-
-
-def _check_emptiness(length, payload):
-    """XAmzContentSHA256Mismatch for a body that is empty and was signed as
-    another, or the other way round: many operations read none."""
-    if len(payload) == 64 and length is not None \
-            and (length == 0) != (payload == EMPTY_SHA256):
-        more = {} if length else {"S3ComputedContentSHA256": EMPTY_SHA256}
-        raise S3Error("XAmzContentSHA256Mismatch",
-                      ClientComputedContentSHA256=payload, **more)
 
 
 def signing_hosts(request):
@@ -11989,7 +12003,8 @@ def object_record(headers):
 
 def asked_version(request):
     """The versionId of a request, None when it names none."""
-    return checked_version(request.query.get("versionId"))
+    version_id = request.query.get("versionId")
+    return None if version_id is None else checked_version(version_id)
 
 
 def checked_version(version_id):
@@ -18433,9 +18448,10 @@ MAX_INLINE_BYTES = 64 * KIB         # file bytes sent along with the head
 MAX_LOGGED_CHARS = 3300
 
 _REQUEST_LINE = re.compile(
-    rb"([A-Z]{1,16}) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9]\.[0-9])\Z")
-_HTTP_VERSIONS = {b"1.0": (1, 0), b"1.1": (1, 1)}
-_HEADER_LINES = re.compile(rb"(?:" + FIELD_LINE + rb"\r\n)*\Z")
+    r"([A-Z]{1,16}) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9]\.[0-9])\Z")
+_HTTP_VERSIONS = {"1.0": (1, 0), "1.1": (1, 1)}
+_HEADER_LINES = re.compile(
+    r"(?:" + FIELD_LINE.decode("ascii") + r"\r\n)*\Z")
 # Headers that may come once only: two of them are a smuggling attempt
 _SINGLE_HEADERS = frozenset((
     "authorization", "content-length", "content-type", "host",
@@ -18482,7 +18498,7 @@ def parse_head(data):
     BadRequest for whatever RFC 9112 does not allow: bare LF, folded
     lines, bad names, doubled Host or Content-Length, no Host.
     """
-    line, _, rest = data.partition(b"\r\n")
+    line, _, rest = data.decode("latin-1").partition("\r\n")
     match = _REQUEST_LINE.match(line)
     if not match:
         raise S3Error("BadRequest", "The request line is malformed")
@@ -18492,7 +18508,7 @@ def parse_head(data):
         raise S3Error("UnsupportedHTTPVersion")
     if not _HEADER_LINES.match(rest, 0, len(rest) - 2):
         raise S3Error("BadRequest", "A request header is malformed")
-    headers, lines = {}, rest.decode("latin-1").split("\r\n")[:-2]
+    headers, lines = {}, rest.split("\r\n")[:-2]
     for line in lines:
         name, _, value = line.partition(":")
         headers[name.lower()] = value.strip(" \t")
@@ -18502,7 +18518,7 @@ def parse_head(data):
         raise S3Error("RequestHeaderSectionTooLarge")
     if "host" not in headers and version == (1, 1):
         raise S3Error("BadRequest", "The Host header is missing")
-    return Head(method.decode(), target.decode("latin-1"), version, headers)
+    return Head(method, target, version, headers)
 
 
 def _joined_headers(lines):
@@ -18544,7 +18560,7 @@ class Wire:
     `before_body` is called once before the next body byte is waited for:
     it sends 100 Continue.  wanted(): False once nobody is to wait for a
     request any more; given where nothing else can wake who does.  last:
-    the time.perf_counter() of the last bytes that came.
+    the time.perf_counter() of the last bytes of a body that came.
     """
 
     def __init__(self, connection, limits, wanted=None):
@@ -18559,15 +18575,15 @@ class Wire:
         self._flags = 0 if isinstance(connection, ssl.SSLSocket) \
             else getattr(socket, "MSG_WAITALL", 0)
         self._wanted = wanted
+        self._is_patient = wanted is None \
+            and limits.idle_seconds == self._patience
         self._buffer = b""
         self.before_body = None
         self.received = self.last = 0
 
     def _receive(self, size, flags=0):
         try:
-            data = self._recv(size, flags)
-            self.last = time.perf_counter()
-            return data
+            return self._recv(size, flags)
         except _WAIT_ERRORS:
             raise S3Error("RequestTimeout") from None
         except OSError as error:
@@ -18578,13 +18594,15 @@ class Wire:
         if self.before_body:
             self.before_body()
         try:
-            return self._receive(size, flags)
+            data = self._receive(size, flags)
         except S3Error:
             more = self._limits.body_seconds - self._patience
             if more <= 0:
                 raise
-            return self._receive_until(time.monotonic() + more, None, size,
+            data = self._receive_until(time.monotonic() + more, None, size,
                                        flags)
+        self.last = time.perf_counter()
+        return data
 
     def read(self, size):
         """1 to `size` bytes of a body, b"" at the end."""
@@ -18623,16 +18641,17 @@ class Wire:
                 raise S3Error("IncompleteBody")
             left -= len(data)
         self.received += size
+        self.last = time.perf_counter()
 
     def _first_bytes(self):
         """The first bytes of a head; b"" when none come in time, nobody
         waits for them any more, or the client has gone."""
-        idle = self._limits.idle_seconds
         try:
-            if self._wanted is None and idle == self._patience:
+            if self._is_patient:
                 return self._receive(FIRST_READ_BYTES)
-            return self._receive_until(time.monotonic() + idle,
-                                       self._wanted, FIRST_READ_BYTES)
+            return self._receive_until(
+                time.monotonic() + self._limits.idle_seconds, self._wanted,
+                FIRST_READ_BYTES)
         except (S3Error, Disconnected):
             return b""
 
@@ -18643,19 +18662,21 @@ class Wire:
         from then on.
         """
         data = self._buffer or self._first_bytes()
-        end = _head_end(data)
-        if end < 0 and data:            # as good as never
-            data, end = self._rest_of_head(data)
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4 or data.startswith(b"\r\n"):
+            data, end = self._whole_head(data)
         if end > MAX_HEAD_BYTES:
             raise S3Error("RequestHeaderSectionTooLarge")
-        self._buffer, data = data[end:], data[:end]
-        while data.startswith(b"\r\n"):         # RFC 9112 section 2.2
-            data = data[2:]
-        return data
+        self._buffer = data[end:]
+        return data[:end]
 
-    def _rest_of_head(self, data):
-        """(bytes, end of the head in them) of a head that has begun."""
-        deadline, end = time.monotonic() + self._limits.head_seconds, -1
+    def _whole_head(self, data):
+        """(bytes, end of the head in them) of a head that has begun, its
+        rest received and what stands before it removed."""
+        if not data:
+            return data, 0
+        deadline = time.monotonic() + self._limits.head_seconds
+        start, end = _head_span(data)
         while end < 0:
             if len(data) > MAX_HEAD_BYTES:
                 raise S3Error("RequestHeaderSectionTooLarge")
@@ -18664,8 +18685,8 @@ class Wire:
             if not more:
                 raise S3Error("BadRequest", "The request head is incomplete")
             data += more
-            end = _head_end(data)
-        return data, end
+            start, end = _head_span(data)
+        return data[start:], end - start
 
     def _receive_until(self, deadline, wanted, size, flags=0):
         """Bytes before a time.monotonic(), and while they are wanted, or
@@ -18691,9 +18712,9 @@ class Wire:
                     self._limits.body_seconds)
 
 
-def _head_end(data):
-    """Where the head at the start of some bytes ends, -1 when it does not
-    yet; empty lines before it are part of it."""
+def _head_span(data):
+    """(start, end) of the head in some bytes; -1 when it does not end yet.
+    Empty lines may stand before it: RFC 9112, section 2.2."""
     start = 0
     while data.startswith(b"\r\n", start):
         start += 2
@@ -18701,7 +18722,7 @@ def _head_end(data):
             raise S3Error("BadRequest", "Empty lines stand before the "
                           "request")
     end = data.find(b"\r\n\r\n", start)
-    return end + 4 if end >= 0 else -1
+    return start, end + 4 if end >= 0 else -1
 
 
 def _has_two_timeouts(connection):
