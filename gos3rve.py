@@ -2566,7 +2566,8 @@ _BODY_HEADERS = frozenset(CHECKSUM_HEADERS) | {
 
 
 def open_body(frame, headers, identity, with_checksum=True):
-    """The Body of a request, its headers checked.
+    """The Body of a request; XAmzContentSHA256Mismatch for one that is
+    empty and was signed as another, or the other way round.
 
     frame: the LengthReader or ChunkedReader of its HTTP framing.
     with_checksum: as for body_claims.
@@ -2585,7 +2586,7 @@ def open_body(frame, headers, identity, with_checksum=True):
             payload == STREAMING_SIGNED[1])
     if len(payload) == 64 and length is not None \
             and (length == 0) != (payload == EMPTY_SHA256):
-        # now, since many operations read no body
+        # many operations read no body
         more = {} if length else {"S3ComputedContentSHA256": EMPTY_SHA256}
         raise S3Error("XAmzContentSHA256Mismatch",
                       ClientComputedContentSHA256=payload, **more)
@@ -11394,7 +11395,8 @@ class Request:
         return guard
 
     def _derive(self, bucket, config):
-        """(config, BucketAccess) of another config than before."""
+        """(config, BucketAccess) of a bucket's config, kept for as long as
+        that stays the same."""
         guard = config, bucket_access(self.service, bucket, config)
         bucket.derived = guard
         return guard
@@ -11784,7 +11786,7 @@ def find_operation(request):
     for row in _ROUTES.get((method, level, subresource), ()):
         when = row.when
         if when is None or when in query or when[:2] == "x-" and (
-                when in request.headers     # or see url_headers()
+                when in request.headers     # the rest: see url_headers()
                 or query and when in map(str.lower, query)):
             return row
     if subresource:
@@ -18560,7 +18562,7 @@ class Wire:
     `before_body` is called once before the next body byte is waited for:
     it sends 100 Continue.  wanted(): False once nobody is to wait for a
     request any more; given where nothing else can wake who does.  last:
-    the time.perf_counter() of the last bytes of a body that came.
+    the time.perf_counter() of the last bytes that came.
     """
 
     def __init__(self, connection, limits, wanted=None):
@@ -18575,6 +18577,7 @@ class Wire:
         self._flags = 0 if isinstance(connection, ssl.SSLSocket) \
             else getattr(socket, "MSG_WAITALL", 0)
         self._wanted = wanted
+        # the usual time-out is right for the first bytes, too
         self._is_patient = wanted is None \
             and limits.idle_seconds == self._patience
         self._buffer = b""
@@ -18583,7 +18586,9 @@ class Wire:
 
     def _receive(self, size, flags=0):
         try:
-            return self._recv(size, flags)
+            data = self._recv(size, flags)
+            self.last = time.perf_counter()
+            return data
         except _WAIT_ERRORS:
             raise S3Error("RequestTimeout") from None
         except OSError as error:
@@ -18594,15 +18599,13 @@ class Wire:
         if self.before_body:
             self.before_body()
         try:
-            data = self._receive(size, flags)
+            return self._receive(size, flags)
         except S3Error:
             more = self._limits.body_seconds - self._patience
             if more <= 0:
                 raise
-            data = self._receive_until(time.monotonic() + more, None, size,
+            return self._receive_until(time.monotonic() + more, None, size,
                                        flags)
-        self.last = time.perf_counter()
-        return data
 
     def read(self, size):
         """1 to `size` bytes of a body, b"" at the end."""
@@ -18641,7 +18644,6 @@ class Wire:
                 raise S3Error("IncompleteBody")
             left -= len(data)
         self.received += size
-        self.last = time.perf_counter()
 
     def _first_bytes(self):
         """The first bytes of a head; b"" when none come in time, nobody
@@ -18661,20 +18663,20 @@ class Wire:
         The first byte may take idle_seconds, the whole head head_seconds
         from then on.
         """
-        data = self._buffer or self._first_bytes()
+        data, start = self._buffer or self._first_bytes(), 0
+        if not data:
+            return data
         end = data.find(b"\r\n\r\n") + 4
-        if end < 4 or data.startswith(b"\r\n"):
-            data, end = self._whole_head(data)
+        if end < 4 or data.startswith(b"\r\n"):     # as good as never
+            data, start, end = self._whole_head(data)
         if end > MAX_HEAD_BYTES:
             raise S3Error("RequestHeaderSectionTooLarge")
         self._buffer = data[end:]
-        return data[:end]
+        return data[start:end]
 
     def _whole_head(self, data):
-        """(bytes, end of the head in them) of a head that has begun, its
-        rest received and what stands before it removed."""
-        if not data:
-            return data, 0
+        """(bytes, start, end of the head in them) of a head that has begun,
+        its rest received."""
         deadline = time.monotonic() + self._limits.head_seconds
         start, end = _head_span(data)
         while end < 0:
@@ -18686,7 +18688,7 @@ class Wire:
                 raise S3Error("BadRequest", "The request head is incomplete")
             data += more
             start, end = _head_span(data)
-        return data[start:], end - start
+        return data, start, end
 
     def _receive_until(self, deadline, wanted, size, flags=0):
         """Bytes before a time.monotonic(), and while they are wanted, or
@@ -18713,8 +18715,8 @@ class Wire:
 
 
 def _head_span(data):
-    """(start, end) of the head in some bytes; -1 when it does not end yet.
-    Empty lines may stand before it: RFC 9112, section 2.2."""
+    """(start, end) of the head in some bytes, its end -1 when that has not
+    come.  Empty lines may stand before it: RFC 9112, section 2.2."""
     start = 0
     while data.startswith(b"\r\n", start):
         start += 2
@@ -18722,7 +18724,7 @@ def _head_span(data):
             raise S3Error("BadRequest", "Empty lines stand before the "
                           "request")
     end = data.find(b"\r\n\r\n", start)
-    return start, end + 4 if end >= 0 else -1
+    return start, (end + 4 if end >= 0 else -1)
 
 
 def _has_two_timeouts(connection):

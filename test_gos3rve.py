@@ -16147,6 +16147,21 @@ class LoggingRequests(LoggingCase):
         self.error(answer, "InvalidTargetBucketForLogging")
         self.assertIn("retention", answer.one("Message"))
 
+    def test_the_turn_around_of_an_unread_body_begins_with_its_bytes(self):
+        def slow(request):
+            time.sleep(0.2)
+            return answer(request)
+
+        self.ok(self.put_logging())
+        answer = gos3rve.answer
+        with mock.patch.object(gos3rve, "answer", slow):
+            refused = raw(self.server.port, (
+                "PUT /box/k HTTP/1.1\r\nHost: %s\r\nContent-Length: 5\r\n\r\n"
+                "hello" % self.s3.netloc).encode())
+        self.assertIn(b" 403 ", refused)
+        line, = self.logged()
+        self.assertGreaterEqual(int(line.turn_around_ms), 190)
+
     def test_requests_are_logged_with_their_facts(self):
         self.ok(self.put_logging())
         agent = {"user-agent": "test/1 (x)", "referer": "http://here/"}
@@ -21999,6 +22014,22 @@ class HttpConnections(HttpCase):
         self.ok(peer.answer())
         self.assertEqual(self.ok(peer.answer()).body, b"hello")
         self.assertEqual(self.s3.get("/box/c").body, b"hello")
+
+    def test_the_bound_of_a_head_counts_what_stands_before_it(self):
+        most = gos3rve.MAX_HEAD_BYTES
+        for size, before, status in (
+                (most, 0, 200), (most - 2, 1, 200), (most - 16, 8, 200),
+                (most + 1, 0, 400), (most, 1, 400), (most - 15, 8, 400)):
+            head = HEALTH[:-2] + b"X: "
+            data = b"\r\n" * before + head + b"x" * (
+                size - len(head) - 4) + b"\r\n\r\n"
+            for cut in (len(data), len(data) - 1, 3, 1):
+                with self.subTest(size=size, before=before, cut=cut), \
+                        Peer(self.server.port) as peer:
+                    peer.send(data[:cut])
+                    time.sleep(0.01 if data[cut:] else 0)
+                    self.assertEqual(peer.send(data[cut:]).answer().status,
+                                     status)
 
     def test_pipelined_requests_are_answered_in_their_order(self):
         self.s3.put("/box/a", b"first")
