@@ -30773,14 +30773,18 @@ class Tormentor:
         """Set a limit of a server's processes, a function of the pid, for
         a while."""
         import resource                 # there is none on Windows
-        kind, old = getattr(resource, name), {}
+        kind, first = getattr(resource, name), self.servers[number].process
+        limits = resource.prlimit(first.pid, kind)
         with self._window():
-            for pid in family(self.servers[number].process.pid):
-                old[pid] = resource.prlimit(pid, kind)
-                resource.prlimit(pid, kind, (limit(pid), old[pid][1]))
+            for pid in family(first.pid):
+                with contextlib.suppress(OSError):      # it dies just now
+                    resource.prlimit(pid, kind, (limit(pid), limits[1]))
             self._pause()
-            for pid, limits in old.items():
-                resource.prlimit(pid, kind, limits)
+            # the supervisor before the workers that it started meanwhile
+            resource.prlimit(first.pid, kind, limits)
+            for pid in family(first.pid):
+                with contextlib.suppress(OSError):
+                    resource.prlimit(pid, kind, limits)
 
     def starve_of_space(self, number):
         """No file may grow beyond so many bytes."""
@@ -31469,6 +31473,27 @@ class SoakRuns(unittest.TestCase):
         self.assertIn("impossible", text)
         self.assertIn("seed %d" % report["seed"], text)
         self.assertGreater(len(report["history"]), 2)
+
+    def test_a_limit_ends_for_a_worker_that_was_started_under_it(self):
+        import resource
+        server = ServerProcess(temporary_directory(self), "-workers", "2")
+        self.addCleanup(server.__exit__)
+        first, victim = server.process.pid, server.workers[-1]
+        born = []
+
+        def reborn(*_):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+            born[:] = wait_for(lambda: set(children(first)) - {victim}
+                               - set(server.workers))
+        tormentor = Tormentor(None, [server], server.directory,
+                              random.Random(1))
+        tormentor._pause = reborn
+        tormentor.starve_of_space(0)
+        self.assertEqual(len(born), 1)
+        self.assertEqual({resource.prlimit(pid, resource.RLIMIT_FSIZE)
+                          for pid in family(first)},
+                         {resource.getrlimit(resource.RLIMIT_FSIZE)})
 
 
 COMMANDS = bench, flood, soak, faults, hosts
