@@ -30708,7 +30708,7 @@ class Tormentor:
         if worker == self.servers[number].process.pid:
             self.kill(number)
         else:
-            os.kill(worker, signal.SIGKILL)
+            self._signal([worker], signal.SIGKILL)
 
     def kill_supervisor(self, number):
         """Its workers have to end, too."""
