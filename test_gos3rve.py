@@ -24543,12 +24543,13 @@ class ServerProcess:
 
     def kill(self):
         """End it and its workers as a power cut would."""
+        workers = children(self.process.pid) or self.workers
         self.process.kill()
-        for pid in self.workers:
+        for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        wait_for(lambda: not any(map(alive, self.workers)))
+        wait_for(lambda: not any(map(alive, workers)))
 
     def __enter__(self):
         return self
