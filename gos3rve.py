@@ -4144,10 +4144,9 @@ def _is_open(path, fd):
     """True while a path still names an open file, whatever its times:
     where it lies on several machines, these may differ."""
     try:
-        named, opened = os.stat(path), os.fstat(fd)
+        return os.path.samestat(os.stat(path), os.fstat(fd))
     except _ABSENT:
         return False
-    return named.st_ino == opened.st_ino and named.st_dev == opened.st_dev
 
 
 def _is_link(path):
@@ -4678,7 +4677,7 @@ class Bucket:
                 return None
             fd, status, path = found
             try:
-                record = self._find_record(fd, status, key)[0]
+                record = self._read_record(fd, status, key)
                 if "etag" in record or _same_file(path, status):
                     return _looked_at(Info(key, status, record), fd), fd
             except BaseException:
@@ -11372,11 +11371,8 @@ class Request:
 
     def find_bucket(self, name, expected="x-amz-expected-bucket-owner"):
         """The Bucket of that name, its owner the one the client expects."""
-        bucket, config = self.service.store.look_up(name)
-        guard = bucket.derived
-        if guard[0] is not config:
-            guard = self._derive(bucket, config)
-        self._guards[bucket] = guard
+        bucket, config = self.store.look_up(name)
+        guard = self._guards[bucket] = self._derive(bucket, config)
         owner = self.headers.get(expected)
         if owner is not None and owner != guard[1].owner_id:
             raise S3Error("AccessDenied", headers={
@@ -11388,17 +11384,17 @@ class Request:
         once a request, and the rest made anew when it has changed."""
         guard = self._guards.get(bucket)
         if guard is None:
-            config, guard = bucket.config, bucket.derived
-            if guard[0] is not config:
-                guard = self._derive(bucket, config)
+            guard = self._derive(bucket, bucket.config)
             self._guards[bucket] = guard
         return guard
 
     def _derive(self, bucket, config):
-        """(config, BucketAccess) of a bucket's config, kept for as long as
-        that stays the same."""
-        guard = config, bucket_access(self.service, bucket, config)
-        bucket.derived = guard
+        """(config, BucketAccess), the second made anew when the first is
+        another one."""
+        guard = bucket.derived
+        if guard[0] is not config:
+            guard = config, bucket_access(self.service, bucket, config)
+            bucket.derived = guard
         return guard
 
     def access(self, bucket):
@@ -12005,8 +12001,7 @@ def object_record(headers):
 
 def asked_version(request):
     """The versionId of a request, None when it names none."""
-    version_id = request.query.get("versionId")
-    return None if version_id is None else checked_version(version_id)
+    return checked_version(request.query.get("versionId"))
 
 
 def checked_version(version_id):
@@ -18577,9 +18572,6 @@ class Wire:
         self._flags = 0 if isinstance(connection, ssl.SSLSocket) \
             else getattr(socket, "MSG_WAITALL", 0)
         self._wanted = wanted
-        # the usual time-out is right for the first bytes, too
-        self._is_patient = wanted is None \
-            and limits.idle_seconds == self._patience
         self._buffer = b""
         self.before_body = None
         self.received = self.last = 0
@@ -18648,12 +18640,12 @@ class Wire:
     def _first_bytes(self):
         """The first bytes of a head; b"" when none come in time, nobody
         waits for them any more, or the client has gone."""
+        idle = self._limits.idle_seconds
         try:
-            if self._is_patient:
+            if self._wanted is None and idle == self._patience:
                 return self._receive(FIRST_READ_BYTES)
-            return self._receive_until(
-                time.monotonic() + self._limits.idle_seconds, self._wanted,
-                FIRST_READ_BYTES)
+            return self._receive_until(time.monotonic() + idle,
+                                       self._wanted, FIRST_READ_BYTES)
         except (S3Error, Disconnected):
             return b""
 
